@@ -130,6 +130,17 @@ def test_nan_is_not_hidden(weighting, block_size):
     assert np.isfinite(value) and np.isfinite(gradient).all() and not gradient[5].any()
 
 
+def test_nan_is_not_hidden_by_a_maximum_over_many():
+    # XLA's maximum over an axis on the CPU drops NaN from a few hundred numbers on.
+    x = np.random.default_rng(0).normal(size=(300, 16)).astype(np.float32)
+    x[7, 3] = np.nan
+    labels = np.arange(300) // 3
+    for of in (loss.ranked_list_loss, lambda x, y: jnp.sum(loss.ranked_list_loss_terms(x, y)[1])):
+        value, gradient = jax.jit(jax.value_and_grad(of))(x, labels)
+        assert np.isnan(value) and np.isnan(gradient).any()
+        assert np.isnan(jax.jit(of)(x, labels))
+
+
 @functools.cache
 def clustered():
     """Two classes on a few lines, where differentiated weights pull negatives nearer."""

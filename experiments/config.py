@@ -1,0 +1,124 @@
+"""The options of a run: one frozen dataclass, checked once; its fields are the flags of every experiment."""
+import dataclasses
+import pathlib
+import sys
+
+from absl import flags
+
+from rll_jax import models
+
+# How a run is carried out, not what comes out of it: these may change when it is resumed.
+FREE_TO_CHANGE = ("data_dir", "workdir", "threads", "checkpoint_every", "keep", "log_every")
+
+
+def _option(default, help, **limits):
+    return dataclasses.field(default=default, metadata={"help": help, **limits})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Raises ValueError, naming the flag, where an option is out of range or two do not go together."""
+
+    data_dir: str = _option("", "folder of the data; empty for the set that comes with the project")
+    workdir: str = _option("runs/run", "folder for everything the run writes; resumed if it holds the same run")
+    steps: int = _option(1000, "training steps", low=1)
+    seed: int = _option(0, "seed of the parameters, the batches and the augmentation", low=0)
+    classes_per_batch: int = _option(40, "P, classes of a batch", low=2)
+    images_per_class: int = _option(4, "K, images of each", low=2)
+    alpha: float = _option(1.2, "negatives' boundary", low=1e-6, high=2)
+    margin: float = _option(0.4, "alpha - margin is the positives' boundary", low=0)
+    temperature_pos: float = _option(0.0, "T_p of the positives' weights", low=0)
+    temperature_neg: float = _option(10.0, "T_n of the negatives' weights", low=0)
+    balance: float = _option(0.5, "lambda: share of the negative term", low=0, high=1)
+    backbone: str = _option("resnet_small", "network", choices=tuple(models.RESNETS))
+    pretrained: str = _option("", "weights to start from; reading them is not built yet, so only empty is accepted")
+    embedding_dim: int = _option(128, "dimension of each level's embedding", low=1)
+    levels: str = _option("H", "levels of the network with an embedding and a loss each, such as L,M,H")
+    batch_norm: str = _option("train", "batch statistics (over all devices), or the running ones", choices=("train", "frozen"))
+    dtype: str = _option("float32", "of the convolutions", choices=("float32", "bfloat16"))
+    image_size: int = _option(32, "side of the pictures that the network sees, pixels", low=8)
+    optimizer: str = _option("adamw", "optimiser; sgd has momentum 0.9", choices=("adamw", "sgd"))
+    learning_rate: float = _option(2e-3, "highest learning rate", low=1e-12)
+    weight_decay: float = _option(0.05, "AdamW's decoupled decay, or SGD's L2 penalty", low=0)
+    schedule: str = _option("cosine", "cosine with warm-up, or steps at --decay_at", choices=("cosine", "step"))
+    warmup: float = _option(0.1, "share of the steps in which the rate rises (cosine)", low=0, high=0.99)
+    decay_at: str = _option("", "steps at which the rate is multiplied by --decay_factor (step), such as 5000,10000")
+    decay_factor: float = _option(0.5, "see --decay_at", low=0)
+    eval_every: int = _option(200, "steps between evaluations; the first and the last step are evaluated too", low=1)
+    eval_batch_size: int = _option(256, "images embedded at a time", low=1)
+    checkpoint_every: int = _option(100, "steps between checkpoints; the last step is saved too", low=1)
+    keep: int = _option(2, "checkpoints kept", low=1)
+    log_every: int = _option(10, "steps between lines of metrics", low=1)
+    threads: int = _option(2, "threads that read and augment", low=1)
+    parallel: str = _option("pmap", "how a step runs over the devices", choices=("pmap", "shard_map"))
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, limits = getattr(self, field.name), field.metadata
+            if "choices" in limits and value not in limits["choices"]:
+                raise ValueError(f"--{field.name}={value}: expected one of {', '.join(limits['choices'])}")
+            low, high = limits.get("low", float("-inf")), limits.get("high", float("inf"))
+            if ("low" in limits or "high" in limits) and not low <= value <= high:
+                expected = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
+                raise ValueError(f"--{field.name}={value}: expected {expected}")
+        if not self.margin <= self.alpha:
+            raise ValueError(f"--margin={self.margin} must not be above --alpha={self.alpha}")
+        wrong = [level for level in self.level_names if level not in models.LEVELS]
+        if wrong or len(set(self.level_names)) != len(self.level_names):
+            raise ValueError(f"--levels={self.levels}: expected some of L,M,H, each once, with commas between")
+        stages = len(models.RESNETS[self.backbone].stage_sizes)
+        if stages < len(models.LEVELS) - models.LEVELS.index(self.level_names[0]):
+            raise ValueError(f"--levels={self.levels}: --backbone={self.backbone} has only {stages} stages")
+        if self.pretrained:
+            raise ValueError(f"--pretrained={self.pretrained}: reading weights is not built yet; leave it empty")
+        if not all(step.strip().isdigit() for step in self.decay_at.split(",") if self.decay_at):
+            raise ValueError(f"--decay_at={self.decay_at}: expected steps with commas between")
+
+    @property
+    def level_names(self) -> tuple[str, ...]:
+        return tuple(sorted(self.levels.split(","), key=lambda name: (models.LEVELS + (name,)).index(name)))
+
+    def as_flagfile(self) -> str:
+        return "".join(f"--{name}={value}\n" for name, value in dataclasses.asdict(self).items())
+
+
+def define_flags(**defaults) -> None:
+    """Defines a flag for each option, with an experiment's own defaults."""
+    define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+    for field in dataclasses.fields(Config):
+        choices = field.metadata.get("choices")
+        text = field.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
+        define[field.type](field.name, defaults.get(field.name, field.default), text)
+
+
+def parse_flags(argv) -> list[str]:
+    """absl's parser for `app.run`, with one line and exit code 2 for a mistake."""
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(_usage_error(argv[0], " ".join(str(error).split()) + _where(argv, error)))
+    if len(rest) > 1:
+        sys.exit(_usage_error(argv[0], f"unexpected argument {rest[1]!r}: options are written --name=value"))
+    return rest
+
+
+def from_flags() -> Config:
+    return Config(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Config)})
+
+
+def _usage_error(program: str, message: str) -> int:
+    print(f"{pathlib.Path(program).stem}: {message}", file=sys.stderr)
+    return 2
+
+
+def _where(argv, error) -> str:
+    """The flagfile that holds an unknown flag, to be found by whoever mends it."""
+    name = getattr(error, "flagname", "")
+    for argument in argv[1:]:
+        key, _, value = argument.lstrip("-").partition("=")
+        path = pathlib.Path(value)
+        if name and key == "flagfile" and path.is_file():
+            for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+                if line.strip().lstrip("-").partition("=")[0] == name:
+                    return f" ({path}, line {number})"
+    return ""

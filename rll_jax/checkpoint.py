@@ -1,0 +1,39 @@
+"""Saving and restoring a train state; the only file that knows orbax."""
+import logging
+import os
+import pathlib
+
+import jax
+import orbax.checkpoint as ocp
+
+
+class Checkpoints:
+    """The last `keep` states of a run in a directory; saves are atomic and run behind the training.
+
+    A save that was cut off leaves nothing that counts, and is cleared away by the next run. `close` waits for the last.
+    """
+
+    def __init__(self, directory: str | os.PathLike, keep: int = 2):
+        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every file
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(pathlib.Path(directory).absolute(), options=options)
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, state) -> None:
+        if step not in self._manager.all_steps():
+            self._manager.save(step, args=ocp.args.StandardSave(_arrays(state)))
+
+    def restore(self, step: int, state):
+        """The state saved at `step`, its arrays placed as those of `state`, whose values are not used."""
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(state))
+        return state.replace(**self._manager.restore(step, args=ocp.args.StandardRestore(target)))
+
+    def close(self) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _arrays(state) -> dict:
+    return {name: getattr(state, name) for name in ("step", "params", "opt_state", "batch_stats")}
