@@ -7,6 +7,7 @@ import sys
 import time
 from typing import Callable
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +35,7 @@ def main(open_split: Callable, augment: Callable, test_view: Callable, ks=_KS) -
       test_view: image_size -> image -> (image_size, image_size, 3) uint8.
       ks: the K of Recall@K.
     """
+    logging.set_verbosity(logging.WARNING)  # some libraries raise it to INFO
     try:
         prepared = _prepare(config_lib.from_flags(), open_split, augment, test_view)
     except (ValueError, OSError) as error:
@@ -214,7 +216,7 @@ class _Log:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            self._board.add_scalar(name.replace("@", "_at_"), value, step)  # TensorBoard's names have no @
 
     def __enter__(self):
         return self

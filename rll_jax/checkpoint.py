@@ -1,5 +1,4 @@
 """Saving and restoring a train state; the only file that knows orbax."""
-import logging
 import os
 import pathlib
 
@@ -14,7 +13,6 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | os.PathLike, keep: int = 2):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every file
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(pathlib.Path(directory).absolute(), options=options)
 

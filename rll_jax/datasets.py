@@ -7,6 +7,7 @@ import dataclasses
 import io
 import os
 import pathlib
+import tempfile
 from typing import Any, Iterator
 
 import numpy as np
@@ -122,13 +123,10 @@ def _prepare_sop(data_dir: pathlib.Path, prepared: pathlib.Path) -> None:
                 yield row["path"], dict(image=picture, label=label, super_label=super_label, path=row["path"])
 
     # made aside and renamed: what stands under the final name is whole
-    aside = prepared.with_name(f"{prepared.name}.{os.getpid()}.tmp")
-    builder = RllSop(data_dir=os.fspath(aside), file_format="array_record")
-    builder.download_and_prepare()
-    pathlib.Path(builder.data_dir).rename(prepared)
-    for directory in (aside / "rll_sop", aside / "downloads", aside):
-        if directory.exists() and not any(directory.iterdir()):
-            directory.rmdir()
+    with tempfile.TemporaryDirectory(dir=data_dir, prefix="prepared_sop.") as aside:
+        builder = RllSop(data_dir=aside, file_format="array_record")
+        builder.download_and_prepare()
+        pathlib.Path(builder.data_dir).rename(prepared)
 
 
 def _has_bytes(path: pathlib.Path) -> bool:

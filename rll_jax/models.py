@@ -10,6 +10,7 @@ from typing import Any
 
 from flax import linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from rll_jax._inputs import normalize_rows
 
@@ -124,7 +125,7 @@ class EmbeddingNet(nn.Module):
                 name = f"layer{stage + 1}_{block}"
                 x = ResNetBlock(config.width << stage, strides, config.bottleneck, conv, norm, name=name)(x)
             ends.append(x)
-        return {level: self._head(level, ends[LEVELS.index(level) - 3], conv, norm) for level in self.levels}
+        return {level: self._head(level, ends[LEVELS.index(level) - len(LEVELS)], conv, norm) for level in self.levels}
 
     def _head(self, level, x, conv, norm):
         dense = functools.partial(nn.Dense, dtype=self.dtype, use_bias=False)
@@ -141,4 +142,5 @@ class EmbeddingNet(nn.Module):
 
 def concatenated(embeddings):
     """{level: (B, D)} -> (B, levels * D), L2-normalised again: what is searched with at test time."""
-    return jnp.concatenate(list(embeddings.values()), axis=-1) / jnp.sqrt(float(len(embeddings)))
+    ordered = [embeddings[level] for level in LEVELS if level in embeddings]  # jit sorts a dict by its keys
+    return jnp.concatenate(ordered, axis=-1) / np.sqrt(len(ordered)).astype(np.float32)

@@ -1,0 +1,169 @@
+"""One step function under pmap, shard_map and on one device: the same parameters, to rounding."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rll_jax import checkpoint, evaluate, loss, models, parallel, train
+
+
+@pytest.fixture(scope="module")
+def batches():
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "image": rng.integers(0, 255, (48, 16, 16, 3), np.uint8),
+            "label": np.repeat(rng.permutation(100)[:12], 4).astype(np.int32),
+        }
+        for _ in range(3)
+    ]
+
+
+@functools.cache
+def fresh(levels):
+    model = models.EmbeddingNet(models.RESNETS["resnet_tiny"], 8, levels)
+    # SGD, since Adam's first step has the size of the rate whatever the gradient
+    return jax.device_get(train.create_train_state(model, optax.sgd(0.05, momentum=0.9), 16, seed=0))
+
+
+def make_state(axis_name, levels=("M", "H")):
+    model = models.EmbeddingNet(models.RESNETS["resnet_tiny"], 8, levels, axis_name=axis_name)
+    return jax.tree.map(jnp.array, fresh(levels)).replace(apply_fn=model.apply)  # arrays of its own: steps donate them
+
+
+step = functools.partial(train.train_step, loss=loss.ranked_list_loss)
+
+
+@pytest.fixture(scope="module")
+def expected(batches):
+    state, metrics = make_state(None), []
+    one = jax.jit(step)
+    for batch in batches:
+        state, m = one(state, batch)
+        metrics.append(m)
+    return state, metrics
+
+
+@pytest.mark.parametrize("kind", ["pmap", "shard_map"])
+def test_eight_devices_equal_one(kind, batches, expected):
+    runner = parallel.make_runner(kind)
+    assert runner.num_devices == 8
+    state, many = runner.replicate(make_state(parallel.AXIS)), runner.train(step)
+    for batch, of_one in zip(batches, expected[1]):
+        state, metrics = many(state, runner.place(batch))
+        assert metrics.keys() == of_one.keys() == {"loss", "loss_M", "loss_H", "gradient_norm"}
+        for name in metrics:
+            np.testing.assert_allclose(metrics[name], of_one[name], rtol=1e-4, err_msg=name)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
+        (state.params, state.batch_stats),
+        (expected[0].params, expected[0].batch_stats),
+    )
+    assert int(state.step) == 3
+
+
+def test_local_losses_would_be_another_loss(batches, expected):
+    """What a classifier's data-parallel step would do: the test above is sharp enough to tell."""
+    local = lambda e, y, axis_name: loss.ranked_list_loss(e, y)
+    runner = parallel.make_runner("pmap")
+    state = runner.replicate(make_state(parallel.AXIS))
+    _, metrics = runner.train(functools.partial(train.train_step, loss=local))(state, runner.place(batches[0]))
+    assert abs(float(metrics["loss"]) / float(expected[1][0]["loss"]) - 1) > 0.01
+
+
+def test_checkpoint_restores_on_other_devices(tmp_path, expected):
+    many, one = parallel.make_runner("pmap"), parallel.make_runner("shard_map", jax.local_devices()[:1])
+    saved = checkpoint.Checkpoints(tmp_path)
+    assert saved.latest_step() is None
+    saved.save(3, many.replicate(expected[0]))
+    saved.close()
+    again = checkpoint.Checkpoints(tmp_path)
+    state = again.restore(again.latest_step(), one.replicate(make_state(parallel.AXIS)))
+    again.close()
+    for name in ("params", "batch_stats", "opt_state", "step"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(expected[0], name))
+    assert len(jax.tree.leaves(state.params)[0].devices()) == 1
+
+
+class Pictures:
+    """A set of 21 pictures, as `evaluate` needs it."""
+
+    def __init__(self):
+        self.pixels = np.random.default_rng(1).integers(0, 255, (21, 16, 16, 3), np.uint8)
+
+    def __len__(self):
+        return 21
+
+    def image(self, row):
+        return self.pixels[row]
+
+
+@pytest.mark.parametrize("kind", ["pmap", "shard_map"])
+def test_embeddings_do_not_depend_on_batch_or_devices(kind, expected):
+    data, state = Pictures(), expected[0]
+    straight = models.concatenated(train.embed_step(state, data.pixels))
+    np.testing.assert_allclose(np.linalg.norm(straight, axis=1), 1, rtol=1e-5)
+    for devices, batch_size in ((8, 5), (1, 8)):
+        runner = parallel.make_runner(kind, jax.local_devices()[:devices])
+        embed = runner.embed(train.embed_step)
+        found = evaluate.embed_images(
+            runner.replicate(state), data, lambda x: x, embed, runner, batch_size=batch_size
+        )
+        np.testing.assert_allclose(found, straight, atol=1e-5)
+
+
+def test_unknown_way_to_run():
+    with pytest.raises(ValueError, match="'pmap' or 'shard_map', got 'pjit'"):
+        parallel.make_runner("pjit")
+
+
+# ---- The model
+
+
+@pytest.mark.parametrize("name, millions", [
+    ("resnet18", 11.177), ("resnet34", 21.285), ("resnet50", 23.508), ("resnet101", 42.500), ("resnet152", 58.144),
+])  # fmt: skip
+def test_parameter_counts_are_torchvisions(name, millions):
+    """Without the head: torchvision's published counts less the 1000-way classifier."""
+    model = models.EmbeddingNet(models.RESNETS[name], 16)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+    head = shapes.pop("H_embedding")["kernel"].shape
+    assert head == ({"resnet18": 512, "resnet34": 512}.get(name, 2048), 16)
+    assert sum(x.size for x in jax.tree.leaves(shapes)) / 1e6 == pytest.approx(millions, abs=1e-3)
+
+
+def test_batch_norm_policy_and_dtype(batches):
+    images = batches[0]["image"][:8]
+
+    def run(**kwargs):
+        model = models.EmbeddingNet(models.RESNETS["resnet_tiny"], 8, **kwargs)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+        rng = np.random.default_rng(0)
+        variables = jax.tree.map(lambda s: np.abs(rng.normal(size=s.shape)).astype(np.float32) + 0.1, shapes)
+        assert all(s.dtype == jnp.float32 for s in jax.tree.leaves(shapes))
+        out, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        moved = jax.tree.map(lambda a, b: not np.allclose(a, b), updates["batch_stats"], variables["batch_stats"])
+        return out["H"], any(jax.tree.leaves(moved))
+
+    trained, moved = run()
+    frozen, stays = run(batch_norm="frozen")
+    half, _ = run(dtype=jnp.bfloat16)
+    assert moved and not stays and not np.allclose(trained, frozen, atol=1e-3)
+    assert half.dtype == jnp.float32 and not np.array_equal(half, trained)
+    np.testing.assert_allclose(half, trained, atol=0.05)
+
+
+def test_learns_the_classes_it_is_shown():
+    rng = np.random.default_rng(0)
+    prototypes = rng.integers(0, 255, (8, 4, 4, 3)).repeat(4, 1).repeat(4, 2)
+    images = np.clip(prototypes.repeat(4, 0) + rng.normal(0, 40, (32, 16, 16, 3)), 0, 255).astype(np.uint8)
+    batch = {"image": images, "label": np.repeat(np.arange(8), 4)}
+    state, one = make_state(None, ("H",)), jax.jit(step)
+    first = None
+    for _ in range(40):
+        state, metrics = one(state, batch)
+        first = first or float(metrics["loss"])
+    assert float(metrics["loss"]) < 0.2 * first
