@@ -1,0 +1,187 @@
+"""The commands as a user gives them: in processes of their own."""
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from test_datasets import make_sop
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = [
+    "--backbone=resnet_tiny", "--image_size=16", "--embedding_dim=16", "--classes_per_batch=8", "--images_per_class=2",
+    "--steps=12", "--eval_every=6", "--checkpoint_every=3", "--log_every=1",
+]  # fmt: skip
+
+
+def command(*arguments, name="emoji", devices=1):
+    cache = {"JAX_COMPILATION_CACHE_DIR": "/tmp/rll_jax_test_cache", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)} | cache
+    return dict(
+        args=[sys.executable, "-m", f"experiments.{name}", *map(str, arguments)], cwd=ROOT, env=environment, text=True
+    )
+
+
+def run(*arguments, **kwargs):
+    return subprocess.run(**command(*arguments, **kwargs), capture_output=True, timeout=240)
+
+
+def scores(workdir):
+    """The metrics without what a clock decides."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("emoji") / "run"
+    return run(*TINY, f"--workdir={workdir}"), workdir
+
+
+def test_run_leaves_what_the_readme_says(finished):
+    result, workdir = finished
+    assert result.returncode == 0, result.stderr
+    assert "Recall@1" in result.stdout.splitlines()[-2] and "step 12: recall@1" in result.stdout
+    lines = scores(workdir)
+    assert [line["step"] for line in lines if "recall@1" in line] == [0, 6, 12]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
+    assert list((workdir / "tensorboard").glob("events*"))
+    page = (workdir / "report.html").read_text()
+    assert page.count('class="query"') == 20 and page.count('class="wrong"') + page.count('class="right"') == 160
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_flags_txt_repeats_the_run(finished, tmp_path):
+    result = run(f"--flagfile={finished[1] / 'flags.txt'}", f"--workdir={tmp_path / 'again'}")
+    assert result.returncode == 0, result.stderr
+    assert scores(tmp_path / "again") == scores(finished[1])
+
+
+def test_the_same_command_again_changes_nothing(finished):
+    before = (finished[1] / "metrics.jsonl").read_text()
+    result = run(*TINY, f"--workdir={finished[1]}")
+    assert result.returncode == 0 and "Recall@1" in result.stdout
+    assert (finished[1] / "metrics.jsonl").read_text() == before
+
+
+def test_killed_and_given_again_ends_the_same(finished, tmp_path):
+    workdir = tmp_path / "killed"
+    for stop_at in (2, 5, 10):  # before the first checkpoint, and between later ones
+        process = subprocess.Popen(
+            **command(*TINY, f"--workdir={workdir}"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        metrics, deadline = workdir / "metrics.jsonl", time.time() + 200
+        while time.time() < deadline and process.poll() is None:
+            if metrics.exists() and f'"step": {stop_at}, "grad' in metrics.read_text():
+                break
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    result = run(*TINY, f"--workdir={workdir}")
+    assert result.returncode == 0 and "resuming" in result.stdout, result.stderr
+    assert scores(workdir) == scores(finished[1])
+
+
+def test_another_run_in_the_workdir_is_refused(finished):
+    files = {p: p.stat().st_mtime_ns for p in finished[1].rglob("*") if p.is_file()}
+    refused("holds another run (--margin=0.4 there, 0.2 here)", *TINY, "--margin=0.2", f"--workdir={finished[1]}")
+    assert {p: p.stat().st_mtime_ns for p in finished[1].rglob("*") if p.is_file()} == files
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    refused("is in use and holds no run", *TINY, f"--workdir={tmp_path}")
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def refused(text, *arguments, **kwargs):
+    result = run(*arguments, **kwargs)
+    assert result.returncode == 2, result.stderr
+    told = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(told) == 1 and text in told[0] and "Traceback" not in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("arguments, text", [
+    (["--stepz=3"], "Unknown command line flag 'stepz'. Did you mean: steps"),
+    (["--flagfile=no/such.flags"], "no/such.flags"),
+    (["--steps=many"], "steps"),
+    (["--steps=0"], "--steps=0: expected at least 1"),
+    (["--backbone=vgg"], "--backbone=vgg: expected one of resnet_tiny"),
+    (["--levels=H,X"], "expected some of L,M,H"),
+    (["--alpha=0.2"], "--margin=0.4 must not be above --alpha=0.2"),
+    (["--pretrained=x.npz"], "not built yet"),
+    (["--data_dir=/no/such/folder"], "cannot read the split 'train' of a prepared set in /no/such/folder"),
+    (["--classes_per_batch=1000"], "the training set has only 718 classes"),
+    (["steps=3"], "unexpected argument 'steps=3'"),
+])  # fmt: skip
+def test_mistakes_get_one_line(arguments, text, tmp_path):
+    refused(text, f"--workdir={tmp_path / 'run'}", *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_typo_in_a_flagfile_is_found(tmp_path):
+    (tmp_path / "my.flags").write_text("--steps=3\n--learning_rat=1\n")
+    refused("my.flags, line 2", f"--flagfile={tmp_path / 'my.flags'}")
+
+
+def test_a_batch_that_devices_cannot_share(tmp_path):
+    refused(
+        "7 classes x 3 images = 21 images cannot be shared by 8 devices",
+        "--classes_per_batch=7", "--images_per_class=3", f"--workdir={tmp_path / 'run'}", devices=8,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sop_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("sop")
+    make_sop(directory)
+    return directory
+
+
+def test_sop_trains_on_eight_devices(sop_dir, tmp_path):
+    small = [a for a in TINY if "classes" not in a and "steps" not in a]
+    result = run(
+        "--flagfile=experiments/flagfiles/sop.flags", *small, "--levels=H", "--classes_per_batch=4", "--steps=3",
+        f"--data_dir={sop_dir}", f"--workdir={tmp_path / 'run'}", name="sop", devices=8,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    last = scores(tmp_path / "run")[-1]
+    assert {"recall@1", "recall@10", "recall@100", "recall@1000", "map@r"} <= last.keys()
+    assert last["recall@1000"] == 1
+
+
+def test_sop_missing_and_corrupt(tmp_path):
+    small = [*TINY, "--classes_per_batch=4", f"--workdir={tmp_path / 'run'}", f"--data_dir={tmp_path / 'sop'}"]
+    refused("download Stanford_Online_Products.zip", *small, name="sop")
+    root = make_sop(tmp_path / "sop")
+    for path in root.glob("bicycle_final/107_*.JPG"):  # a test class
+        path.write_bytes(path.read_bytes()[:300])
+    result = run(*small, name="sop")
+    told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert len(told) == 1 and "cannot decode the image 'bicycle_final/107_" in told[0]
+
+
+def test_every_flagfile_is_accepted():
+    sys.path.insert(0, str(ROOT))
+    for path in sorted((ROOT / "experiments/flagfiles").glob("*.flags")):
+        name = path.stem.split("_")[0]
+        result = run(f"--flagfile={path}", "--steps=0", name=name)  # the one mistake is ours
+        assert "--steps=0: expected at least 1" in result.stderr, (path, result.stderr)
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no Chromium on this machine")
+def test_the_report_in_a_browser(finished, tmp_path):
+    page = (finished[1] / "report.html").as_uri()
+    flags = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--enable-logging=stderr",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}",
+    ]  # fmt: skip
+    loaded = "--virtual-time-budget=5000"
+    result = subprocess.run(["chromium", *flags, loaded, "--dump-dom", page], capture_output=True, text=True, timeout=120)
+    assert result.stdout.count("<img") == 181 and "CONSOLE" not in result.stderr
