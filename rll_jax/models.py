@@ -23,20 +23,20 @@ class ResNetConfig:
       stage_sizes: blocks of each stage; the number of channels doubles from stage to stage.
       bottleneck: three convolutions a block, with four times the width at the end, instead of two.
       width: channels of the first stage.
-      small_images: a 3x3 stem of stride `stem_stride` instead of 7x7, stride 2 and a max pool.
-      stem_stride: of the small images' stem.
+      small_images: a 3x3 stem of stride 1 instead of 7x7, stride 2 and a max pool.
+      stem_pool: side of the average pool after the small images' stem.
     """
 
     stage_sizes: tuple[int, ...]
     bottleneck: bool = False
     width: int = 64
     small_images: bool = False
-    stem_stride: int = 1
+    stem_pool: int = 1
 
 
 RESNETS = {
     "resnet_tiny": ResNetConfig((1, 1), width=8, small_images=True),  # for tests: seconds to compile, nothing learnt
-    "resnet_small": ResNetConfig((1, 1, 1), width=64, small_images=True, stem_stride=2),
+    "resnet_small": ResNetConfig((1, 1, 1), width=32, small_images=True, stem_pool=2),
     "resnet10_small": ResNetConfig((1, 1, 1, 1), width=48, small_images=True),
     "resnet18_small": ResNetConfig((2, 2, 2, 2), small_images=True),
     "resnet18": ResNetConfig((2, 2, 2, 2)),
@@ -113,10 +113,12 @@ class EmbeddingNet(nn.Module):
         # ImageNet's statistics, whose exact values matter to pretrained weights only
         mean, std = jnp.array([123.675, 116.28, 103.53]), jnp.array([58.395, 57.12, 57.375])
         x = ((images.astype(jnp.float32) - mean.reshape(1, 1, 1, 3)) / std.reshape(1, 1, 1, 3)).astype(self.dtype)
-        kernel, strides, pad = (3, config.stem_stride, 1) if config.small_images else (7, 2, 3)
+        kernel, strides, pad = (3, 1, 1) if config.small_images else (7, 2, 3)
         x = conv(config.width, (kernel, kernel), (strides, strides), padding=[(pad, pad)] * 2, name="conv1")(x)
         x = nn.relu(norm(name="bn1")(x))
-        if not config.small_images:
+        if config.small_images:
+            x = nn.avg_pool(x, (config.stem_pool,) * 2, (config.stem_pool,) * 2)
+        else:
             x = nn.max_pool(x, (3, 3), (2, 2), padding=[(1, 1)] * 2)
         ends = []
         for stage, blocks in enumerate(config.stage_sizes):
