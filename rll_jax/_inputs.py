@@ -1,6 +1,6 @@
 """From the arguments of `rll_jax.loss` to plain arrays: checks, masks, unit length, other devices' rows, an origin.
 
-Private to `rll_jax.loss`. Imports jax and numpy alone.
+Private to the package. Imports jax and numpy alone.
 """
 
 import functools
@@ -28,7 +28,7 @@ def prepare(
     gallery_gradient, weight_gradient, normalize, where, gallery, gallery_labels, gallery_where, axis_name, block_size,
 ):  # fmt: skip
     """Checks, masks, normalises, gathers and centres; what comes out is arithmetic on plain arrays."""
-    _check_rows("embeddings", embeddings, "labels", labels, "where", where)
+    check_rows("embeddings", embeddings, "labels", labels, "where", where)
     embeddings, labels = jnp.asarray(embeddings), jnp.asarray(labels)
     where, gallery_where = (x if x is None else jnp.asarray(x) for x in (where, gallery_where))
     own = gallery is None
@@ -38,7 +38,7 @@ def prepare(
     if not own:
         if gallery_labels is None:
             raise ValueError("a gallery needs gallery_labels: found gallery_labels=None")
-        _check_rows("gallery", gallery, "gallery_labels", gallery_labels, "gallery_where", gallery_where)
+        check_rows("gallery", gallery, "gallery_labels", gallery_labels, "gallery_where", gallery_where)
         if np.shape(gallery)[1] != embeddings.shape[1]:
             raise ValueError(
                 f"gallery and embeddings must have the same dimension: found {np.shape(gallery)[1]}, "
@@ -51,7 +51,12 @@ def prepare(
     g = g if gallery_gradient else lax.stop_gradient(g)
     g_label = labels if own else jnp.asarray(gallery_labels)
     g_valid = where if own else gallery_where
-    label_dtype = jax.dtypes.canonicalize_dtype(np.promote_types(labels.dtype, g_label.dtype))
+    label_dtype = np.promote_types(labels.dtype, g_label.dtype)
+    if not np.issubdtype(label_dtype, np.integer) or jax.dtypes.canonicalize_dtype(label_dtype) != label_dtype:
+        raise TypeError(
+            f"labels and gallery_labels must share a dtype: found {labels.dtype} and {g_label.dtype}, which no integer "
+            "dtype in use holds both"
+        )
     q_index = g_index = jnp.arange(q.shape[0], dtype=jnp.int32)
     if not own:
         g_index = jnp.arange(g.shape[0], dtype=jnp.int32)
@@ -62,7 +67,7 @@ def prepare(
         )
         g_valid = None if g_valid is None else lax.all_gather(g_valid, axis_name, tiled=True)
 
-    alpha_pos = alpha - margin
+    alpha_pos = jnp.maximum(alpha - margin, 0)
     hyper = (alpha, alpha_pos, temperature_pos, temperature_neg, balance)
     hyper = _pairs.Hyper(*(lax.stop_gradient(jnp.asarray(x, dtype)) for x in hyper))
     if block_size is None:
@@ -135,7 +140,7 @@ def _normalize_backward(residuals, ct):
 normalize_rows.defvjp(_normalize_forward, _normalize_backward)
 
 
-def _check_rows(name, x, labels_name, labels, where_name, where):
+def check_rows(name, x, labels_name, labels, where_name, where):
     """Shapes and dtypes of one set of rows."""
     for n, value in ((name, x), (labels_name, labels)):
         if not hasattr(value, "shape"):
@@ -147,7 +152,7 @@ def _check_rows(name, x, labels_name, labels, where_name, where):
     if 0 in x.shape:
         raise ValueError(f"{name} must not be empty: found shape {x.shape}, expected N >= 1 and D >= 1")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"{labels_name} must be integers: found {labels.dtype}")
+        raise TypeError(f"{labels_name} must be integers: found {labels.dtype}, expected an integer dtype")
     kept = jax.dtypes.canonicalize_dtype(labels.dtype)  # int64 cut to int32 could make two classes one
     if isinstance(labels, np.ndarray) and kept != labels.dtype and np.any(labels.astype(kept) != labels):
         found = f"{labels.min()} to {labels.max()}"
@@ -157,7 +162,7 @@ def _check_rows(name, x, labels_name, labels, where_name, where):
     if where is None:
         return
     if not hasattr(where, "dtype") or where.dtype != jnp.bool_:
-        raise TypeError(f"{where_name} must be bool: found {getattr(where, 'dtype', type(where).__name__)}")
+        raise TypeError(f"{where_name} must be bool: found {getattr(where, 'dtype', type(where).__name__)}, expected bool")
     if where.shape != x.shape[:1]:
         raise ValueError(f"{where_name} must go with {name}: found shape {where.shape}, expected {x.shape[:1]}")
 
@@ -166,8 +171,11 @@ def _check_options(alpha, margin, temperature_pos, temperature_neg, balance, pai
     """Hyper-parameters: those that are traced have no value yet and are not checked."""
 
     def check(name, value, low, high, expected, open_low=False):
+        real = isinstance(value, (int, float, np.number, np.ndarray, jax.Array)) and not np.iscomplexobj(value)
+        if not real or jnp.result_type(value) == bool:
+            raise TypeError(f"{name} must be a real number: found {type(value).__name__}, expected {expected}")
         if np.ndim(value) != 0:
-            raise ValueError(f"{name} must be a scalar: found shape {np.shape(value)}")
+            raise ValueError(f"{name} must be a scalar: found shape {np.shape(value)}, expected ()")
         if isinstance(value, jax.core.Tracer):
             return
         value = float(value)
@@ -176,9 +184,10 @@ def _check_options(alpha, margin, temperature_pos, temperature_neg, balance, pai
 
     check("alpha", alpha, 0, 2, "0 < alpha <= 2", open_low=True)
     limit = np.inf if isinstance(alpha, jax.core.Tracer) else float(alpha)
-    check("margin", margin, 0, limit, f"0 <= margin <= alpha = {limit}")
-    check("temperature_pos", temperature_pos, 0, np.inf, "temperature_pos >= 0")
-    check("temperature_neg", temperature_neg, 0, np.inf, "temperature_neg >= 0")
+    # One of the two may have been rounded to float32.
+    check("margin", margin, 0, limit * (1 + 1e-6), f"0 <= margin <= alpha = {limit}")
+    check("temperature_pos", temperature_pos, 0, 1e30, "temperature_pos >= 0 and at most 1e30")
+    check("temperature_neg", temperature_neg, 0, 1e30, "temperature_neg >= 0 and at most 1e30")
     check("balance", balance, 0, 1, "0 <= balance <= 1")
     if pair_term not in ("distance", "squared"):
         raise ValueError(f"pair_term: found {pair_term!r}, expected 'distance' or 'squared'")

@@ -108,7 +108,8 @@ def ranked_list_loss(
     derivative is written by hand (`jax.custom_vjp`): reverse mode, first order. Both products of matrices are computed
     with Precision.HIGHEST, in the value and in the gradient: TF32 on GPUs and bfloat16 on TPUs would move distances by
     1e-2. Pairs so near that |q|^2 + |f|^2 - 2 q.f loses their digits are computed from their difference, one round of a
-    loop for each such pair of a query: a batch with hundreds of copies in other classes is slow.
+    loop for each such pair of a query: a batch in which hundreds are that near to one of another class (a few tight
+    clusters of mixed classes, say) takes up to a hundred times as long; a wholly collapsed one does not.
 
     Several devices: each returns its share, times the number of devices, so that `lax.pmean` of values and gradients
     over the axis gives those of the whole batch, also with masks and mass weighting, whose normalisers are global. No

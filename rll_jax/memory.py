@@ -13,6 +13,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+import numpy as np
+
+from rll_jax import _inputs
 
 __all__ = ["CrossBatchMemory", "init", "push"]
 
@@ -27,7 +30,9 @@ class CrossBatchMemory(NamedTuple):
 
 
 def init(capacity, dim, dtype=jnp.float32, label_dtype=jnp.int32):
-    """An empty memory. ValueError unless capacity and dim are at least 1."""
+    """An empty memory. ValueError unless capacity and dim are at least 1; TypeError unless label_dtype is an integer's."""
+    if not jnp.issubdtype(label_dtype, jnp.integer):
+        raise TypeError(f"label_dtype must be an integer dtype: found {jnp.dtype(label_dtype)}")
     if capacity < 1 or dim < 1:
         raise ValueError(f"capacity and dim must be at least 1: found {capacity} and {dim}")
     return CrossBatchMemory(
@@ -45,16 +50,18 @@ def push(memory, embeddings, labels, where=None):
       where: (N,) bool: False rows are not stored.
 
     Returns:
-      The new memory. ValueError where the shapes don't fit.
+      The new memory.
+
+    Raises:
+      TypeError, ValueError: as `loss.ranked_list_loss` does for these rows, another dim, or labels that don't fit.
     """
     capacity, dim = memory.embeddings.shape
+    _inputs.check_rows("embeddings", embeddings, "labels", labels, "where", where)
     n = embeddings.shape[0]
     if embeddings.shape != (n, dim):
         raise ValueError(f"embeddings must be (N, {dim}) for this memory: found shape {embeddings.shape}")
-    if labels.shape != (n,):
-        raise ValueError(f"labels must go with embeddings: found shape {labels.shape}, expected {(n,)}")
-    if where is not None and where.shape != (n,):
-        raise ValueError(f"where must go with embeddings: found shape {where.shape}, expected {(n,)}")
+    if isinstance(labels, np.ndarray) and np.any(labels.astype(memory.labels.dtype) != labels):
+        raise ValueError(f"labels must fit the memory's {memory.labels.dtype}: found {labels.min()} to {labels.max()}")
     stored = jnp.ones(n, bool) if where is None else jnp.asarray(where)
     rank = jnp.cumsum(stored, dtype=jnp.int32)
     count = rank[-1]

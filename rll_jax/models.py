@@ -37,7 +37,7 @@ class ResNetConfig:
 RESNETS = {
     "resnet_tiny": ResNetConfig((1, 1), width=8, small_images=True),  # for tests: seconds to compile, nothing learnt
     "resnet_small": ResNetConfig((1, 1, 1), width=32, small_images=True, stem_pool=2),
-    "resnet10_small": ResNetConfig((1, 1, 1, 1), width=48, small_images=True),
+    "resnet_medium": ResNetConfig((1, 1, 1), width=64, small_images=True, stem_pool=2),
     "resnet18_small": ResNetConfig((2, 2, 2, 2), small_images=True),
     "resnet18": ResNetConfig((2, 2, 2, 2)),
     "resnet34": ResNetConfig((3, 4, 6, 3)),

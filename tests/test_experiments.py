@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from test_datasets import make_sop
 
 ROOT = pathlib.Path(__file__).parent.parent
+COMPILED = tempfile.TemporaryDirectory()  # programs compiled by one process serve the next; gone at the end
 TINY = [
     "--backbone=resnet_tiny", "--image_size=16", "--embedding_dim=16", "--classes_per_batch=8", "--images_per_class=2",
     "--steps=12", "--eval_every=6", "--checkpoint_every=3", "--log_every=1",
@@ -20,7 +22,7 @@ TINY = [
 
 
 def command(*arguments, name="emoji", devices=1):
-    cache = {"JAX_COMPILATION_CACHE_DIR": "/tmp/rll_jax_test_cache", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+    cache = {"JAX_COMPILATION_CACHE_DIR": COMPILED.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)} | cache
     return dict(
         args=[sys.executable, "-m", f"experiments.{name}", *map(str, arguments)], cwd=ROOT, env=environment, text=True

@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "_inputs": {"_pairs"},
     "_blocks": {"_pairs"},
     "loss": {"_blocks", "_inputs"},
-    "memory": set(),
+    "memory": {"_inputs"},
     "metrics": set(),
     "sampler": set(),
     "images": set(),

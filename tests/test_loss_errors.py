@@ -29,6 +29,10 @@ CASES = [
     ((X, Y), {"alpha": 2.5}, ValueError, "alpha out of range: found 2.5"),
     ((X, Y), {"alpha": np.float32("nan")}, ValueError, "alpha out of range: found nan"),
     ((X, Y), {"alpha": jnp.ones(3)}, ValueError, r"alpha must be a scalar: found shape \(3,\)"),
+    ((X, Y), {"alpha": None}, TypeError, "alpha must be a real number: found NoneType, expected 0 < alpha <= 2"),
+    ((X, Y), {"balance": "0.5"}, TypeError, "balance must be a real number: found str"),
+    ((X, Y), {"margin": True}, TypeError, "margin must be a real number: found bool"),
+    ((X, Y), {"temperature_neg": np.inf}, ValueError, "temperature_neg out of range: found inf, expected .* at most 1e30"),
     ((X, Y), {"margin": -0.1}, ValueError, "margin out of range: found -0.1, expected 0 <= margin <= alpha = 1.2"),
     ((X, Y), {"margin": 1.3}, ValueError, "margin out of range: found 1.3, expected 0 <= margin <= alpha = 1.2"),
     ((X, Y), {"balance": 1.01}, ValueError, "balance out of range: found 1.01, expected 0 <= balance <= 1"),
@@ -47,6 +51,7 @@ CASES = [
     ((X, Y), {**GALLERY, "gallery": jnp.ones((0, 3))}, ValueError, "gallery must not be empty"),
     ((X, Y), {**GALLERY, "gallery": jnp.ones((4, 3), int)}, TypeError, "gallery must be floating: found int32"),
     ((X, Y), {**GALLERY, "gallery_labels": jnp.ones(4)}, TypeError, "gallery_labels must be integers: found float32"),
+    ((X, Y), {**GALLERY, "gallery_labels": jnp.arange(4, dtype=jnp.uint32)}, TypeError, "share a dtype: found int32 and uint32"),
     ((X, Y), {**GALLERY, "gallery_labels": Y}, ValueError, r"gallery_labels must go with gallery: found shape \(6,\), expected \(4,\)"),
     ((X, Y), {**GALLERY, "gallery_where": MASK}, ValueError, r"gallery_where must go with gallery: found shape \(6,\)"),
     ((X, Y), {**GALLERY, "gallery_where": jnp.ones(4)}, TypeError, "gallery_where must be bool: found float32"),
@@ -58,6 +63,10 @@ def test_message(args, options, error, message):
     for call in (loss.ranked_list_loss, loss.ranked_list_loss_terms):
         with pytest.raises(error, match=message):
             call(*args, **options)
+
+
+def test_margin_equal_to_alpha_but_for_rounding():
+    assert loss.ranked_list_loss(X, Y, alpha=1.2, margin=np.float32(1.2)) > 0
 
 
 def test_raised_while_tracing():

@@ -100,3 +100,20 @@ def test_dtypes_are_kept():
 def test_bad_shapes(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("call, error, message", [
+    (lambda: memory.init(4, 2, label_dtype=jnp.float32), TypeError, "label_dtype must be an integer dtype: found float32"),
+    (lambda: push(jnp.ones((2, 2)), jnp.ones(2)), TypeError, "labels must be integers: found float32"),
+    (lambda: push(jnp.ones((2, 2)), np.array([2**32 + 1, 1])), ValueError, "labels must fit int32"),
+    (lambda: push(jnp.ones((2, 2)), jnp.arange(2), jnp.array([2, 0])), TypeError, "where must be bool: found int32"),
+    (lambda: push(jnp.ones((0, 2)), jnp.arange(0)), ValueError, "embeddings must not be empty"),
+    (lambda: memory.push(memory.init(4, 2, label_dtype=jnp.int8), jnp.ones((1, 2)), np.array([300])), ValueError, "fit the memory's int8"),
+])  # fmt: skip
+def test_rows_that_cannot_be_kept(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def push(*rows):
+    return memory.push(memory.init(4, 2), *rows)
