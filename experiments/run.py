@@ -150,7 +150,7 @@ def _run(config, workdir, runner, splits, batches, augment, view, ks) -> None:
             return embeddings
 
         # ---- The loop
-        began, finite = time.time(), True
+        began = time.time()
         with tqdm.tqdm(
             total=config.steps, initial=start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 10
         ) as progress:
