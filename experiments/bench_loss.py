@@ -11,13 +11,13 @@ process held while computing, over what it held with data and compiled program i
 
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 
 from absl import app, flags
+
+from experiments import measuring
 
 _SIZES = flags.DEFINE_list("sizes", ["64", "180", "512", "2048", "8192"], "Batch sizes N, for D = --dim.")
 _DIM = flags.DEFINE_integer("dim", 512, "Embedding dimension.", lower_bound=1)
@@ -30,15 +30,6 @@ _WORKER = flags.DEFINE_enum("worker", None, ["ours", "peer", "products"], "Inter
 _N = flags.DEFINE_integer("n", 180, "Internal: the worker's batch size.", lower_bound=1)
 
 _NAMES = {"products": "two products", "ours": "rll_jax", "peer": "pytorch-metric-learning"}
-
-
-def _resident(field="VmRSS"):
-    """MiB, of this process; None where there is no /proc."""
-    try:
-        with open("/proc/self/status", encoding="ascii") as status:
-            return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field))
-    except OSError:
-        return None
 
 
 def _data(n, dim):
@@ -102,7 +93,7 @@ def _peer(n, dim):
 
 def _measure(kind, n, dim, seconds):
     call, compile_seconds = {"ours": _ours, "products": _products, "peer": _peer}[kind](n, dim)
-    before = _resident()
+    before = measuring.memory_mib()
     if before is not None:
         with open("/proc/self/clear_refs", "w", encoding="ascii") as clear:
             clear.write("5")  # VmHWM starts again from here
@@ -120,19 +111,14 @@ def _measure(kind, n, dim, seconds):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    extra = None if before is None else _resident("VmHWM") - before
+    extra = None if before is None else measuring.memory_mib("VmHWM") - before
     return {"median": statistics.median(times), "best": min(times), "compile": compile_seconds, "extra": extra,
-            "peak": _resident("VmHWM")}  # fmt: skip
+            "peak": measuring.memory_mib("VmHWM")}  # fmt: skip
 
 
 def _run(kind, n, dim):
-    command = [sys.executable, "-m", "experiments.bench_loss", f"--worker={kind}", f"--n={n}", f"--dim={dim}"]
-    done = subprocess.run([*command, f"--seconds={_SECONDS.value}"], capture_output=True, text=True)
-    if done.returncode:
-        if kind == "peer" and "ModuleNotFoundError" in done.stderr:
-            return None
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    flags_of_worker = (f"--worker={kind}", f"--n={n}", f"--dim={dim}", f"--seconds={_SECONDS.value}")
+    return measuring.in_own_process("experiments.bench_loss", *flags_of_worker)
 
 
 def _rows():
@@ -207,10 +193,7 @@ def main(argv):
     for row in _rows():
         rows.append(row)
         print(f"N={row['n']} {_NAMES[row['kind']]}: {row['best'] * 1e3:.2f} ms", file=sys.stderr, flush=True)
-    import jax
-
-    table = _table(rows)
-    head = f"{jax.devices()[0].device_kind} ({platform.machine()}, {os.cpu_count()} cores), jax {jax.__version__}, {time.strftime('%F')}"
+    table, head = _table(rows), measuring.machine()
     print(f"{head}\n\n{table}")
     if not any(r["kind"] == "peer" for r in rows):
         print("\npytorch-metric-learning is not installed: not measured.")

@@ -1,10 +1,12 @@
 """The options of a run: one frozen dataclass, checked once; its fields are the flags of every experiment."""
+import contextlib
 import dataclasses
 import pathlib
 import sys
 
 from absl import flags
 
+from experiments import sources
 from rll_jax import models
 
 # How a run is carried out, not what comes out of it: these may change when it is resumed.
@@ -19,6 +21,7 @@ def _option(default, help, **limits):
 class Config:
     """Raises ValueError, naming the flag, where an option is out of range or two do not go together."""
 
+    dataset: str = _option("emoji", "set of pictures", choices=tuple(sources.SOURCES))
     data_dir: str = _option("", "folder of the data; empty for the set that comes with the project")
     workdir: str = _option("runs/run", "folder for everything the run writes; resumed if it holds the same run")
     steps: int = _option(1000, "training steps", low=1)
@@ -30,6 +33,8 @@ class Config:
     temperature_pos: float = _option(0.0, "T_p of the positives' weights", low=0)
     temperature_neg: float = _option(10.0, "T_n of the negatives' weights", low=0)
     balance: float = _option(0.5, "lambda: share of the negative term", low=0, high=1)
+    gallery_gradient: bool = _option(False, "move the gallery too, not the query alone (the paper's code)")
+    class_augment: bool = _option(False, "turn, mirror and recolour all images of a class in a batch alike")
     backbone: str = _option("resnet_small", "network", choices=tuple(models.RESNETS))
     pretrained: str = _option("", "weights to start from; reading them is not built yet, so only empty is accepted")
     embedding_dim: int = _option(128, "dimension of each level's embedding", low=1)
@@ -84,7 +89,7 @@ class Config:
 
 def define_flags(**defaults) -> None:
     """Defines a flag for each option, with an experiment's own defaults."""
-    define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+    define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string, bool: flags.DEFINE_bool}
     for field in dataclasses.fields(Config):
         choices = field.metadata.get("choices")
         text = field.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
@@ -104,6 +109,32 @@ def parse_flags(argv) -> list[str]:
 
 def from_flags() -> Config:
     return Config(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Config)})
+
+
+def from_flagfile(path: pathlib.Path) -> Config:
+    """The options of a run from its flags.txt; raises ValueError where that is not one."""
+    types = {field.name: field.type for field in dataclasses.fields(Config)}
+    options = {}
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        name, equals, value = line.removeprefix("--").partition("=")
+        if name not in types or not equals:
+            raise ValueError(f"{path}, line {number}: expected --option=value of an experiment, found {line!r}")
+        options[name] = value == "True" if types[name] is bool else types[name](value)
+    return Config(**options)
+
+
+@contextlib.contextmanager
+def mistakes_in_one_line():
+    """Ends the program with 2 and one line where what the user gave is at fault."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(fail(error))
+
+
+def fail(error) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
 
 
 def _usage_error(program: str, message: str) -> int:

@@ -1,58 +1,57 @@
-"""report.html: curves, scores and retrieved pictures of a run in one file that fetches nothing."""
-import base64
+"""report.html: a run's curves, scores, distances and retrieved pictures in one file that fetches nothing."""
 import html
-import io
 import pathlib
+import warnings
 
 from matplotlib.figure import Figure
 import numpy as np
 from PIL import Image
+from sklearn.manifold import TSNE
 
+from experiments import evaluate, page
 from rll_jax import metrics
 
-_QUERIES, _NEIGHBOURS, _THUMBNAIL = 20, 8, 72
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse } td, th { padding: .3em .8em; text-align: right; border-bottom: 1px solid #ddd }
-.row { display: flex; gap: 6px; align-items: center; margin: 6px 0 }
-.row img { width: 72px; height: 72px; object-fit: contain; border: 4px solid #bbb; border-radius: 4px }
-.row img.right { border-color: #2a2 } .row img.wrong { border-color: #d33 } .row img.query { margin-right: 14px }
-pre { background: #f5f5f5; padding: 1em; overflow-x: auto }
-"""
+_KINDS = {"Worst": 6, "Typical": 8, "Best": 6}  # queries shown of each
+_NEIGHBOURS = 8
+_PAIRS = 200_000  # negatives drawn for the histogram
+_MAP_IMAGES, _MAP_SIDE, _MAP_THUMBNAIL = 1500, 1400, 28
 
 
-def write(path: pathlib.Path, *, title: str, lines: list[dict], options: str, test, embeddings: np.ndarray) -> None:
+def write(path: pathlib.Path, *, title: str, lines: list[dict], config, test, embeddings: np.ndarray, table: dict) -> None:
     """Writes the page.
 
     Args:
       lines: of metrics.jsonl.
-      options: the flags, as text.
+      config: the run's options.
       test: the `datasets.ImageSet` that `embeddings` (N, D) are of.
+      table: `evaluate.score_table` of the levels.
     """
     evaluations = [line for line in lines if "recall@1" in line]
-    names = [name for name in evaluations[-1] if name not in ("step", "queries_without_match")]
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ["step"] + names)
-    rows = "".join(
-        f"<tr><td>{line['step']}</td>" + "".join(f"<td>{100 * line[name]:.1f}</td>" for name in names) + "</tr>"
-        for line in evaluations
-    )
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
-<link rel="icon" href="data:,"><style>{_STYLE}</style></head><body>
-<h1>{html.escape(title)}</h1>
-<h2>Scores</h2><p>{len(test)} test images of {len(np.unique(test.labels))} classes, in percent.</p>
-<table><tr>{head}</tr>{rows}</table>
-<h2>Curves</h2>{_curves(lines, evaluations)}
+    names = evaluate.columns(table)
+    over_steps = [[line["step"], *(f"{100 * line[name]:.1f}" for name in names)] for line in evaluations]
+    of_levels = [[level, *(f"{100 * row[name]:.1f}" for name in names)] for level, row in table.items()]
+    each = metrics.scores_by_query(embeddings, test.labels)
+    body = f"""<h1>{html.escape(title)}</h1>
+<h2>Scores</h2><p>{len(test)} test images of {len(np.unique(test.labels))} classes, in percent; {len(each["query"])} of the
+images have another of their class to find.</p>
+{page.table(["step", *names], over_steps)}
+<p>At the end, by levels of the network:</p>
+{page.table(["levels", *names], of_levels)}
+<h2>Curves</h2>{page.plot(_curves(lines, evaluations), "loss and scores over the steps")}
+<h2>Distances and ranks</h2>{page.plot(_distances(embeddings, test.labels, config, each), "distances of pairs, first ranks")}
 <h2>Nearest images</h2>
 <p>A query, then the {_NEIGHBOURS} images nearest to it: <b style="color:#2a2">green</b> of its class,
-<b style="color:#d33">red</b> of another.</p>
-{_grid(test, embeddings)}
-<h2>Options</h2><pre>{html.escape(options)}</pre></body></html>
-"""
-    path.write_text(page, encoding="utf-8")
+<b style="color:#d33">red</b> of another. Queries are the worst, typical and best by their average precision.</p>
+{_grid(test, embeddings, each)}
+<h2>Map</h2><p>Test images of whole classes, drawn by chance, where t-SNE puts their embeddings.</p>
+{page.photograph(_map(test, embeddings), "map of the test embeddings")}
+<h2>Options</h2><pre>{html.escape(config.as_flagfile())}</pre>"""
+    aside = path.with_suffix(".tmp")
+    aside.write_text(page.whole(title, body), encoding="utf-8")
+    aside.replace(path)
 
 
-def _curves(lines, evaluations) -> str:
+def _curves(lines, evaluations) -> Figure:
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     steps = [line for line in lines if "loss" in line]
@@ -63,30 +62,68 @@ def _curves(lines, evaluations) -> str:
         right.plot(*zip(*points), marker="o", label=name)
     right.set(xlabel="step", ylabel="percent")
     right.legend()
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
-    return _img(out.getvalue(), "png", 'alt="loss and scores over the steps" style="max-width:100%"')
+    return figure
 
 
-def _grid(test, embeddings) -> str:
-    queries = np.sort(np.random.default_rng(0).permutation(len(test))[:_QUERIES])
-    neighbours = metrics.nearest(embeddings, min(_NEIGHBOURS, len(test) - 1), queries)
-    rows = []
-    for query, near in zip(queries, neighbours):
-        cells = [_picture(test, query, "query")]
-        cells += [_picture(test, n, "right" if test.labels[n] == test.labels[query] else "wrong") for n in near]
-        rows.append(f'<div class="row">{"".join(cells)}</div>')
-    return "\n".join(rows)
+def _distances(embeddings, labels, config, each) -> Figure:
+    rng = np.random.default_rng(0)
+    order = np.argsort(labels, kind="stable")
+    starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
+    positives = [np.stack(np.triu_indices(len(c), 1))[:, :_PAIRS] for c in np.split(order, starts[1:])]
+    classes = np.split(order, starts[1:])
+    positives = np.concatenate([c[pairs] for c, pairs in zip(classes, positives)], axis=1)
+    if positives.shape[1] > _PAIRS:
+        positives = positives[:, rng.choice(positives.shape[1], _PAIRS, replace=False)]
+    negatives = rng.integers(0, len(labels), (2, _PAIRS))
+    negatives = negatives[:, labels[negatives[0]] != labels[negatives[1]]]
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for (a, b), name, colour in ((positives, "same class", "tab:green"), (negatives, "other classes", "tab:red")):
+        distance = np.linalg.norm(embeddings[a] - embeddings[b], axis=1)
+        left.hist(distance, bins=np.linspace(0, 2, 81), density=True, alpha=0.6, label=name, color=colour)
+    for at, name, style in ((config.alpha, "alpha", "-"), (config.alpha - config.margin, "alpha - margin", "--")):
+        left.axvline(at, color="black", linestyle=style, label=name)
+    left.set(xlabel="distance of a pair", ylabel="density", xlim=(0, 2))
+    left.legend()
+    ranks = np.sort(each["first_rank"])
+    right.step(ranks, 100 * np.arange(1, len(ranks) + 1) / len(ranks), where="post")
+    right.set(xlabel="rank of the nearest of the query's class, at most", ylabel="percent of queries", xscale="log", ylim=(0, 101))
+    right.grid(alpha=0.3)
+    return figure
 
 
-def _picture(test, row, kind) -> str:
-    image = test.image(row)
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    name = html.escape(str(test.paths[row]), quote=True)
-    return _img(out.getvalue(), "png", f'class="{kind}" alt="{name}" title="{name}"')
+def _grid(test, embeddings, each) -> str:
+    jitter = np.random.default_rng(0).random(len(each["query"]))  # among equals, by chance
+    order = each["query"][np.lexsort((jitter, -each["first_rank"], each["average_precision"]))]
+    parts = []
+    for kind, number in _KINDS.items():
+        first = {"Worst": 0, "Typical": max(0, (len(order) - number) // 2), "Best": max(0, len(order) - number)}[kind]
+        parts.append(f"<h3>{kind}</h3>")
+        queries = order[first : first + number]
+        rows, _ = metrics.nearest(embeddings[queries], embeddings, min(_NEIGHBOURS + 1, len(test)))
+        for query, near in zip(queries, rows):
+            near = near[near != query][:_NEIGHBOURS]
+            cells = [page.picture(test.image(query), str(test.paths[query]), "query")]
+            for row in near:
+                kind_of_row = "right" if test.labels[row] == test.labels[query] else "wrong"
+                cells.append(page.picture(test.image(row), str(test.paths[row]), kind_of_row))
+            parts.append(page.row(cells))
+    return "".join(parts)
 
 
-def _img(data: bytes, kind: str, attributes: str) -> str:
-    return f'<img src="data:image/{kind};base64,{base64.b64encode(data).decode()}" {attributes}>'
+def _map(test, embeddings) -> Image.Image:
+    classes = np.random.default_rng(0).permutation(np.unique(test.labels))
+    counts = np.cumsum([np.sum(test.labels == c) for c in classes[:_MAP_IMAGES]])
+    rows = np.flatnonzero(np.isin(test.labels, classes[: max(1, np.searchsorted(counts, _MAP_IMAGES))]))[:_MAP_IMAGES]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of embeddings that are all equal
+        tsne = TSNE(perplexity=min(30, (len(rows) - 1) / 3), init="random", random_state=0)
+        places = tsne.fit_transform(embeddings[rows])
+    low, high = places.min(axis=0), places.max(axis=0)
+    places = (places - low) / np.maximum(high - low, 1e-9) * (_MAP_SIDE - _MAP_THUMBNAIL)
+    canvas = Image.new("RGB", (_MAP_SIDE, _MAP_SIDE), (255, 255, 255))
+    for row, (x, y) in zip(rows, places):
+        image = test.image(row)
+        image.thumbnail((_MAP_THUMBNAIL, _MAP_THUMBNAIL), Image.Resampling.LANCZOS)
+        canvas.paste(image, (int(x), int(y)))
+    return canvas

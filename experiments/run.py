@@ -5,53 +5,34 @@ import json
 import pathlib
 import sys
 import time
-from typing import Callable
 
 from absl import logging
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import tensorboardX
 import tqdm
 
 from experiments import config as config_lib
-from experiments import report
+from experiments import report, sources, trained
+from experiments.evaluate import score_table
 from rll_jax import checkpoint, datasets, evaluate, images, loss, metrics, models, parallel, pipeline, sampler, train
-
-_KS = (1, 2, 4, 8)
 
 
 class BadRun(ValueError):
     """A run that cannot go on, told in one line."""
 
 
-def main(open_split: Callable, augment: Callable, test_view: Callable, ks=_KS) -> None:
-    """Runs the flags' experiment and exits with 2 and one line where they, the data or the workdir are at fault.
-
-    Args:
-      open_split: (data_dir, "train" or "test") -> datasets.ImageSet.
-      augment: image_size -> (image, rng) -> (image_size, image_size, 3) uint8, for training.
-      test_view: image_size -> image -> (image_size, image_size, 3) uint8.
-      ks: the K of Recall@K.
-    """
+def main(_) -> None:
+    """Runs the flags' experiment and exits with 2 and one line where they, the data or the workdir are at fault."""
     logging.set_verbosity(logging.WARNING)  # some libraries raise it to INFO
+    with config_lib.mistakes_in_one_line():
+        prepared = _prepare(config_lib.from_flags())
     try:
-        prepared = _prepare(config_lib.from_flags(), open_split, augment, test_view)
-    except (ValueError, OSError) as error:
-        sys.exit(_fail(error))
-    try:
-        _run(*prepared, ks)
+        _run(*prepared)
     except (BadRun, images.BadImageError, OSError) as error:
-        sys.exit(_fail(error))
+        sys.exit(config_lib.fail(error))
 
 
-def _fail(error) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
-
-
-def _prepare(config, open_split, augment, test_view):
+def _prepare(config):
     """Everything that can be refused, before anything is written."""
     workdir = pathlib.Path(config.workdir)
     _check_workdir(workdir, config)
@@ -62,12 +43,13 @@ def _prepare(config, open_split, augment, test_view):
             f"a batch of {config.classes_per_batch} classes x {config.images_per_class} images = {batch_size} images "
             f"cannot be shared by {runner.num_devices} devices: change --classes_per_batch or --images_per_class"
         )
-    splits = {split: open_split(config.data_dir, split) for split in ("train", "test")}
-    datasets.check_disjoint(splits["train"], splits["test"])
+    source = sources.SOURCES[config.dataset]
+    splits = {split: source.open_split(config.data_dir, split) for split in ("train", "test")}
+    datasets.check_splits(splits["train"], splits["test"])
     batches = sampler.ClassSampler(
         splits["train"].labels, config.classes_per_batch, config.images_per_class, config.seed
     )
-    return config, workdir, runner, splits, batches, augment(config.image_size), test_view(config.image_size)
+    return config, workdir, runner, source, splits, batches
 
 
 def _check_workdir(workdir: pathlib.Path, config) -> None:
@@ -88,32 +70,9 @@ def _check_workdir(workdir: pathlib.Path, config) -> None:
         raise ValueError(f"--workdir={workdir} holds another run ({'; '.join(differing)}): choose another --workdir")
 
 
-def _schedule(config) -> optax.Schedule:
-    if config.schedule == "step":
-        at = {int(step): config.decay_factor for step in config.decay_at.split(",") if step}
-        return optax.piecewise_constant_schedule(config.learning_rate, at)
-    warmup = round(config.warmup * config.steps)
-    return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, max(config.steps, warmup + 1))
-
-
-def _optimizer(config) -> optax.GradientTransformation:
-    if config.optimizer == "adamw":
-        matrices = functools.partial(jax.tree.map, lambda p: p.ndim > 1)  # neither batch norm nor bias decays
-        return optax.adamw(_schedule(config), weight_decay=config.weight_decay, mask=matrices)
-    return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(_schedule(config), momentum=0.9))
-
-
-def _run(config, workdir, runner, splits, batches, augment, view, ks) -> None:
+def _run(config, workdir, runner, source, splits, batches) -> None:
     # ---- The model, its state and its steps
-    model = models.EmbeddingNet(
-        models.RESNETS[config.backbone],
-        config.embedding_dim,
-        config.level_names,
-        dtype=jnp.dtype(config.dtype),
-        batch_norm=config.batch_norm,
-        axis_name=parallel.AXIS,
-    )
-    state = runner.replicate(train.create_train_state(model, _optimizer(config), config.image_size, config.seed))
+    state = trained.make_state(config, runner)
     ranked_list_loss = functools.partial(
         loss.ranked_list_loss,
         alpha=config.alpha,
@@ -121,9 +80,18 @@ def _run(config, workdir, runner, splits, batches, augment, view, ks) -> None:
         temperature_pos=config.temperature_pos,
         temperature_neg=config.temperature_neg,
         balance=config.balance,
+        gallery_gradient=config.gallery_gradient,
     )
     train_step = runner.train(functools.partial(train.train_step, loss=ranked_list_loss))
-    embed = runner.embed(train.embed_step)
+    embed = functools.partial(
+        evaluate.embed_images,
+        data=splits["test"],
+        view=source.test_view(config.image_size),
+        embed=runner.embed(train.embed_step),
+        runner=runner,
+        batch_size=config.eval_batch_size,
+        threads=config.threads,
+    )
 
     # ---- The workdir: what is there goes on from its last checkpoint
     workdir.mkdir(parents=True, exist_ok=True)
@@ -138,60 +106,69 @@ def _run(config, workdir, runner, splits, batches, augment, view, ks) -> None:
         log = stack.enter_context(_Log(workdir, start))
 
         def evaluate_at(step):
-            embeddings = evaluate.embed_images(
-                state, splits["test"], view, embed, runner, batch_size=config.eval_batch_size, threads=config.threads
-            )
+            levels = embed(state)
+            embeddings = np.asarray(models.concatenated(levels))
             if not np.isfinite(embeddings).all():
                 raise BadRun(f"the embeddings are not finite at step {step}: lower --learning_rate")
-            scores = metrics.retrieval_metrics(embeddings, splits["test"].labels, ks=ks)
+            scores = metrics.retrieval_metrics(embeddings, splits["test"].labels, ks=source.ks)
             log.write(step, scores)
             line = "  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items() if "queries" not in name)
             progress.write(f"step {step}: {line}")
-            return embeddings
+            return levels
 
         # ---- The loop
-        began = time.time()
         with tqdm.tqdm(
             total=config.steps, initial=start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 10
         ) as progress:
-            embeddings = None
+            levels = None
             if start == 0:
-                embeddings = evaluate_at(0)
-            source = pipeline.train_batches(
-                splits["train"], batches, augment, start=start, stop=config.steps, threads=config.threads
+                evaluate_at(0)
+            loaded = pipeline.train_batches(
+                splits["train"],
+                batches,
+                source.augment(config.image_size),
+                images.ClassTransform() if config.class_augment else None,
+                start=start,
+                stop=config.steps,
+                threads=config.threads,
             )
-            for step, batch in enumerate(pipeline.prefetch(source, runner.place), start=start + 1):
+            since = start, time.time()
+            for step, batch in enumerate(pipeline.prefetch(loaded, runner.place), start=start + 1):
                 state, measured = train_step(state, batch)
                 last = step == config.steps
                 if step % config.log_every == 0 or last:
                     values = {name: float(value) for name, value in measured.items()}
                     if not all(map(np.isfinite, values.values())):
                         raise BadRun(f"not finite at step {step}: {values}; lower --learning_rate")
-                    rate = (step - start) * batches.batch_size / (time.time() - began)
+                    rate = (step - since[0]) * batches.batch_size / (time.time() - since[1])
+                    since = step, time.time()
                     log.write(step, values | {"images_per_second": rate})
                     progress.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s", refresh=False)
                 progress.update()
                 if step % config.eval_every == 0 or last:
-                    embeddings = evaluate_at(step)
+                    levels = evaluate_at(step)
+                    since = step, time.time()
                 if step % config.checkpoint_every == 0 or last:
                     saved.save(step, state)
-            if embeddings is None:  # the run had ended before: measured again for the report
-                embeddings = evaluate_at(config.steps)
+            if levels is None:  # the run had ended before: measured again for the report
+                levels = evaluate_at(config.steps)
 
+    # ---- What is left to the user
+    print("writing the report ...", flush=True)
+    table = score_table(levels, splits["test"].labels, source.ks, clustering=False)
     report.write(
         workdir / "report.html",
         title=f"Retrieval on unseen classes: {workdir.name}",
         lines=[json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()],
-        options=config.as_flagfile(),
+        config=config,
         test=splits["test"],
-        embeddings=embeddings,
+        embeddings=np.asarray(models.concatenated(levels)),
+        table=table,
     )
-    print(f"Recall@K on {len(np.unique(splits['test'].labels))} classes never trained on: {_final(log.last_scores, ks)}")
+    *_, final = table.values()
+    recalls = "  ".join(f"Recall@{k} {100 * final[f'recall@{k}']:.1f} %" for k in source.ks)
+    print(f"Recall@K on {len(np.unique(splits['test'].labels))} classes never trained on: {recalls}")
     print(f"report: {workdir / 'report.html'}")
-
-
-def _final(scores, ks) -> str:
-    return "  ".join(f"Recall@{k} {100 * scores[f'recall@{k}']:.1f} %" for k in ks)
 
 
 class _Log:
@@ -206,11 +183,8 @@ class _Log:
         self._file = path.open("a")
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self._seen = {(entry["step"], "recall@1" in entry) for entry in map(json.loads, kept)}
-        self.last_scores = {}
 
     def write(self, step: int, values: dict) -> None:
-        if "recall@1" in values:
-            self.last_scores = values
         if (step, "recall@1" in values) in self._seen:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")

@@ -62,11 +62,13 @@ def open_prepared(directory: str | os.PathLike, split: str) -> ImageSet:
     return ImageSet(records, np.array(labels, np.int64), np.array([p.decode() for p in paths]))
 
 
-def check_disjoint(train: ImageSet, test: ImageSet) -> None:
-    """Raises ValueError where a class is in both splits: then nothing unseen would be measured."""
+def check_splits(train: ImageSet, test: ImageSet) -> None:
+    """Raises ValueError where a class is in both splits, or no test class has two images: nothing could be measured."""
     common = np.intersect1d(train.labels, test.labels)
     if len(common):
         raise ValueError(f"{len(common)} classes are in train and in test, such as {common[:5].tolist()}")
+    if len(np.unique(test.labels)) == len(test):
+        raise ValueError(f"each of the {len(test)} test classes has a single image: there is nothing to retrieve")
 
 
 def open_sop(data_dir: str | os.PathLike, split: str) -> ImageSet:

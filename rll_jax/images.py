@@ -36,6 +36,11 @@ def decode(data: bytes, name: str) -> Image.Image:
         raise BadImageError(f"cannot decode the image {name!r} ({len(data)} bytes): {error}") from error
 
 
+def blank(size: int = 8) -> Image.Image:
+    """A white picture, to stand for one that cannot be read."""
+    return Image.new("RGB", (size, size), _WHITE)
+
+
 def resize_center_crop(image: Image.Image, size: int, resize: int) -> np.ndarray:
     """(size, size, 3): the whole picture squeezed to resize x resize, its centre kept: the test view of the recipes."""
     edge = (resize - size) / 2
@@ -112,3 +117,30 @@ class RandomAffine:
         # colours change around white, so that the paper stays white
         moved = (pixels.astype(np.float32) - 255) @ mix.T * np.float32(np.exp(rng.normal(0, self.colour))) + 255
         return np.clip(moved, 0, 255).astype(np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassTransform:
+    """Makes another class of a class: all its images of a batch mirrored, turned by quarters or with colours exchanged.
+
+    A ranked list knows a class by its company in the batch alone, so a class that looks otherwise in another batch is one
+    class more to learn from. Give each image of the class a generator in the same state.
+
+    Args:
+      mirror: probability of mirroring left and right.
+      turn: probability of a turn by 90, 180 or 270 degrees.
+      exchange: probability of a random permutation of red, green and blue.
+    """
+
+    mirror: float = 0.5
+    turn: float = 0.3
+    exchange: float = 0.5
+
+    def __call__(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        if rng.random() < self.mirror:
+            pixels = pixels[:, ::-1]
+        if rng.random() < self.turn:
+            pixels = np.rot90(pixels, rng.integers(1, 4))
+        if rng.random() < self.exchange:
+            pixels = pixels[..., rng.permutation(3)]
+        return np.ascontiguousarray(pixels)

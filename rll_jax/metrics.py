@@ -1,99 +1,168 @@
-"""Retrieval scores from embeddings: pure functions of arrays.
+"""Retrieval and clustering scores from embeddings: arrays in, a dict of floats out.
 
-All follow from the ranks of the positives, and a positive's rank is one more than the number of gallery items that are at
-least as similar and of another class, or more similar and of its own. Nothing is sorted but each query's few positives.
+The retrieval scores follow from the ranks of the positives alone, and a positive's rank is one more than the number of
+gallery items before it: blocks of a matrix product, compares and counts (`rll_jax._ranks`), no sorting of the gallery.
 """
-import functools
+import numbers
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 import numpy as np
 
-_BLOCK = 512
+from rll_jax import _ranks
+
+_BLOCK = 1024
+_NEAREST_ROWS = 256
+_KMEANS_PLUS_PLUS_UP_TO = 1000
 
 
-def retrieval_metrics(embeddings, labels, *, ks=(1, 2, 4, 8)) -> dict[str, float]:
-    """Scores of the embeddings as queries that rank each other by cosine, itself left out (Song et al. 2016).
+def retrieval_metrics(
+    queries, query_labels, gallery=None, gallery_labels=None, *, ks=(1, 10, 100, 1000), block_size=None
+) -> dict[str, float]:
+    """How well queries rank a gallery by cosine similarity.
 
     Args:
-      embeddings: (N, D) floating, finite; they are L2-normalised here.
-      labels: (N,) integers.
-      ks: the K of Recall@K.
+      queries: (Q, D) floating, finite, no zero vectors; any length, L2-normalised here.
+      query_labels: (Q,) integers.
+      gallery: (N, D) as the queries, or None: the queries rank each other, itself left out (Song et al. 2016).
+      gallery_labels: (N,) integers, given with a gallery.
+      ks: the K of Recall@K; a K beyond the gallery asks for all of it.
+      block_size: rows and columns of a block of similarities, 1 to 32768; None for 1024. Memory is one block and a few
+        copies of the embeddings a device; the scores do not depend on it, nor on the devices, which share the work.
 
     Returns:
-      "recall@K" for each K: the share of queries whose K nearest hold one of its class, at least one. "r_precision" and
-      "map@r" (Musgrave et al. 2020): with R the number of the query's positives, the share of positives in the R nearest,
-      and the mean over the places 1 to R of the precision there where a positive stands, else 0. Each in [0, 1].
-      "queries_without_match": queries alone in their class; they are left out of the means.
+      "recall@K" for each K: the share of queries whose K nearest hold one of its class, at least one.
+      "r_precision", "map@r" (Musgrave et al. 2020, "A Metric Learning Reality Check"): with R the number of items of the
+      query's class in the gallery, the share of the R nearest that are of it, and the mean over the places 1 to R of the
+      precision there where the item is of it, else 0. "mrr": the mean of one over the rank of the nearest of its class.
+      Each in [0, 1], a mean over the queries that have a match in the gallery.
+      "queries_without_match": the number of the others.
 
-    Ties count against the query: an item of another class that is as similar as a positive stands before it.
+    Ties count against the query: an item of another class exactly as similar as one of its own stands before it. Similarities
+    are compared as float64 has them, equal where they agree to 1e-14; "mrr" is exact to 1e-6, all others in full.
+    A set in which most similarities tie (a collapsed network) or classes have more than 64 images costs a float64
+    product of their queries with the gallery.
 
     Raises:
-      ValueError: lengths that differ, rows that are not finite or zero, no class with two images, a K below 1.
+      ValueError: lengths or dimensions that differ, rows that are not finite or zero (which), an empty gallery, no query
+        with a match, a K or a block_size out of range.
+      TypeError: embeddings that are not floating, labels that are not integers.
     """
-    embeddings, labels = np.asarray(embeddings, np.float32), np.asarray(labels)
-    _check(embeddings, labels, ks)
-    embeddings = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
-    order = np.argsort(labels, kind="stable")  # classes side by side: a query's positives are one short run
-    _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
-    embeddings, n = embeddings[order], len(labels)
-    start, size = np.repeat(starts, counts), np.repeat(counts, counts)
-    ranks = []  # (queries, largest class): each positive's rank, largest int for the missing ones
-    for first in range(0, n, _BLOCK):
-        rows = np.arange(first, first + _BLOCK).clip(max=n - 1)  # one shape, so that XLA compiles once
-        block = _ranks(embeddings[rows], embeddings, rows, start[rows], size[rows], largest=int(counts.max()))
-        ranks.append(np.sort(block, axis=1)[: n - first])
-    ranks, positives = np.concatenate(ranks), size - 1
-    queries = positives > 0
-    ranks, positives = ranks[queries], positives[queries]
-    scores = {f"recall@{k}": float(np.mean(ranks[:, 0] <= k)) for k in ks}
-    within = ranks <= positives[:, None]
-    precision = np.arange(1, ranks.shape[1] + 1) / ranks
-    scores["r_precision"] = float(np.mean(within.sum(1) / positives))
-    scores["map@r"] = float(np.mean(np.where(within, precision, 0).sum(1) / positives))
-    return scores | {"queries_without_match": int(n - queries.sum())}
+    ks = tuple(ks)
+    if not ks or not all(isinstance(k, numbers.Integral) and k >= 1 for k in ks):
+        raise ValueError(f"ks must be integers of at least 1, found {ks}")
+    rows, found = _score(queries, query_labels, gallery, gallery_labels, ks, block_size)
+    scores = {f"recall@{k}": float(np.mean(found.first_rank <= k)) for k in ks}
+    return scores | {
+        "map@r": float(found.average_precision.mean()),
+        "r_precision": float(found.r_precision.mean()),
+        "mrr": float(np.mean(1 / found.first_rank)),
+        "queries_without_match": len(queries) - len(rows),
+    }
 
 
-@functools.partial(jax.jit, static_argnames="largest")
-def _ranks(queries, gallery, row, start, size, *, largest):
-    similarity = jnp.matmul(queries, gallery.T, precision=lax.Precision.HIGHEST)
-    places = start[:, None] + jnp.arange(largest)
-    there = (jnp.arange(largest) < size[:, None]) & (places != row[:, None])
-    # taken out of the same product, so that no positive is compared with another rounding of itself
-    of_positives = jnp.take_along_axis(similarity, jnp.minimum(places, gallery.shape[0] - 1), axis=1)
-    column = jnp.arange(gallery.shape[0])
-    other = (column < start[:, None]) | (column >= (start + size)[:, None])
-    against = jnp.where(other, similarity, -jnp.inf)
-    before = lax.map(lambda s: jnp.sum(against >= s[:, None], axis=1, dtype=jnp.int32), of_positives.T).T
-    own = jnp.where(there, of_positives, -jnp.inf)
-    # among its own class, the order of the places decides ties: it changes no score
-    place = jnp.arange(largest)
-    earlier = (own[:, None, :] > own[:, :, None]) | (
-        (own[:, None, :] == own[:, :, None]) & (place[None, None, :] < place[None, :, None])
-    )
-    before += jnp.sum(earlier & there[:, None, :], axis=2, dtype=jnp.int32)
-    return jnp.where(there, before + 1, jnp.iinfo(jnp.int32).max)
+def scores_by_query(queries, query_labels, gallery=None, gallery_labels=None, *, block_size=None) -> dict[str, np.ndarray]:
+    """What `retrieval_metrics` takes the means of, for each query that has a match in the gallery; arguments as there.
+
+    Returns:
+      "query": (M,) rows of `queries`; and for each "first_rank", where the nearest of its class stands, from 1
+      (exact as far as "mrr" is), "r_precision" and "average_precision".
+    """
+    rows, found = _score(queries, query_labels, gallery, gallery_labels, (1,), block_size)
+    return {"query": rows} | found._asdict()
 
 
-def _check(embeddings, labels, ks):
-    if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
-        raise ValueError(f"need (N, D) embeddings and (N,) labels, got {embeddings.shape} and {labels.shape}")
-    if not np.isfinite(embeddings).all():
-        bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
-        raise ValueError(f"{len(bad)} embeddings are not finite, the first in rows {bad[:10].tolist()}")
-    zero = np.flatnonzero(~embeddings.any(axis=1))
-    if len(zero):
-        raise ValueError(f"{len(zero)} embeddings are zero vectors, the first in rows {zero[:10].tolist()}")
-    if min(ks) < 1:
-        raise ValueError(f"every K of Recall@K must be at least 1, got {tuple(ks)}")
-    if len(np.unique(labels)) == len(labels):
-        raise ValueError("no class has two images: there is nothing to retrieve")
+def _score(queries, query_labels, gallery, gallery_labels, ks, block_size):
+    queries, query_labels = _rows("queries", queries, "query_labels", query_labels)
+    if (gallery is None) != (gallery_labels is None):
+        raise ValueError("gallery and gallery_labels go together: found one without the other")
+    if gallery is not None:
+        gallery, gallery_labels = _rows("gallery", gallery, "gallery_labels", gallery_labels)
+        if gallery.shape[1] != queries.shape[1]:
+            raise ValueError(f"queries have {queries.shape[1]} dimensions and gallery {gallery.shape[1]}: expected the same")
+    largest = max(len(queries), 0 if gallery is None else len(gallery))
+    block_size = min(_BLOCK, largest) if block_size is None else block_size
+    if not isinstance(block_size, numbers.Integral) or not 1 <= block_size <= 1 << 15:
+        raise ValueError(f"block_size must be an integer from 1 to {1 << 15}, found {block_size}")
+    problem = _ranks.make_problem(queries, query_labels, gallery, gallery_labels)
+    rows, found = _ranks.score(problem, ks, int(min(block_size, largest)))
+    if not len(rows):
+        where = "no class has two images" if gallery is None else "no query's class is in the gallery"
+        raise ValueError(f"{where}: there is nothing to retrieve")
+    return rows, found
 
 
-def nearest(embeddings, k: int, queries) -> np.ndarray:
-    """(Q, k) rows nearest by cosine to the rows `queries` (Q,), nearest first, itself left out."""
-    embeddings = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
-    similarity = embeddings[queries] @ embeddings.T
-    similarity[np.arange(len(queries)), queries] = -np.inf
-    return np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+def clustering_metrics(embeddings, labels, *, seed=0) -> dict[str, float]:
+    """How well K-means on the L2-normalised embeddings, with as many clusters as classes, finds the classes.
+
+    Needs scikit-learn. K-means is its Lloyd iteration, at most 20, from K-means++ centres for up to 1,000 classes and from
+    random rows above, where K-means++ alone would take longer than the iterations. The result depends on `seed`.
+
+    Args:
+      embeddings: (N, D) floating, finite, no zero vectors.
+      labels: (N,) integers.
+      seed: of the initial centres.
+
+    Returns:
+      "nmi": 2 I(clusters; classes) / (H(clusters) + H(classes)), 1 where both have one group. "f1": of the pairs of one
+      cluster against the pairs of one class (Song et al. 2016), 0 where neither has a pair. "ami": mutual information
+      adjusted for chance (Vinh et al. 2010). In [0, 1] but for "ami", which can fall a little below 0.
+
+    Raises:
+      ValueError, TypeError: as `retrieval_metrics`.
+      ImportError: scikit-learn is not installed.
+    """
+    from sklearn import cluster, metrics  # a dependency of this function alone
+
+    embeddings, labels = _rows("embeddings", embeddings, "labels", labels)
+    classes = len(np.unique(labels))
+    init = "k-means++" if classes <= _KMEANS_PLUS_PLUS_UP_TO else "random"
+    kmeans = cluster.KMeans(classes, init=init, n_init=1, max_iter=20, random_state=seed)
+    clusters = kmeans.fit_predict(_ranks.unit_rows(embeddings))
+    (_, false_pairs), (missed_pairs, pairs) = metrics.pair_confusion_matrix(labels, clusters).tolist()
+    return {
+        "nmi": float(metrics.normalized_mutual_info_score(labels, clusters)),
+        "f1": 2 * pairs / max(2 * pairs + false_pairs + missed_pairs, 1),
+        "ami": float(metrics.adjusted_mutual_info_score(labels, clusters)),
+    }
+
+
+def nearest(queries, gallery, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k items of a gallery most similar to each query by cosine, the most similar first; of equals the lower row first.
+
+    Args:
+      queries: (Q, D) floating.
+      gallery: (N, D) floating, N >= k.
+
+    Returns:
+      (Q, k) rows of the gallery and (Q, k) float32 similarities.
+    """
+    queries, gallery = _ranks.unit_rows(np.asarray(queries)), _ranks.unit_rows(np.asarray(gallery))
+    rows, similarities = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
+    for first in range(0, len(queries), _NEAREST_ROWS):
+        some = slice(first, first + _NEAREST_ROWS)
+        similarity = queries[some] @ gallery.T
+        bound = np.partition(similarity, -k, axis=1)[:, -k]
+        for n, (values, least) in enumerate(zip(similarity, bound), start=first):
+            candidates = np.flatnonzero(values >= least)
+            rows[n] = candidates[np.argsort(-values[candidates], kind="stable")][:k]
+            similarities[n] = values[rows[n]]
+    return rows, similarities
+
+
+def _rows(name, x, labels_name, labels):
+    x, labels = np.asarray(x), np.asarray(labels)
+    if not jax.numpy.issubdtype(x.dtype, np.floating):  # numpy's own does not know bfloat16
+        raise TypeError(f"{name} must be floating, found {x.dtype}")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise TypeError(f"{labels_name} must be integers, found {labels.dtype}")
+    if x.ndim != 2 or labels.shape != x.shape[:1]:
+        raise ValueError(f"{name} must be (N, D) and {labels_name} (N,), found {x.shape} and {labels.shape}")
+    if not x.size:
+        raise ValueError(f"{name} is empty: found shape {x.shape}")
+    x = x.astype(np.float32) if x.dtype.itemsize < 4 else x
+    sums = np.einsum("nd->n", x, dtype=np.float64)  # not finite where a row is not, and smaller than a mask
+    for what, bad in (("not finite", ~np.isfinite(sums)), ("zero vectors", ~x.any(axis=1))):
+        if bad.any():
+            at = np.flatnonzero(bad)
+            raise ValueError(f"{len(at)} of {len(x)} rows of {name} are {what}, the first: {at[:10].tolist()}")
+    return x, labels

@@ -8,13 +8,17 @@ import numpy as np
 from rll_jax.datasets import ImageSet
 from rll_jax.sampler import ClassSampler
 
-_AUGMENT = 2  # a stream of random numbers of its own, beside the sampler's
+_AUGMENT, _CLASS = 2, 3  # streams of random numbers of their own, beside the sampler's
 
 
 def train_batches(
-    data: ImageSet, sampler: ClassSampler, augment: Callable, *, start: int, stop: int, threads: int = 2
+    data: ImageSet, sampler: ClassSampler, augment: Callable, of_class: Callable | None = None, *, start: int, stop: int, threads: int = 2
 ) -> Iterator[dict]:
     """The batches of steps start to stop - 1, each a pure function of (the sampler's seed, step).
+
+    Args:
+      augment: (image, rng) -> (H, W, 3) uint8, each image with random numbers of its own.
+      of_class: (pixels, rng) -> pixels, after it, all images of a class in the batch with the same random numbers; or None.
 
     Yields {"image": (P * K, H, W, 3) uint8, "label": (P * K,) int32}. Raises `images.BadImageError` where one does not
     decode.
@@ -24,6 +28,9 @@ def train_batches(
         rows = sampler.batch(int(step))
         rngs = (np.random.default_rng((sampler.seed, _AUGMENT, int(step), i)) for i in range(len(rows)))
         pixels = [augment(data.image(row), rng) for row, rng in zip(rows, rngs)]
+        if of_class is not None:
+            classes = data.labels[rows].tolist()
+            pixels = [of_class(x, np.random.default_rng((sampler.seed, _CLASS, int(step), c))) for x, c in zip(pixels, classes)]
         return {"image": np.stack(pixels), "label": data.labels[rows].astype(np.int32)}
 
     return iter(_parallel(grain.MapDataset.range(start, stop).map(load), threads))

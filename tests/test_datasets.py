@@ -11,7 +11,7 @@ def test_emoji_is_what_its_readme_says(emoji):
     train, test = emoji["train"], emoji["test"]
     assert (len(np.unique(train.labels)), len(np.unique(test.labels))) == (718, 719)
     assert len(train) + len(test) == 9467
-    datasets.check_disjoint(train, test)
+    datasets.check_splits(train, test)
     for data in (train, test):
         assert np.unique(data.labels, return_counts=True)[1].min() >= 4
         assert all(data.image(row).size == (64, 64) for row in range(0, len(data), 400))
@@ -21,7 +21,7 @@ def test_emoji_is_what_its_readme_says(emoji):
 
 def test_classes_in_both_splits_are_refused(emoji):
     with pytest.raises(ValueError, match="718 classes are in train and in test"):
-        datasets.check_disjoint(emoji["train"], emoji["train"])
+        datasets.check_splits(emoji["train"], emoji["train"])
 
 
 def test_nothing_prepared(tmp_path):

@@ -15,7 +15,8 @@ MAY_IMPORT = {
     "_blocks": {"_pairs"},
     "loss": {"_blocks", "_inputs"},
     "memory": {"_inputs"},
-    "metrics": set(),
+    "_ranks": set(),
+    "metrics": {"_ranks"},
     "sampler": set(),
     "images": set(),
     "datasets": {"images"},
@@ -24,7 +25,7 @@ MAY_IMPORT = {
     "train": set(),
     "parallel": set(),
     "checkpoint": set(),
-    "evaluate": {"datasets", "models", "parallel", "pipeline"},
+    "evaluate": {"models", "parallel", "pipeline"},
 }
 CORE = ("loss", "memory", "metrics", "sampler")
 

@@ -1,51 +1,87 @@
-"""Against a float64 reference that sorts, written from the definitions."""
+"""Against a float64 reference that sorts, written from the definitions, and against other libraries."""
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import sklearn.metrics
 
 from rll_jax import metrics
 
+KS = (1, 2, 10, 100, 5000)
 
-def by_sorting(embeddings, labels, ks):
-    x = embeddings.astype(np.float64)
-    x /= np.linalg.norm(x, axis=1, keepdims=True)
-    hits, r_precisions, average_precisions, unmatched = [], [], [], 0
-    for i in range(len(x)):
-        others = np.delete(np.arange(len(x)), i)
-        same = labels[others] == labels[i]
+
+def by_sorting(queries, query_labels, gallery, gallery_labels, own):
+    q, g = (x.astype(np.float64) / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True) for x in (queries, gallery))
+    scores, unmatched = [], 0
+    for i in range(len(q)):
+        others = np.delete(np.arange(len(g)), i) if own else np.arange(len(g))
+        same = gallery_labels[others] == query_labels[i]
         r = int(same.sum())
         if not r:
             unmatched += 1
             continue
-        order = np.lexsort((same, -np.round(x[others] @ x[i], 6)))  # of equals, those of other classes first
-        relevant = same[order]
-        hits.append([relevant[:k].any() for k in ks])
-        r_precisions.append(relevant[:r].mean())
-        average_precisions.append(np.sum(np.cumsum(relevant[:r]) / np.arange(1, r + 1) * relevant[:r]) / r)
-    scores = {f"recall@{k}": v for k, v in zip(ks, np.mean(hits, axis=0))}
-    return scores | {
-        "r_precision": np.mean(r_precisions), "map@r": np.mean(average_precisions), "queries_without_match": unmatched,
-    }  # fmt: skip
+        relevant = same[np.lexsort((same, -np.round(g[others] @ q[i], 14)))]  # of equals, those of other classes first
+        precision = np.cumsum(relevant[:r]) / np.arange(1, r + 1)
+        scores.append([relevant[:k].any() for k in KS])
+        scores[-1] += [np.sum(precision * relevant[:r]) / r, relevant[:r].mean(), 1 / (np.argmax(relevant) + 1)]
+    names = [f"recall@{k}" for k in KS] + ["map@r", "r_precision", "mrr"]
+    return dict(zip(names, np.mean(scores, axis=0))) | {"queries_without_match": unmatched}
 
 
-@pytest.mark.parametrize("kind", ["random", "clustered", "tied", "duplicated", "ragged"])
-def test_equals_sorting(kind):
+def make(kind):
     rng = np.random.default_rng(1)
-    labels = rng.permutation(np.repeat(np.arange(150), 4))
-    x = rng.normal(size=(600, 16))
+    labels, x = rng.integers(0, 150, 700), rng.normal(size=(700, 24))
     if kind == "clustered":
-        x = rng.normal(size=(150, 16))[labels] + 0.7 * x
+        x = rng.normal(size=(150, 24))[labels] + 0.7 * x
     if kind == "tied":
-        x = np.sign(x[:, :4])
+        x = np.sign(x[:, :5])
     if kind == "duplicated":
-        x = x[rng.integers(0, 200, 600)]
+        x = x[rng.integers(0, 200, 700)]
+    if kind == "collapsed":
+        x = np.full((700, 24), 3.0)
+    if kind == "nearly collapsed":
+        x = 1 + 1e-3 * x
     if kind == "ragged":
-        labels = rng.integers(0, 300, 600) ** 2 // 300
-    x = x.astype(np.float32)
-    ks = (1, 2, 4, 8, 1000)
-    expected, found = by_sorting(x, labels, ks), metrics.retrieval_metrics(x, labels, ks=ks)
-    assert found.keys() == expected.keys()
-    for name in expected:
-        assert found[name] == pytest.approx(expected[name], abs=1e-6), name
+        labels = rng.integers(0, 400, 700) ** 2 // 400
+    if kind == "large classes":
+        labels = rng.integers(0, 4, 700)
+    return x.astype(np.float32), labels
+
+
+KINDS = ["random", "clustered", "tied", "duplicated", "collapsed", "nearly collapsed", "ragged", "large classes"]
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_sorting(kind, own):
+    x, labels = make(kind)
+    given = (x, labels) if own else (x[:300], labels[:300], x[300:], labels[300:])
+    expected = by_sorting(*(given * 2)[:4], own)
+    for block_size in (None, 64, 100):
+        found = metrics.retrieval_metrics(*given, ks=KS, block_size=block_size)
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert found[name] == pytest.approx(expected[name], abs=1e-12), (name, block_size)
+    each = metrics.scores_by_query(*given)
+    assert np.mean(1 / each["first_rank"]) == pytest.approx(expected["mrr"], abs=1e-12)
+    assert len(each["query"]) == len(given[0]) - expected["queries_without_match"]
+
+
+def test_float32_products_are_settled_in_float64():
+    """Two items of other classes nearer to the query than its positive by less than float32 can tell, and one farther."""
+    angles = np.array([0.0, 0.5, 0.5 - 1e-9, 0.5 - 1e-10, 0.5 + 1e-9])
+    x = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    scores = metrics.retrieval_metrics(x[:1], np.array([0]), x[1:], np.array([0, 1, 2, 3]), ks=(2, 3))
+    assert (scores["recall@2"], scores["recall@3"], scores["mrr"]) == (0, 1, 1 / 3)
+
+
+@pytest.mark.parametrize("dim", [8, 64, 512, 2048])
+def test_the_band_holds_the_error_of_a_float32_product(dim):
+    rng = np.random.default_rng(dim)
+    for spread in (0.1, 1, 100):
+        x = rng.normal(size=dim) + spread * rng.normal(size=(1024, dim))
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+        error = np.abs(jnp.matmul(x.astype("f"), x.T.astype("f"), precision="highest") - x @ x.T).max()
+        assert error < 2.0**-23 * np.sqrt(dim)
 
 
 def test_a_tie_counts_against_the_query():
@@ -54,19 +90,96 @@ def test_a_tie_counts_against_the_query():
     assert [scores[f"recall@{k}"] for k in (1, 2, 3)] == [0, 0, 1]
 
 
-@pytest.mark.parametrize("x, y, text", [
-    (np.ones((3, 2)), np.zeros(2, int), r"\(3, 2\) and \(2,\)"),
-    (np.array([[1, 2], [np.nan, 1], [1, 1]]), np.zeros(3, int), r"not finite, the first in rows \[1\]"),
-    (np.array([[1, 2], [1, 1], [0, 0]]), np.zeros(3, int), r"zero vectors, the first in rows \[2\]"),
-    (np.ones((3, 2)), np.arange(3), "no class has two images"),
+def test_other_types_and_lengths_of_vectors():
+    x, labels = make("clustered")
+    expected = metrics.retrieval_metrics(x, labels)
+    assert metrics.retrieval_metrics(x.astype(np.float64) * 1e200, labels.astype(np.uint64)) == pytest.approx(expected)
+    assert metrics.retrieval_metrics(jnp.asarray(x), jnp.asarray(labels - 2**30)) == expected
+    coarse = np.asarray(jnp.asarray(x, jnp.bfloat16))
+    assert metrics.retrieval_metrics(coarse, labels) == metrics.retrieval_metrics(coarse.astype(np.float32), labels)
+
+
+def test_equals_pytorch_metric_learning():
+    torch = pytest.importorskip("torch", reason="the peer is not installed")
+    pytest.importorskip("faiss", reason="the peer's search is not installed")
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+
+    calculator = AccuracyCalculator(
+        include=("precision_at_1", "mean_average_precision_at_r", "r_precision", "mean_reciprocal_rank"), k="max_bin_count",
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    for kind in ("random", "clustered", "ragged"):
+        x, labels = make(kind)
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+        ours = metrics.retrieval_metrics(x, labels)
+        theirs = calculator.get_accuracy(torch.from_numpy(x), torch.from_numpy(labels))
+        pairs = {"recall@1": "precision_at_1", "map@r": "mean_average_precision_at_r", "r_precision": "r_precision"}
+        for name, peer in pairs.items():
+            assert ours[name] == pytest.approx(theirs[peer], abs=1e-5), (kind, name)
+
+
+def test_clustering():
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.repeat(np.arange(20), 10))
+    far_apart = rng.normal(size=(20, 32))[labels] + 0.01 * rng.normal(size=(200, 32))
+    assert metrics.clustering_metrics(far_apart, labels) == pytest.approx({"nmi": 1, "f1": 1, "ami": 1})
+    noise = rng.normal(size=(200, 32))
+    scores = metrics.clustering_metrics(noise, labels, seed=3)
+    assert scores == metrics.clustering_metrics(noise, labels, seed=3) != metrics.clustering_metrics(noise, labels, seed=4)
+    assert 0.2 < scores["nmi"] < 0.7 and abs(scores["ami"]) < 0.1 and scores["f1"] < 0.2
+
+
+def test_pairwise_f1_by_counting_pairs(monkeypatch):
+    """Against the definition, on the very clusters that the function found."""
+    seen = []
+    keep = sklearn.metrics.normalized_mutual_info_score
+    monkeypatch.setattr(
+        sklearn.metrics, "normalized_mutual_info_score", lambda labels, clusters: seen.append(clusters) or keep(labels, clusters)
+    )
+    rng = np.random.default_rng(2)
+    labels = rng.integers(0, 8, 60)
+    x = rng.normal(size=(8, 5))[labels] + 0.8 * rng.normal(size=(60, 5))
+    found = metrics.clustering_metrics(x, labels)
+    upper = np.triu_indices(60, 1)
+    of_class, of_cluster = ((y[:, None] == y[None, :])[upper] for y in (labels, seen[0]))
+    both = np.sum(of_class & of_cluster)
+    precision, recall = both / of_cluster.sum(), both / of_class.sum()
+    assert found["f1"] == pytest.approx(2 * precision * recall / (precision + recall))
+
+
+def test_every_image_alone_and_all_of_one_class():
+    x = np.eye(6, dtype=np.float32)
+    assert metrics.clustering_metrics(x, np.arange(6)) == {"nmi": 1, "f1": 0, "ami": 1}
+    assert metrics.clustering_metrics(x, np.zeros(6, int)) == {"nmi": 1, "f1": 1, "ami": 1}
+
+
+X, Y = np.eye(4, dtype=np.float32), np.array([0, 0, 1, 1])
+
+
+@pytest.mark.parametrize("error, text, arguments, options", [
+    (ValueError, r"\(4, 4\) and \(3,\)", (X, Y[:3]), {}),
+    (ValueError, r"1 of 4 rows of queries are not finite, the first: \[2\]", (np.where(X * [0, 0, 1, 0], np.nan, X), Y), {}),
+    (ValueError, r"2 of 4 rows of queries are zero vectors, the first: \[2, 3\]", (X * [[1], [1], [0], [0]], Y), {}),
+    (ValueError, "no class has two images", (X, np.arange(4)), {}),
+    (ValueError, "no query's class is in the gallery", (X, Y, X, Y + 2), {}),
+    (ValueError, "queries is empty", (X[:0], Y[:0]), {}),
+    (ValueError, "gallery is empty", (X, Y, X[:0], Y[:0]), {}),
+    (ValueError, "go together", (X, Y, X), {}),
+    (ValueError, "4 dimensions and gallery 3", (X, Y, X[:3, :3], Y[:3]), {}),
+    (ValueError, r"at least 1, found \(0, 1\)", (X, Y), {"ks": (0, 1)}),
+    (ValueError, r"at least 1, found \(1.5,\)", (X, Y), {"ks": (1.5,)}),
+    (ValueError, "block_size must be an integer from 1", (X, Y), {"block_size": 0}),
+    (TypeError, "queries must be floating, found int64", (X.astype(int), Y), {}),
+    (TypeError, "query_labels must be integers, found float64", (X, Y * 1.0), {}),
 ])  # fmt: skip
-def test_errors(x, y, text):
-    with pytest.raises(ValueError, match=text):
-        metrics.retrieval_metrics(x, y)
-    with pytest.raises(ValueError, match="at least 1"):
-        metrics.retrieval_metrics(np.eye(4), np.zeros(4, int), ks=(0, 1))
+def test_errors(error, text, arguments, options):
+    with pytest.raises(error, match=text):
+        metrics.retrieval_metrics(*arguments, **options)
 
 
-def test_nearest_leaves_the_query_out():
-    x = np.array([[1, 0], [1, 0.1], [0, 1], [0.1, 1]], np.float32)
-    np.testing.assert_array_equal(metrics.nearest(x, 1, np.arange(4))[:, 0], [1, 0, 3, 2])
+def test_nearest():
+    x = np.array([[1, 0], [1, 0.1], [0, 1], [0.1, 1], [2, 0]], np.float32)
+    rows, similarities = metrics.nearest(x, x, 3)
+    np.testing.assert_array_equal(rows[:, :2], [[0, 4], [1, 0], [2, 3], [3, 2], [0, 4]])  # of equals the lower row first
+    np.testing.assert_allclose(similarities[:, 0], 1, rtol=1e-6)
+    assert (np.diff(similarities, axis=1) <= 0).all()

@@ -112,7 +112,10 @@ def test_embeddings_do_not_depend_on_batch_or_devices(kind, expected):
         found = evaluate.embed_images(
             runner.replicate(state), data, lambda x: x, embed, runner, batch_size=batch_size
         )
-        np.testing.assert_allclose(found, straight, atol=1e-5)
+        np.testing.assert_allclose(models.concatenated(found), straight, atol=1e-5)
+    sets = evaluate.combinations(found)
+    assert list(sets) == ["M", "H", "M,H"]
+    np.testing.assert_allclose(sets["M,H"], straight, atol=1e-5)
 
 
 def test_unknown_way_to_run():

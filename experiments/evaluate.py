@@ -1,0 +1,59 @@
+"""All scores of a trained network on its test classes, for each level, each pair and the concatenation.
+
+    python -m experiments.evaluate --workdir=runs/emoji
+
+Prints a table and writes --out, by default evaluation.json in the workdir.
+"""
+import json
+import pathlib
+
+from absl import app, flags
+
+from experiments import config as config_lib
+from experiments import trained as trained_lib
+from rll_jax import evaluate, metrics
+
+
+def score_table(levels: dict, labels, ks, clustering: bool) -> dict[str, dict[str, float]]:
+    """{"L": {"recall@1": ..., ...}, "L,M": ..., ...} from {level: (N, D)} embeddings."""
+    table = {}
+    for name, embeddings in evaluate.combinations(levels).items():
+        table[name] = metrics.retrieval_metrics(embeddings, labels, ks=ks)
+        if clustering:
+            table[name] |= metrics.clustering_metrics(embeddings, labels)
+    return table
+
+
+def columns(table: dict) -> list[str]:
+    """The names of the scores, shares all."""
+    return [name for name in next(iter(table.values())) if name != "queries_without_match"]
+
+
+def _as_text(table) -> str:
+    names = columns(table)
+    rows = [["", *names], *([level, *(f"{100 * row[name]:.1f}" for name in names)] for level, row in table.items())]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
+
+
+def main(_):
+    options = flags.FLAGS
+    with config_lib.mistakes_in_one_line():
+        trained = trained_lib.load(options.workdir, options.step)
+        out = pathlib.Path(options.out or pathlib.Path(options.workdir) / "evaluation.json")
+        if options.out and out.exists():
+            raise ValueError(f"--out={out} exists: choose another name")
+        data = trained.source.open_split(options.data_dir or trained.config.data_dir, "test")
+        table = score_table(trained.embed(data), data.labels, trained.source.ks, options.clustering)
+        print(f"{options.workdir}, step {trained.step}: {len(data)} test images, in percent\n{_as_text(table)}")
+        out.write_text(json.dumps({"step": trained.step, "scores": table}, indent=1) + "\n")
+        print(f"written: {out}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "a run's folder", required=True)
+    flags.DEFINE_integer("step", None, "of which checkpoint; the last by default")
+    flags.DEFINE_string("data_dir", "", "folder of the data; by default that of the run")
+    flags.DEFINE_bool("clustering", True, "K-means scores too: minutes where there are thousands of classes")
+    flags.DEFINE_string("out", "", "JSON file to write; by default evaluation.json in the workdir, written anew")
+    app.run(main, flags_parser=config_lib.parse_flags)
