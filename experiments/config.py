@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 import sys
 
-from absl import flags
+from absl import flags, logging
 
 from experiments import sources
 from rll_jax import models
@@ -126,6 +126,7 @@ def from_flagfile(path: pathlib.Path) -> Config:
 @contextlib.contextmanager
 def mistakes_in_one_line():
     """Ends the program with 2 and one line where what the user gave is at fault."""
+    logging.set_verbosity(logging.ERROR)  # orbax tells of all it does, warns where it reads only
     try:
         yield
     except (ValueError, OSError) as error:

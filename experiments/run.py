@@ -6,7 +6,6 @@ import pathlib
 import sys
 import time
 
-from absl import logging
 import numpy as np
 import tensorboardX
 import tqdm
@@ -23,7 +22,6 @@ class BadRun(ValueError):
 
 def main(_) -> None:
     """Runs the flags' experiment and exits with 2 and one line where they, the data or the workdir are at fault."""
-    logging.set_verbosity(logging.WARNING)  # some libraries raise it to INFO
     with config_lib.mistakes_in_one_line():
         prepared = _prepare(config_lib.from_flags())
     try:
@@ -97,8 +95,7 @@ def _run(config, workdir, runner, source, splits, batches) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "flags.txt").write_text(config.as_flagfile())
     with contextlib.ExitStack() as stack:
-        saved = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.keep)
-        stack.callback(saved.close)
+        saved = stack.enter_context(checkpoint.Checkpoints(workdir / "checkpoints", keep=config.keep))
         start = saved.latest_step() or 0
         if start:
             state = saved.restore(start, state)

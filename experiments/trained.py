@@ -75,7 +75,7 @@ def load(workdir: str, step: int | None = None) -> Trained:
     config = config_lib.from_flagfile(workdir / "flags.txt")
     if not (workdir / "checkpoints").is_dir():
         raise ValueError(f"--workdir={workdir} holds no checkpoint yet: let the run go on to its first")
-    with checkpoint.Checkpoints(workdir / "checkpoints") as saved:
+    with checkpoint.Checkpoints(workdir / "checkpoints", read_only=True) as saved:
         steps = saved.all_steps()
         step = max(steps, default=None) if step is None else step
         if step not in steps:

@@ -10,10 +10,13 @@ class Checkpoints:
     """The last `keep` states of a run in a directory; saves are atomic and run behind the training.
 
     A save that was cut off leaves nothing that counts, and is cleared away by the next run. `close` waits for the last.
+    `read_only` changes nothing there, so that a run may go on meanwhile.
     """
 
-    def __init__(self, directory: str | os.PathLike, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    def __init__(self, directory: str | os.PathLike, keep: int = 2, read_only: bool = False):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, cleanup_tmp_directories=not read_only, read_only=read_only, create=not read_only
+        )
         self._manager = ocp.CheckpointManager(pathlib.Path(directory).absolute(), options=options)
 
     def all_steps(self) -> list[int]:

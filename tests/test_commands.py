@@ -1,0 +1,132 @@
+"""evaluate, embed and search, as a user gives them."""
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from rll_jax import metrics
+from test_experiments import TINY, browse, refused, run
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("commands") / "run"
+    small = [flag for flag in TINY if "steps" not in flag and "eval_every" not in flag]
+    result = run(*small, "--steps=4", "--eval_every=4", "--levels=M,H", f"--workdir={workdir}")
+    assert result.returncode == 0, result.stderr
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, emoji):
+    """Sixty real pictures in folders, a broken one, an empty one and a text."""
+    root, test = tmp_path_factory.mktemp("pictures"), emoji["test"]
+    for row in range(60):
+        path = root / f"class {test.labels[row]}" / f"{row}.PNG"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(test.encoded(row))
+    (root / "empty.jpg").touch()
+    (root / "broken.png").write_bytes(test.encoded(0)[:100])
+    (root / "notes.txt").write_text("not a picture")
+    return root
+
+
+def test_evaluate(workdir, emoji):
+    result = run(f"--workdir={workdir}", name="evaluate")
+    assert result.returncode == 0, result.stderr
+    found = json.loads((workdir / "evaluation.json").read_text())
+    assert found["step"] == 4 and list(found["scores"]) == ["M", "H", "M,H"]
+    last = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()][-1]
+    for name in ("recall@1", "recall@8", "map@r", "r_precision", "mrr"):
+        assert found["scores"]["M,H"][name] == pytest.approx(last[name], abs=1e-3)
+    assert 0 < found["scores"]["H"]["nmi"] < 1 and {"f1", "ami"} <= found["scores"]["H"].keys()
+    assert f"{100 * found['scores']['M']['recall@1']:.1f}" in result.stdout
+
+
+def embed(workdir, folder, out, code):
+    result = run(f"--workdir={workdir}", f"--images={folder}", f"--out={out}", name="embed")
+    assert result.returncode == code, result.stderr
+    return result
+
+
+def test_embed_and_what_changed_since(workdir, folder, tmp_path):
+    result = embed(workdir, folder, tmp_path / "first.npz", 1)
+    assert [line for line in result.stderr.splitlines() if "unreadable" in line] == [
+        "unreadable: broken.png", "unreadable: empty.jpg",
+    ]  # fmt: skip
+    with np.load(tmp_path / "first.npz") as first:
+        files, embeddings = first["files"], first["embeddings"]
+    assert len(files) == 60 and embeddings.dtype == np.float32 and list(files) == sorted(files)
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, rtol=1e-5)
+
+    for name in ("empty.jpg", "broken.png"):
+        (folder / name).unlink()
+    moved, gone = folder / files[0], folder / files[1]
+    shutil.copy(folder / files[2], moved)
+    os.utime(moved, (1, 1))
+    gone.unlink()
+    result = embed(workdir, folder, tmp_path / "second.npz", 0)
+    assert "59 images x 32, 1 of them embedded now" in result.stdout
+    with np.load(tmp_path / "second.npz") as second:
+        assert list(second["files"]) == [files[0], *files[2:]]
+        np.testing.assert_allclose(second["embeddings"][0], embeddings[2], atol=1e-5)
+        np.testing.assert_array_equal(second["embeddings"][1:], embeddings[2:])
+
+
+def test_embed_parquet(workdir, folder, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    result = run(f"--workdir={workdir}", f"--images={folder}", f"--out={tmp_path / 'e.parquet'}", name="embed")
+    assert result.returncode in (0, 1), result.stderr
+    table = parquet.read_table(tmp_path / "e.parquet")
+    assert table.column_names == ["file", "embedding"] and len(table["embedding"][0]) == 32
+
+
+def test_search_finds_the_picture_itself(workdir, folder, tmp_path):
+    query = sorted(folder.glob("*/7.PNG"))[0]
+    result = run(f"--workdir={workdir}", f"--images={folder}", f"--query={query}", "--k=4", name="search")
+    assert result.returncode in (0, 1), result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0] == str(query) and lines[1] == f"  1.000  {query}" and len(lines) == 6
+    pictures, console = browse(workdir / "search.html", tmp_path)
+    assert pictures == 5 and not console
+
+
+def test_search_by_a_folder(workdir, folder, tmp_path):
+    queries = tmp_path / "queries"
+    queries.mkdir()
+    for path in sorted(folder.glob("*/*.PNG"))[:3]:
+        shutil.copy(path, queries / path.name)
+    (queries / "bad.png").write_text("bad")
+    result = run(
+        f"--workdir={workdir}", f"--images={folder}", f"--query={queries}", f"--out={tmp_path / 'page.html'}", "--k=2",
+        name="search",
+    )  # fmt: skip
+    assert result.returncode == 1 and "bad.png" in result.stderr and "Traceback" not in result.stderr
+    assert (tmp_path / "page.html").read_text().count('class="query"') == 3
+
+
+def test_mistakes(workdir, folder, tmp_path):
+    (tmp_path / "there.npz").touch()
+    (tmp_path / "none").mkdir()
+    own = f"--workdir={workdir}"
+    refused("holds no run", f"--workdir={tmp_path}", name="evaluate")
+    refused("holds no checkpoint of step 2: there are", own, "--step=2", name="evaluate")
+    refused("exists: choose another name", own, f"--images={folder}", f"--out={tmp_path / 'there.npz'}", name="embed")
+    refused("ends in .npz or .parquet", own, f"--images={folder}", f"--out={tmp_path / 'e.csv'}", name="embed")
+    refused("no images in it", own, f"--images={tmp_path / 'none'}", f"--out={tmp_path / 'e.npz'}", name="embed")
+    refused("no such folder", own, f"--images={tmp_path / 'no'}", f"--out={tmp_path / 'e.npz'}", name="embed")
+    refused("no such file or folder", own, f"--images={folder}", f"--query={tmp_path / 'no'}", name="search")
+    refused("cannot be read as an image", own, f"--images={folder}", f"--query={tmp_path / 'there.npz'}", name="search")
+    refused("expected at least 1", own, f"--images={folder}", f"--query={folder}", "--k=0", name="search")
+    refused("--workdir", f"--images={folder}", name="search")
+    assert (tmp_path / "there.npz").stat().st_size == 0
+
+
+def test_scores_of_embeddings_read_back(workdir, folder, tmp_path):
+    """What embed writes is what evaluate scores: classes of the pictures are near each other."""
+    run(f"--workdir={workdir}", f"--images={folder}", f"--out={tmp_path / 'e.npz'}", name="embed")
+    with np.load(tmp_path / "e.npz") as saved:
+        labels = np.unique([file.split("/")[0] for file in saved["files"]], return_inverse=True)[1]
+        assert metrics.retrieval_metrics(saved["embeddings"], labels, ks=(1,))["recall@1"] > 0.2
