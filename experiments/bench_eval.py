@@ -85,7 +85,7 @@ def _peer(x, labels):
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    calculator = AccuracyCalculator(include=("precision_at_1", "map_at_r", "r_precision"), device=torch.device("cpu"))
+    calculator = AccuracyCalculator(include=("precision_at_1", "mean_average_precision_at_r", "r_precision"), device=torch.device("cpu"))
     x, labels = torch.from_numpy(x), torch.from_numpy(labels)
     return lambda: calculator.get_accuracy(x, labels)
 

@@ -7,7 +7,7 @@ import sys
 from absl import flags, logging
 
 from experiments import sources
-from rll_jax import models
+from rll_jax import backbones, models
 
 # How a run is carried out, not what comes out of it: these may change when it is resumed.
 FREE_TO_CHANGE = ("data_dir", "workdir", "threads", "checkpoint_every", "keep", "log_every")
@@ -35,16 +35,28 @@ class Config:
     balance: float = _option(0.5, "lambda: share of the negative term", low=0, high=1)
     gallery_gradient: bool = _option(False, "move the gallery too, not the query alone (the paper's code)")
     class_augment: bool = _option(False, "turn, mirror and recolour all images of a class in a batch alike")
-    backbone: str = _option("resnet_small", "network", choices=tuple(models.RESNETS))
-    pretrained: str = _option("", "weights to start from; reading them is not built yet, so only empty is accepted")
+    backbone: str = _option("resnet_small", "network", choices=tuple(backbones.BACKBONES))
+    pretrained: str = _option(
+        "", "weights to start from: .safetensors, .pth or .npz in the names of torchvision and timm, another run's workdir, or a "
+        "repository of the Hugging Face hub such as timm/resnet50.tv_in1k"
+    )  # fmt: skip
+    pretrained_head: bool = _option(False, "take the embedding layers of --pretrained too")
     embedding_dim: int = _option(128, "dimension of each level's embedding", low=1)
     levels: str = _option("H", "levels of the network with an embedding and a loss each, such as L,M,H")
-    batch_norm: str = _option("train", "batch statistics (over all devices), or the running ones", choices=("train", "frozen"))
+    batch_norm: str = _option(
+        "train", "the backbone's statistics: of the batch over all devices, of each device's share, or the running ones; "
+        "frozen_affine fixes scale and bias too", choices=models.BATCH_NORMS
+    )  # fmt: skip
     dtype: str = _option("float32", "of the convolutions", choices=("float32", "bfloat16"))
+    remat: str = _option("", "stages computed again for the gradient to save memory, such as 1,2")
     image_size: int = _option(32, "side of the pictures that the network sees, pixels", low=8)
     optimizer: str = _option("adamw", "optimiser; sgd has momentum 0.9", choices=("adamw", "sgd"))
     learning_rate: float = _option(2e-3, "highest learning rate", low=1e-12)
+    head_lr_multiplier: float = _option(1.0, "of the rate of the embedding layers, heads L, M and H", low=0)
     weight_decay: float = _option(0.05, "AdamW's decoupled decay, or SGD's L2 penalty", low=0)
+    decay_norm_and_bias: bool = _option(False, "decay the scales and biases too")
+    clip_gradient: float = _option(0.0, "largest norm of the gradient; 0: any", low=0)
+    ema: float = _option(0.0, "decay of a moving average of the parameters, which is then evaluated; 0: none", low=0, high=0.999999)
     schedule: str = _option("cosine", "cosine with warm-up, or steps at --decay_at", choices=("cosine", "step"))
     warmup: float = _option(0.1, "share of the steps in which the rate rises (cosine)", low=0, high=0.99)
     decay_at: str = _option("", "steps at which the rate is multiplied by --decay_factor (step), such as 5000,10000")
@@ -71,17 +83,20 @@ class Config:
         wrong = [level for level in self.level_names if level not in models.LEVELS]
         if wrong or len(set(self.level_names)) != len(self.level_names):
             raise ValueError(f"--levels={self.levels}: expected some of L,M,H, each once, with commas between")
-        stages = len(models.RESNETS[self.backbone].stage_sizes)
+        stages = backbones.BACKBONES[self.backbone].num_ends
         if stages < len(models.LEVELS) - models.LEVELS.index(self.level_names[0]):
             raise ValueError(f"--levels={self.levels}: --backbone={self.backbone} has only {stages} stages")
-        if self.pretrained:
-            raise ValueError(f"--pretrained={self.pretrained}: reading weights is not built yet; leave it empty")
-        if not all(step.strip().isdigit() for step in self.decay_at.split(",") if self.decay_at):
-            raise ValueError(f"--decay_at={self.decay_at}: expected steps with commas between")
+        for name in ("decay_at", "remat"):
+            if not all(number.strip().isdigit() for number in getattr(self, name).split(",") if getattr(self, name)):
+                raise ValueError(f"--{name}={getattr(self, name)}: expected numbers with commas between")
 
     @property
     def level_names(self) -> tuple[str, ...]:
         return tuple(sorted(self.levels.split(","), key=lambda name: (models.LEVELS + (name,)).index(name)))
+
+    def numbers(self, name: str) -> tuple[int, ...]:
+        """Those of an option that holds them with commas between."""
+        return tuple(int(number) for number in getattr(self, name).split(",") if number)
 
     def as_flagfile(self) -> str:
         return "".join(f"--{name}={value}\n" for name, value in dataclasses.asdict(self).items())
@@ -126,11 +141,32 @@ def from_flagfile(path: pathlib.Path) -> Config:
 @contextlib.contextmanager
 def mistakes_in_one_line():
     """Ends the program with 2 and one line where what the user gave is at fault."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of files may hold any bytes
     logging.set_verbosity(logging.ERROR)  # orbax tells of all it does, warns where it reads only
     try:
         yield
     except (ValueError, OSError) as error:
         sys.exit(fail(error))
+
+
+def check_free(name: str, path: pathlib.Path) -> None:
+    """Raises ValueError where a file to be written, of the flag `name`, is there already or its folder is not."""
+    if path.exists():
+        raise ValueError(f"--{name}={path} exists: choose another name")
+    if not path.parent.is_dir():
+        raise ValueError(f"--{name}={path}: no folder {path.parent}")
+
+
+@contextlib.contextmanager
+def written_whole(path: pathlib.Path):
+    """A path to write to, which takes the place of `path` at the end, or goes where that fails."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        yield aside
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def fail(error) -> int:

@@ -52,17 +52,11 @@ def main(_):
     with config_lib.mistakes_in_one_line():
         out = pathlib.Path(options.out)
         write = _writer(out)
-        if out.exists():
-            raise ValueError(f"--out={out} exists: choose another name")
-        if not out.parent.is_dir():
-            raise ValueError(f"--out={out}: no folder {out.parent}")
+        config_lib.check_free("out", out)
         trained = trained_lib.load(options.workdir, options.step)
         index = index_lib.update(options.workdir, trained, options.images)
-        if not len(index.files):
-            raise ValueError(f"--images={options.images}: none of its {len(index.unreadable)} images can be read")
-        aside = out.with_name(out.name + ".tmp")
-        write(aside, index)
-        aside.replace(out)
+        with config_lib.written_whole(out) as aside:
+            write(aside, index)
     print(f"written: {out}: {len(index.files)} images x {index.embeddings.shape[1]}, {index.embedded} of them embedded now")
     sys.exit(tell_unreadable(index.unreadable))
 

@@ -39,14 +39,17 @@ def _as_text(table) -> str:
 def main(_):
     options = flags.FLAGS
     with config_lib.mistakes_in_one_line():
-        trained = trained_lib.load(options.workdir, options.step)
         out = pathlib.Path(options.out or pathlib.Path(options.workdir) / "evaluation.json")
-        if options.out and out.exists():
-            raise ValueError(f"--out={out} exists: choose another name")
+        if options.out:
+            config_lib.check_free("out", out)
+        trained = trained_lib.load(options.workdir, options.step)
         data = trained.source.open_split(options.data_dir or trained.config.data_dir, "test")
         table = score_table(trained.embed(data), data.labels, trained.source.ks, options.clustering)
-        print(f"{options.workdir}, step {trained.step}: {len(data)} test images, in percent\n{_as_text(table)}")
-        out.write_text(json.dumps({"step": trained.step, "scores": table}, indent=1) + "\n")
+        alone = next(iter(table.values()))["queries_without_match"]
+        print(f"{options.workdir}, step {trained.step}: {len(data)} test images, in percent; {alone} alone in their class")
+        print(_as_text(table))
+        with config_lib.written_whole(out) as aside:
+            aside.write_text(json.dumps({"step": trained.step, "scores": table}, indent=1) + "\n")
         print(f"written: {out}")
 
 

@@ -1,19 +1,23 @@
 """The embeddings of a folder of images, kept beside the run that made them and brought up to date on every use.
 
-Parts of some thousand images are written as they are ready, so that an interrupted embedding goes on where it stopped; files that
-changed (size or time) are embedded again, and those that are gone are left out.
+Parts of some hundred images are written as they are ready, so that an interrupted embedding goes on where it stopped; files that
+changed (size or time) are embedded again, and those that are gone are left out. Nothing is remembered of unreadable files.
 """
 import hashlib
 import os
 import pathlib
+import stat
+import tempfile
 from typing import Callable, NamedTuple
+import uuid
+import zipfile
 
 import numpy as np
 import tqdm
 
 from rll_jax import images, models
 
-_PART = 2048  # images
+_PART = 512  # images
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -56,32 +60,44 @@ def update(workdir: str, trained, folder: str) -> Index:
     """The index of the folder's images by this network, kept in `workdir`/index.
 
     Raises:
-      ValueError: no such folder, or no images in it.
+      ValueError: no such folder, no images in it, or none that can be read.
     """
     root = pathlib.Path(folder)
     stamps = _scan(root)
     name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
     directory = pathlib.Path(workdir) / "index" / f"{name}-{trained.identity}"
     directory.mkdir(parents=True, exist_ok=True)
-    known = {}  # name -> (stamp, embedding, or None where unreadable)
-    numbers = [0]
-    for path in sorted(directory.glob("part-*.npz")):
-        numbers.append(int(path.stem.removeprefix("part-")))
-        with np.load(path, allow_pickle=False) as part:
-            for file, stamp, readable, embedding in zip(*(part[key] for key in ("files", "stamps", "readable", "embeddings"))):
-                known[str(file)] = tuple(stamp.tolist()), embedding if readable else None
-    todo = [file for file, stamp in stamps.items() if known.get(file, (None,))[0] != stamp]
+    known = {}
+    for path in directory.glob("*.npz"):
+        known.update(_known(path, stamps))
+    todo = [file for file in stamps if file not in known]
     with tqdm.tqdm(total=len(todo), unit="image", desc="embedding", disable=not todo) as progress:
         for first in range(0, len(todo), _PART):
             files = todo[first : first + _PART]
             embeddings, readable = embed_files([root / file for file in files], trained.embed)
-            part = dict(files=files, stamps=[stamps[file] for file in files], readable=readable, embeddings=embeddings)
-            _write(directory / f"part-{max(numbers) + 1 + first // _PART:06d}.npz", part)
-            known.update((f, (stamps[f], e if ok else None)) for f, e, ok in zip(files, embeddings, readable))
+            part = {file: embedding for file, embedding, ok in zip(files, embeddings, readable) if ok}
+            if part:
+                arrays = dict(files=list(part), stamps=[stamps[file] for file in part], embeddings=list(part.values()))
+                _write(directory, arrays)
+            known |= part
             progress.update(len(files))
-    files = [file for file in stamps if known[file][1] is not None]
-    embeddings = np.array([known[file][1] for file in files], np.float32)
-    return Index(np.array(files), embeddings, [file for file in stamps if known[file][1] is None], len(todo))
+    unreadable = [file for file in stamps if file not in known]
+    if not known:
+        raise ValueError(f"{root}: none of its {len(unreadable)} images can be read, such as {unreadable[:3]}")
+    files = [file for file in stamps if file in known]
+    return Index(np.array(files), np.array([known[file] for file in files], np.float32), unreadable, len(todo))
+
+
+def _known(path: pathlib.Path, stamps: dict) -> dict:
+    """{name: embedding} of a part's files that are there unchanged; a part that was damaged is done away with."""
+    try:
+        with np.load(path, allow_pickle=False) as part:
+            columns = [part[name] for name in ("files", "stamps", "embeddings")]
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        path.unlink(missing_ok=True)
+        return {}
+    rows = zip(columns[0].tolist(), columns[1].tolist(), columns[2])
+    return {file: embedding for file, stamp, embedding in rows if stamps.get(file) == tuple(stamp)}
 
 
 def embed_files(paths, embed: Callable) -> tuple[np.ndarray, np.ndarray]:
@@ -100,22 +116,33 @@ def _scan(root: pathlib.Path) -> dict:
     """{name: (bytes, time of the last change in ns)} of the images under the folder, by name."""
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
-    found = []
-    for directory, _, names in os.walk(root, followlinks=True):
-        for path in (pathlib.Path(directory, name) for name in names if name.lower().endswith(_SUFFIXES)):
+    found, seen = {}, set()
+    for directory, folders, files in os.walk(root, followlinks=True, onerror=_raise):
+        if os.path.realpath(directory) in seen:  # a link to where we have been
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(directory))
+        for path in (pathlib.Path(directory, name) for name in files if name.lower().endswith(_SUFFIXES)):
             try:
-                stat = path.stat()
+                information = path.stat()
             except OSError:
-                stat = os.stat_result((0,) * 10)  # a broken link: unreadable, and listed so
-            found.append((path.relative_to(root).as_posix(), (stat.st_size, stat.st_mtime_ns)))
+                information = None  # a broken link: unreadable, and listed so
+            if information is None or stat.S_ISREG(information.st_mode):
+                stamp = (information.st_size, information.st_mtime_ns) if information else (0, 0)
+                found[path.relative_to(root).as_posix()] = stamp
     if not found:
         raise ValueError(f"{root}: no images in it (looked for {', '.join(_SUFFIXES)}, in its folders too)")
-    return dict(sorted(found))
+    return dict(sorted(found.items()))
 
 
-def _write(path: pathlib.Path, arrays: dict) -> None:
-    """Whole or not at all."""
-    aside = path.with_suffix(".tmp")
-    with aside.open("wb") as file:
+def _raise(error):
+    raise error
+
+
+def _write(directory: pathlib.Path, arrays: dict) -> None:
+    """A part of a name of its own, whole or not at all, whatever other process writes there."""
+    with tempfile.NamedTemporaryFile(dir=directory, suffix=".tmp", delete=False) as file:
         np.savez(file, **arrays)
-    aside.replace(path)
+        file.flush()
+        os.fsync(file.fileno())
+    pathlib.Path(file.name).replace(directory / f"{uuid.uuid4().hex}.npz")

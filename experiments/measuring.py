@@ -24,7 +24,8 @@ def in_own_process(module: str, *flags: str) -> dict | None:
     """
     command = [sys.executable, "-m", module, *flags]
     done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode and "ModuleNotFoundError" not in done.stderr:
+    missing = done.stderr.strip().split("\n")[-1].startswith("ModuleNotFoundError")
+    if done.returncode and not missing:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     return None if done.returncode else json.loads(done.stdout.splitlines()[-1])
 

@@ -9,12 +9,13 @@ from PIL import Image
 from sklearn.manifold import TSNE
 import threadpoolctl
 
+from experiments import config as config_lib
 from experiments import evaluate, page
 from rll_jax import metrics
 
 _KINDS = {"Worst": 6, "Typical": 8, "Best": 6}  # queries shown of each
 _NEIGHBOURS = 8
-_PAIRS = 200_000  # negatives drawn for the histogram
+_PAIRS = 100_000  # drawn for each histogram
 _MAP_IMAGES, _MAP_SIDE, _MAP_THUMBNAIL = 1000, 1400, 32
 
 
@@ -44,12 +45,11 @@ images have another of their class to find.</p>
 <p>A query, then the {_NEIGHBOURS} images nearest to it: <b style="color:#2a2">green</b> of its class,
 <b style="color:#d33">red</b> of another. Queries are the worst, typical and best by their average precision.</p>
 {_grid(test, embeddings, each)}
-<h2>Map</h2><p>Test images of whole classes, drawn by chance, where t-SNE puts their embeddings.</p>
+<h2>Map</h2><p>Test images of classes drawn by chance, where t-SNE puts their embeddings.</p>
 {page.photograph(_map(test, embeddings), "map of the test embeddings")}
 <h2>Options</h2><pre>{html.escape(config.as_flagfile())}</pre>"""
-    aside = path.with_suffix(".tmp")
-    aside.write_text(page.whole(title, body), encoding="utf-8")
-    aside.replace(path)
+    with config_lib.written_whole(path) as aside:
+        aside.write_text(page.whole(title, body), encoding="utf-8", errors="replace")
 
 
 def _curves(lines, evaluations) -> Figure:
@@ -66,21 +66,28 @@ def _curves(lines, evaluations) -> Figure:
     return figure
 
 
-def _distances(embeddings, labels, config, each) -> Figure:
+def _pairs(labels) -> tuple[np.ndarray, np.ndarray]:
+    """(2, P) rows of the same class, and of two classes, drawn by chance."""
     rng = np.random.default_rng(0)
     order = np.argsort(labels, kind="stable")
-    starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
-    positives = [np.stack(np.triu_indices(len(c), 1))[:, :_PAIRS] for c in np.split(order, starts[1:])]
-    classes = np.split(order, starts[1:])
-    positives = np.concatenate([c[pairs] for c, pairs in zip(classes, positives)], axis=1)
-    if positives.shape[1] > _PAIRS:
-        positives = positives[:, rng.choice(positives.shape[1], _PAIRS, replace=False)]
-    negatives = rng.integers(0, len(labels), (2, _PAIRS))
-    negatives = negatives[:, labels[negatives[0]] != labels[negatives[1]]]
+    _, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
+    chances = sizes.astype(float) * (sizes - 1)  # each pair alike
+    classes = rng.choice(len(sizes), _PAIRS, p=chances / chances.sum())
+    first = rng.integers(0, sizes[classes])
+    second = (first + rng.integers(1, sizes[classes])) % sizes[classes]
+    positives = order[starts[classes] + np.stack([first, second])]
+    others = rng.integers(0, len(labels), (2, _PAIRS))
+    return positives, others[:, labels[others[0]] != labels[others[1]]]
+
+
+def _distances(embeddings, labels, config, each) -> Figure:
+    positives, negatives = _pairs(labels)
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for (a, b), name, colour in ((positives, "same class", "tab:green"), (negatives, "other classes", "tab:red")):
-        distance = np.linalg.norm(embeddings[a] - embeddings[b], axis=1)
+        if not len(a):  # a single class
+            continue
+        distance = np.sqrt(np.maximum(2 - 2 * np.einsum("nd,nd->n", embeddings[a], embeddings[b]), 0))
         left.hist(distance, bins=np.linspace(0, 2, 81), density=True, alpha=0.6, label=name, color=colour)
     for at, name, style in ((config.alpha, "alpha", "-"), (config.alpha - config.margin, "alpha - margin", "--")):
         left.axvline(at, color="black", linestyle=style, label=name)
@@ -113,9 +120,10 @@ def _grid(test, embeddings, each) -> str:
 
 
 def _map(test, embeddings) -> Image.Image:
-    classes = np.random.default_rng(0).permutation(np.unique(test.labels))
-    counts = np.cumsum([np.sum(test.labels == c) for c in classes[:_MAP_IMAGES]])
-    rows = np.flatnonzero(np.isin(test.labels, classes[: max(1, np.searchsorted(counts, _MAP_IMAGES))]))[:_MAP_IMAGES]
+    classes, counts = np.unique(test.labels, return_counts=True)
+    order = np.random.default_rng(0).permutation(len(classes))
+    chosen = classes[order[: 1 + np.searchsorted(np.cumsum(counts[order]), _MAP_IMAGES)]]
+    rows = np.random.default_rng(0).permutation(np.flatnonzero(np.isin(test.labels, chosen)))[:_MAP_IMAGES]
     # one thread: 40 times as fast as two on a machine of two cores; warnings: of embeddings that are all equal
     with warnings.catch_warnings(), threadpoolctl.threadpool_limits(1):
         warnings.simplefilter("ignore")

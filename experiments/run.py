@@ -47,7 +47,10 @@ def _prepare(config):
     batches = sampler.ClassSampler(
         splits["train"].labels, config.classes_per_batch, config.images_per_class, config.seed
     )
-    return config, workdir, runner, source, splits, batches
+    state = trained.make_state(config, runner)
+    if config.pretrained:
+        state = trained.start_from(state, config)
+    return config, workdir, runner, source, splits, batches, state
 
 
 def _check_workdir(workdir: pathlib.Path, config) -> None:
@@ -68,9 +71,8 @@ def _check_workdir(workdir: pathlib.Path, config) -> None:
         raise ValueError(f"--workdir={workdir} holds another run ({'; '.join(differing)}): choose another --workdir")
 
 
-def _run(config, workdir, runner, source, splits, batches) -> None:
-    # ---- The model, its state and its steps
-    state = trained.make_state(config, runner)
+def _run(config, workdir, runner, source, splits, batches, state) -> None:
+    # ---- The steps
     ranked_list_loss = functools.partial(
         loss.ranked_list_loss,
         alpha=config.alpha,
@@ -80,7 +82,7 @@ def _run(config, workdir, runner, source, splits, batches) -> None:
         balance=config.balance,
         gallery_gradient=config.gallery_gradient,
     )
-    train_step = runner.train(functools.partial(train.train_step, loss=ranked_list_loss))
+    train_step = runner.train(functools.partial(train.train_step, loss=ranked_list_loss, ema_decay=config.ema))
     embed = functools.partial(
         evaluate.embed_images,
         data=splits["test"],

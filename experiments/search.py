@@ -33,8 +33,8 @@ def main(_):
         if options.k < 1:
             raise ValueError(f"--k={options.k}: expected at least 1")
         out = pathlib.Path(options.out or pathlib.Path(options.workdir) / "search.html")
-        if options.out and out.exists():
-            raise ValueError(f"--out={out} exists: choose another name")
+        if options.out:
+            config_lib.check_free("out", out)
         root, query = pathlib.Path(options.images), pathlib.Path(options.query)
         if not query.exists():
             raise ValueError(f"--query={query}: no such file or folder")
@@ -50,7 +50,9 @@ def main(_):
             print(f"{path}")
             for row, value in zip(near, values):
                 print(f"  {value:.3f}  {root / index.files[row]}")
-        out.write_text(page.whole("Nearest images", _page(root, queries, index, rows, similarities)), encoding="utf-8")
+        text = page.whole("Nearest images", _page(root, queries, index, rows, similarities))
+        with config_lib.written_whole(out) as aside:
+            aside.write_text(text, encoding="utf-8", errors="replace")
     print(f"page: {out}  ({len(index.files)} images in the index, {index.embedded} of them embedded now)")
     sys.exit(embed.tell_unreadable(index.unreadable + [str(p) for p, ok in zip(paths, readable) if not ok]))
 

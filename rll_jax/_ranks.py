@@ -3,6 +3,9 @@
 Private to `rll_jax.metrics`. The last bits of a float32 product depend on the backend, on the block and on the place in it, so
 float32 decides only what it can: items clearly more similar than a positive, and items that may be. Where the two counts
 lead to different scores, the query is ranked again in float64. What comes out depends on none of that.
+
+A random rotation of all vectors comes first. It changes no cosine, and makes the rounding errors of a sum of D products
+independent, about sqrt(D) of them instead of D: in vectors of equal components, or of 0 and 1, all would go one way.
 """
 import functools
 from typing import NamedTuple
@@ -16,7 +19,7 @@ import numpy as np
 TIE = 1e-14  # similarities this close, in float64, are equal
 MOST_POSITIVES = 64  # a query with more is ranked in float64 at once
 _MRR_EXACT_TO = 1e-6
-_FLOAT64_ROWS, _FLOAT64_COLUMNS = 64, 8192
+_FLOAT64_NUMBERS, _FLOAT64_COLUMNS = 1 << 24, 8192
 _ABSENT = np.iinfo(np.int64).max  # the rank of a positive that is not there
 
 
@@ -53,6 +56,10 @@ def make_problem(queries, query_labels, gallery, gallery_labels) -> Problem:
     own = gallery is None
     if own:
         gallery, gallery_labels = queries, query_labels
+    if not np.issubdtype(np.result_type(query_labels, gallery_labels), np.integer):
+        raise TypeError(
+            f"query_labels and gallery_labels are {query_labels.dtype} and {gallery_labels.dtype}: no integer type holds both"
+        )
     classes, dense = np.unique(np.concatenate([query_labels, gallery_labels]), return_inverse=True)
     query_labels, gallery_labels = dense[: len(queries)].astype(np.int32), dense[len(queries) :].astype(np.int32)
     counts = np.bincount(gallery_labels, minlength=len(classes))
@@ -87,76 +94,94 @@ def score(problem: Problem, ks, block_size: int) -> tuple[np.ndarray, Scores]:
         for k in ks:
             unclear |= (best.first_rank <= k) & (worst.first_rank > k)
         exactly = np.concatenate([exactly, few[unclear]])
-    for first in range(0, len(exactly), _FLOAT64_ROWS):
-        some = exactly[first : first + _FLOAT64_ROWS]
-        put(some, _score_exactly(problem, some, positives[some]))
+    norms = _norms(problem.gallery) if len(exactly) else None
+    step = max(16, _FLOAT64_NUMBERS // len(problem.gallery))
+    for first in range(0, len(exactly), step):
+        some = exactly[first : first + step]
+        put(some, _score_exactly(problem, norms, some, positives[some]))
     return rows, Scores(*(x[rows] for x in scores))
 
 
-def _unit(x, rows) -> np.ndarray:
-    x = x[rows].astype(np.float64)
-    x /= np.abs(x).max(axis=1, keepdims=True)  # so that squares neither overflow nor vanish
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
+def _norms(x) -> np.ndarray:
+    """(N, 1) float64 lengths; squares neither overflow nor vanish."""
+    out = np.empty((len(x), 1))
+    for first in range(0, len(x), _FLOAT64_COLUMNS):
+        part = x[first : first + _FLOAT64_COLUMNS].astype(np.float64)
+        largest = np.abs(part).max(axis=1, keepdims=True)
+        part /= largest
+        out[first : first + len(part)] = largest * np.sqrt(np.einsum("nd,nd->n", part, part))[:, None]
+    return out
 
 
-def unit_rows(x) -> np.ndarray:
-    """Float32 rows of length 1."""
-    out = np.empty(x.shape, np.float32)
+def unit_rows(x, rotation=None) -> np.ndarray:
+    """Float32 rows of length 1, rotated where a rotation is given."""
+    norms, out = _norms(x), np.empty(x.shape, np.float32)
     for first in range(0, len(x), _FLOAT64_COLUMNS):
         part = slice(first, first + _FLOAT64_COLUMNS)
-        out[part] = _unit(x, part)
+        rows = x[part].astype(np.float64) / norms[part]
+        out[part] = rows if rotation is None else rows @ rotation
     return out
 
 
 def _similarity_of_positives(problem, rows) -> np.ndarray:
-    """(Q, M) float64, in descending order; -inf behind a query's last."""
-    most = int((problem.size[rows] - problem.own).max())
-    out = np.empty((len(rows), most))
-    step = max(1, (1 << 24) // ((most + 1) * problem.gallery.shape[1]))
-    for first in range(0, len(rows), step):
-        some = rows[first : first + step]
-        place = np.arange(most + problem.own)
+    """(Q, M) float64, in descending order; -inf behind a query's last. `rows` are sorted, most positives first."""
+    out = np.full((len(rows), int(problem.size[rows[0]] - problem.own)), -np.inf)
+    first = 0
+    while first < len(rows):
+        largest = int(problem.size[rows[first]])
+        some = rows[first : first + max(1, (1 << 22) // (largest * problem.gallery.shape[1]))]
+        place = np.arange(largest)
         there = place < problem.size[some][:, None]
         found = problem.order[np.where(there, problem.start[some][:, None] + place, 0)]
         there &= ~(problem.own & (found == some[:, None]))
-        positives = _unit(problem.gallery, found.ravel()).reshape(*found.shape, -1)
-        similarity = (positives @ _unit(problem.queries, some)[:, :, None])[:, :, 0]
-        similarity = -np.sort(-np.where(there, similarity, -np.inf), axis=1)
-        out[first : first + step] = similarity[:, :most]
+        positives, queries = (x.astype(np.float64) for x in (problem.gallery[found.ravel()], problem.queries[some]))
+        similarity = (positives / _norms(positives)).reshape(*found.shape, -1) @ (queries / _norms(queries))[:, :, None]
+        similarity = -np.sort(-np.where(there, similarity[:, :, 0], -np.inf), axis=1)
+        most = largest - problem.own
+        out[first : first + len(some), :most] = similarity[:, :most]
+        first += len(some)
     return out
 
 
-def _score_exactly(problem, rows, positives) -> Scores:
-    """By float64 similarities of a few queries with the whole gallery, the negatives sorted."""
-    queries = _unit(problem.queries, rows)
+def _score_exactly(problem, norms, rows, positives) -> Scores:
+    """By float64 similarities of a few queries with the whole gallery; of the negatives, those that may count are sorted."""
+    queries = problem.queries[rows].astype(np.float64)
+    queries /= _norms(queries)
     similarity = np.empty((len(rows), len(problem.gallery)))
     for first in range(0, len(problem.gallery), _FLOAT64_COLUMNS):
         part = slice(first, first + _FLOAT64_COLUMNS)
-        similarity[:, part] = queries @ _unit(problem.gallery, part).T
+        similarity[:, part] = queries @ (problem.gallery[part].astype(np.float64) / norms[part]).T
     ranks = np.full((len(rows), positives.max()), _ABSENT)
     for row, values, found in zip(rows, similarity, ranks):
         same = problem.gallery_labels == problem.query_labels[row]
-        negatives = np.sort(values[~same])
-        same[row] &= not problem.own
+        other = ~same
+        if problem.own:
+            same[row] = False
         own = -np.sort(-values[same])
+        negatives = np.sort(values[other & (values >= own[-1] - TIE)])
         before = len(negatives) - np.searchsorted(negatives, own - TIE)
         found[: len(own)] = before + np.arange(1, len(own) + 1)
     return Scores.of(ranks, positives)
 
 
+def rotation_and_band(dim: int) -> tuple[np.ndarray, float]:
+    """A (D, D) rotation, and how far a float32 product of rotated unit vectors may be from the truth: some 15 deviations."""
+    rotation, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(dim, dim)))
+    return rotation, 2.0**-22 * np.sqrt(dim)
+
+
 def _count(problem, rows, similarity, block_size) -> tuple[np.ndarray, np.ndarray]:
     """Items of other classes that may stand before each positive, and those that surely do: two (Q, M) counts."""
-    # The largest error of a float32 product that was seen was about half of it, over D = 8 to 2048 (tests/test_metrics.py)
-    band = 2.0**-23 * np.sqrt(problem.gallery.shape[1])
+    rotation, band = rotation_and_band(problem.gallery.shape[1])
     columns = np.arange(len(problem.gallery))
     if problem.own:  # the queries' order first: the gallery is then the queries, and one product serves both ways
         columns = np.concatenate([rows, np.setdiff1d(columns, rows)])
-    gallery, pad = _padded(unit_rows(problem.gallery[columns]), block_size)
+    gallery, pad = _padded(unit_rows(problem.gallery[columns], rotation), block_size)
     gallery_labels, _ = _padded(problem.gallery_labels[columns], block_size)
     if problem.own:
         queries, query_labels, blocks = gallery, gallery_labels, len(gallery) // block_size
     else:
-        queries, _ = _padded(unit_rows(problem.queries[rows]), block_size)
+        queries, _ = _padded(unit_rows(problem.queries[rows], rotation), block_size)
         query_labels, blocks = _padded(problem.query_labels[rows], block_size)[0], len(queries) // block_size
     most = similarity.shape[1]
     # absent positives and queries have a threshold above every similarity

@@ -46,4 +46,5 @@ class Checkpoints:
 
 
 def _arrays(state) -> dict:
-    return {name: getattr(state, name) for name in ("step", "params", "opt_state", "batch_stats")}
+    names = ("step", "params", "opt_state", "batch_stats") + (("ema",) if state.ema is not None else ())
+    return {name: getattr(state, name) for name in names}

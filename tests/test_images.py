@@ -1,10 +1,11 @@
 import io
+import itertools
 
 import numpy as np
 from PIL import Image
 import pytest
 
-from rll_jax import images
+from rll_jax import images, pipeline, sampler
 
 
 def encoded(image, kind="PNG", **kwargs):
@@ -73,3 +74,30 @@ def test_crop_covers_the_whole_scale():
     flipped = images.RandomResizedCrop(8, scale=(1, 1), ratio=(1, 1))
     views = {flipped(image, np.random.default_rng(s)).tobytes() for s in range(20)}
     assert views == {np.asarray(image).tobytes(), np.asarray(image)[:, ::-1].tobytes()}
+
+
+def test_a_class_is_transformed_alike(emoji):
+    """Each image of a class as every other of it in the batch; another step, another transformation; again the same."""
+    train, transform = emoji["train"], images.ClassTransform()
+    batches = sampler.ClassSampler(train.labels, 8, 4, seed=3)
+    whole = lambda image, rng: images.resize_center_crop(image, 16, 16)
+    plain, changed, again = (
+        list(pipeline.train_batches(train, batches, whole, of_class, start=0, stop=4))
+        for of_class in (None, transform, transform)
+    )
+    kinds = set()
+    for a, b, c in zip(plain, changed, again):
+        np.testing.assert_array_equal(b["image"], c["image"])
+        for first in range(0, 32, 4):
+            seen = []
+            for x, y in zip(a["image"][first : first + 4], b["image"][first : first + 4]):
+                fits = [
+                    (mirror, turn, order)
+                    for mirror in (1, -1) for turn in range(4) for order in itertools.permutations(range(3))
+                    if np.array_equal(np.rot90(x[:, ::mirror], turn)[..., order], y)
+                ]  # fmt: skip
+                seen.append(set(fits))
+            common = set.intersection(*seen)
+            assert common
+            kinds.add(min(common))
+    assert len(kinds) > 5

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from rll_jax import metrics
+from rll_jax import _ranks, metrics
 
 KS = (1, 2, 10, 100, 5000)
 
@@ -54,7 +54,7 @@ KINDS = ["random", "clustered", "tied", "duplicated", "collapsed", "nearly colla
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_sorting(kind, own):
     x, labels = make(kind)
-    given = (x, labels) if own else (x[:300], labels[:300], x[300:], labels[300:])
+    given = (x, labels) if own else (x[:400], labels[:400], x[400:], labels[400:])
     expected = by_sorting(*(given * 2)[:4], own)
     for block_size in (None, 64, 100):
         found = metrics.retrieval_metrics(*given, ks=KS, block_size=block_size)
@@ -74,14 +74,30 @@ def test_float32_products_are_settled_in_float64():
     assert (scores["recall@2"], scores["recall@3"], scores["mrr"]) == (0, 1, 1 / 3)
 
 
-@pytest.mark.parametrize("dim", [8, 64, 512, 2048])
+@pytest.mark.parametrize("dim", [2, 8, 64, 512, 2048])
 def test_the_band_holds_the_error_of_a_float32_product(dim):
     rng = np.random.default_rng(dim)
-    for spread in (0.1, 1, 100):
-        x = rng.normal(size=dim) + spread * rng.normal(size=(1024, dim))
-        x /= np.linalg.norm(x, axis=1, keepdims=True)
-        error = np.abs(jnp.matmul(x.astype("f"), x.T.astype("f"), precision="highest") - x @ x.T).max()
-        assert error < 2.0**-23 * np.sqrt(dim)
+    rotation, band = _ranks.rotation_and_band(dim)
+    noise = rng.normal(size=(512, dim))
+    kinds = [rng.normal(size=dim) + spread * noise for spread in (0.1, 1, 100)]
+    kinds += [np.ones((512, dim)), np.sign(noise), (noise > -1) + 1e-3, np.rint(113 + 8 * noise)]
+    for x in kinds:
+        unit = _ranks.unit_rows(x, rotation)
+        x = x / np.linalg.norm(x, axis=1, keepdims=True)
+        assert np.abs(jnp.matmul(unit, unit.T, precision="highest") - x @ x.T).max() < band / 2
+
+
+@pytest.mark.parametrize("dim", [500, 512, 1000])
+@pytest.mark.parametrize("block_size", [None, 64])
+def test_rounding_that_goes_one_way(dim, block_size):
+    """Vectors of few values, whose true order is known: a plain float32 product puts a collapsed network at Recall@1 = 1."""
+    labels = np.repeat(np.arange(100), 3)
+    scores = metrics.retrieval_metrics(np.ones((300, dim), np.float32), labels, ks=(1, 297, 298), block_size=block_size)
+    assert [scores[f"recall@{k}"] for k in (1, 297, 298)] == [0, 0, 1]
+    signs = np.ones((300, dim), np.float32)
+    signs[np.arange(300), np.arange(300)] = -1  # each differs from each in two places
+    scores = metrics.retrieval_metrics(signs, labels, ks=(1, 298), block_size=block_size)
+    assert (scores["recall@1"], scores["recall@298"], scores["mrr"]) == (0, 1, pytest.approx(1 / 298))
 
 
 def test_a_tie_counts_against_the_query():
@@ -93,7 +109,8 @@ def test_a_tie_counts_against_the_query():
 def test_other_types_and_lengths_of_vectors():
     x, labels = make("clustered")
     expected = metrics.retrieval_metrics(x, labels)
-    assert metrics.retrieval_metrics(x.astype(np.float64) * 1e200, labels.astype(np.uint64)) == pytest.approx(expected)
+    assert metrics.retrieval_metrics(x * 1e37, labels) == pytest.approx(expected)
+    assert metrics.retrieval_metrics(x.astype(np.float64) * 1e300, labels.astype(np.uint64)) == pytest.approx(expected)
     assert metrics.retrieval_metrics(jnp.asarray(x), jnp.asarray(labels - 2**30)) == expected
     coarse = np.asarray(jnp.asarray(x, jnp.bfloat16))
     assert metrics.retrieval_metrics(coarse, labels) == metrics.retrieval_metrics(coarse.astype(np.float32), labels)
@@ -104,10 +121,8 @@ def test_equals_pytorch_metric_learning():
     pytest.importorskip("faiss", reason="the peer's search is not installed")
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
-    calculator = AccuracyCalculator(
-        include=("precision_at_1", "mean_average_precision_at_r", "r_precision", "mean_reciprocal_rank"), k="max_bin_count",
-        device=torch.device("cpu"),
-    )  # fmt: skip
+    include = ("precision_at_1", "mean_average_precision_at_r", "r_precision")
+    calculator = AccuracyCalculator(include=include, k="max_bin_count", device=torch.device("cpu"))
     for kind in ("random", "clustered", "ragged"):
         x, labels = make(kind)
         x /= np.linalg.norm(x, axis=1, keepdims=True)
@@ -162,8 +177,9 @@ X, Y = np.eye(4, dtype=np.float32), np.array([0, 0, 1, 1])
     (ValueError, r"2 of 4 rows of queries are zero vectors, the first: \[2, 3\]", (X * [[1], [1], [0], [0]], Y), {}),
     (ValueError, "no class has two images", (X, np.arange(4)), {}),
     (ValueError, "no query's class is in the gallery", (X, Y, X, Y + 2), {}),
-    (ValueError, "queries is empty", (X[:0], Y[:0]), {}),
-    (ValueError, "gallery is empty", (X, Y, X[:0], Y[:0]), {}),
+    (ValueError, "queries must be .* not empty", (X[:0], Y[:0]), {}),
+    (ValueError, "gallery must be .* not empty", (X, Y, X[:0], Y[:0]), {}),
+    (TypeError, "int64 and uint64", (X, Y, X, Y.astype(np.uint64)), {}),
     (ValueError, "go together", (X, Y, X), {}),
     (ValueError, "4 dimensions and gallery 3", (X, Y, X[:3, :3], Y[:3]), {}),
     (ValueError, r"at least 1, found \(0, 1\)", (X, Y), {"ks": (0, 1)}),
@@ -183,3 +199,11 @@ def test_nearest():
     np.testing.assert_array_equal(rows[:, :2], [[0, 4], [1, 0], [2, 3], [3, 2], [0, 4]])  # of equals the lower row first
     np.testing.assert_allclose(similarities[:, 0], 1, rtol=1e-6)
     assert (np.diff(similarities, axis=1) <= 0).all()
+    many = np.random.default_rng(0).normal(size=(600, 8))
+    rows, _ = metrics.nearest(many, many[:40], 40)
+    unit = many / np.linalg.norm(many, axis=1, keepdims=True)
+    np.testing.assert_array_equal(rows, np.argsort(-unit @ unit[:40].T, axis=1))
+    with pytest.raises(ValueError, match="k from 1 to N"):
+        metrics.nearest(x, x, 6)
+    with pytest.raises(ValueError, match=r"1 of 5 rows of gallery are zero vectors, the first: \[2\]"):
+        metrics.nearest(x, x * [[1], [1], [0], [1], [1]], 1)

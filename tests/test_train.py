@@ -7,7 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from rll_jax import checkpoint, evaluate, loss, models, parallel, train
+from experiments import config, trained
+from rll_jax import backbones, checkpoint, evaluate, loss, models, parallel, train
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +25,13 @@ def batches():
 
 @functools.cache
 def fresh(levels):
-    model = models.EmbeddingNet(models.RESNETS["resnet_tiny"], 8, levels)
+    model = models.EmbeddingNet(backbones.BACKBONES["resnet_tiny"], 8, levels)
     # SGD, since Adam's first step has the size of the rate whatever the gradient
     return jax.device_get(train.create_train_state(model, optax.sgd(0.05, momentum=0.9), 16, seed=0))
 
 
 def make_state(axis_name, levels=("M", "H")):
-    model = models.EmbeddingNet(models.RESNETS["resnet_tiny"], 8, levels, axis_name=axis_name)
+    model = models.EmbeddingNet(backbones.BACKBONES["resnet_tiny"], 8, levels, axis_name=axis_name)
     return jax.tree.map(jnp.array, fresh(levels)).replace(apply_fn=model.apply)  # arrays of its own: steps donate them
 
 
@@ -131,7 +132,7 @@ def test_unknown_way_to_run():
 ])  # fmt: skip
 def test_parameter_counts_are_torchvisions(name, millions):
     """Without the head: torchvision's published counts less the 1000-way classifier."""
-    model = models.EmbeddingNet(models.RESNETS[name], 16)
+    model = models.EmbeddingNet(backbones.BACKBONES[name], 16)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
     head = shapes.pop("H_embedding")["kernel"].shape
     assert head == ({"resnet18": 512, "resnet34": 512}.get(name, 2048), 16)
@@ -142,7 +143,7 @@ def test_batch_norm_policy_and_dtype(batches):
     images = batches[0]["image"][:8]
 
     def run(**kwargs):
-        model = models.EmbeddingNet(models.RESNETS["resnet_tiny"], 8, **kwargs)
+        model = models.EmbeddingNet(backbones.BACKBONES["resnet_tiny"], 8, **kwargs)
         shapes = jax.eval_shape(model.init, jax.random.key(0), images)
         rng = np.random.default_rng(0)
         variables = jax.tree.map(lambda s: np.abs(rng.normal(size=s.shape)).astype(np.float32) + 0.1, shapes)
@@ -170,3 +171,67 @@ def test_learns_the_classes_it_is_shown():
         state, metrics = one(state, batch)
         first = first or float(metrics["loss"])
     assert float(metrics["loss"]) < 0.2 * first
+
+
+def variables_like(model, images):
+    """Random, all of them: what a test should see change is nowhere zero."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda s: np.abs(rng.normal(size=s.shape)).astype(np.float32) + 0.1, dict(shapes))
+
+
+def gradients(images, **options):
+    model = models.EmbeddingNet(backbones.BACKBONES["resnet_tiny"], 8, ("M", "H"), **options)
+    variables = variables_like(model, images)
+
+    def objective(params):
+        out, _ = model.apply(variables | {"params": params}, images, train=True, mutable=["batch_stats"])
+        return sum(loss.ranked_list_loss(e, np.arange(8) // 2) for e in out.values())
+
+    return jax.grad(objective)(variables["params"])
+
+
+def test_remat_changes_no_gradient(batches):
+    images = batches[0]["image"][:8].astype(np.float32)
+    plain, recomputed = gradients(images), gradients(images, remat=(1, 2))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), plain, recomputed)
+
+
+def test_frozen_affine_stops_the_backbones_alone(batches):
+    images = batches[0]["image"][:8].astype(np.float32)
+    frozen, fixed = gradients(images, batch_norm="frozen"), gradients(images, batch_norm="frozen_affine")
+    assert np.abs(frozen["bn1"]["scale"]).max() > 0 and not np.any(fixed["bn1"]["scale"])
+    assert not np.any(fixed["layer2_0"]["bn2"]["bias"])
+    np.testing.assert_allclose(fixed["M_bn1"]["scale"], frozen["M_bn1"]["scale"], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(fixed["conv1"]["kernel"], frozen["conv1"]["kernel"], rtol=1e-3, atol=1e-6)
+
+
+def test_moving_average(batches):
+    state = make_state(None, ("H",))
+    state = state.replace(ema=jax.tree.map(jnp.copy, state.params))
+    expected, one = state.ema, jax.jit(functools.partial(step, ema_decay=0.3))
+    for number, batch in enumerate(batches, start=1):
+        state, _ = one(state, batch)
+        decay = min(0.3, (1 + number) / (10 + number))
+        expected = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, expected, state.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.ema, expected)
+    of_average = train.embed_step(state.replace(params=state.ema, ema=None), batches[0]["image"])["H"]
+    np.testing.assert_array_equal(train.embed_step(state, batches[0]["image"])["H"], of_average)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_the_heads_rate_and_the_decay(optimizer):
+    params = {"conv1": {"kernel": jnp.ones((2, 2))}, "bn1": {"scale": jnp.ones(2)}, "H_embedding": {"kernel": jnp.ones((2, 2))}}
+    options = dict(optimizer=optimizer, schedule="step", learning_rate=0.1, weight_decay=0.5)
+
+    def update(gradient, **more):
+        tx = trained.make_optimizer(config.Config(**options, **more))
+        updates, _ = tx.update(jax.tree.map(lambda p: gradient * jnp.ones_like(p), params), tx.init(params), params)
+        return {name: float(jax.tree.leaves(u)[0].ravel()[0]) for name, u in updates.items()}
+
+    plain, multiplied = update(1.0), update(1.0, head_lr_multiplier=10.0)
+    assert multiplied["conv1"] == plain["conv1"] and multiplied["H_embedding"] == pytest.approx(10 * plain["H_embedding"])
+    decayed, all_decayed = update(0.0), update(0.0, decay_norm_and_bias=True)
+    assert decayed["bn1"] == 0 and decayed["conv1"] == all_decayed["bn1"] == pytest.approx(-0.05)
+    if optimizer == "sgd":
+        assert update(1.0, clip_gradient=1.0)["bn1"] == pytest.approx(-0.1 / np.sqrt(10))

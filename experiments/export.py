@@ -1,0 +1,54 @@
+"""A trained network in files that need nothing of this project.
+
+    python -m experiments.export --workdir=runs/emoji --out=model.safetensors
+    python -m experiments.export --workdir=runs/emoji --out=model.stablehlo --format=stablehlo
+
+safetensors: the weights in torchvision's names and layout, the embedding layers as {L,M,H}_*; for a network in PyTorch.
+stablehlo: `jax.export`ed function from (N, size, size, 3) uint8 images, any N, to (N, D) embeddings; for
+`jax.export.deserialize(open(FILE, "rb").read()).call(images)` and whatever else runs StableHLO, on CPU, CUDA or TPU.
+"""
+import pathlib
+
+from absl import app, flags
+import jax
+import jax.export
+import jax.numpy as jnp
+
+from experiments import config as config_lib
+from experiments import trained as trained_lib
+from rll_jax import models, weights
+
+
+def _stablehlo(trained) -> bytes:
+    # without the training's axis of devices
+    model = trained_lib.make_model(trained.config).clone(axis_name=None)
+    variables = jax.device_get({"params": trained.params, "batch_stats": trained.batch_stats})
+    size = trained.config.image_size
+    (batch,) = jax.export.symbolic_shape("N")
+    images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8)
+    function = jax.jit(lambda images: models.concatenated(model.apply(variables, images)))
+    return bytes(jax.export.export(function, platforms=("cpu", "cuda", "tpu"))(images).serialize())
+
+
+def main(_):
+    options = flags.FLAGS
+    with config_lib.mistakes_in_one_line():
+        out = pathlib.Path(options.out)
+        config_lib.check_free("out", out)
+        trained = trained_lib.load(options.workdir, options.step)
+        with config_lib.written_whole(out) as aside:
+            if options.format == "stablehlo":
+                aside.write_bytes(_stablehlo(trained))
+            else:
+                variables = {"params": trained.params, "batch_stats": trained.batch_stats}
+                weights.write_safetensors(aside, weights.to_published(variables))
+    size = trained.config.image_size
+    print(f"written: {out} ({out.stat().st_size / 2**20:.1f} MiB), step {trained.step}, for images of {size} x {size} pixels")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "a run's folder", required=True)
+    flags.DEFINE_string("out", None, "file to write", required=True)
+    flags.DEFINE_enum("format", "safetensors", ["safetensors", "stablehlo"], "what to write")
+    flags.DEFINE_integer("step", None, "of which checkpoint; the last by default")
+    app.run(main, flags_parser=config_lib.parse_flags)

@@ -1,0 +1,177 @@
+"""Published weights: the same features as PyTorch's networks, files of each kind, and errors that say what is wrong."""
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rll_jax import backbones, images, models, weights
+
+SHARED = pathlib.Path(__file__).parent.parent.parent / "shared" / "data"
+CAFFE = SHARED / "resnet50_v1_imagenet_fp16.npz"
+
+CASES = {
+    "resnet18": (backbones.ResNetConfig((2, 2, 2, 2), width=8), dict(stages=(2, 2, 2, 2), bottleneck=False, width=8)),
+    "resnet50": (backbones.ResNetConfig((3, 4, 6, 3), True, 8), dict(stages=(3, 4, 6, 3), bottleneck=True, width=8)),
+    "resnet50_v1": (
+        backbones.ResNetConfig((3, 4, 6, 3), True, 8, stride_in_first=True),
+        dict(stages=(3, 4, 6, 3), bottleneck=True, width=8, stride_in_first=True),
+    ),
+    "googlenet_v2": (backbones.GoogLeNetV2Config(0.25), dict(share=0.25)),
+}
+
+
+def variables_of(model, side=64):
+    """Zeros: values that a test forgot to fill in would show."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
+    return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), dict(shapes))
+
+
+@pytest.fixture(scope="module")
+def torch_networks():
+    pytest.importorskip("torch", reason="torch is not installed")
+    import torch_networks
+
+    return torch_networks
+
+
+def pair(name, torch_networks):
+    """Our model and variables, and PyTorch's network with the same random weights and statistics."""
+    import torch
+
+    torch.manual_seed(0)
+    config, options = CASES[name]
+    theirs = (torch_networks.GoogLeNetV2 if name == "googlenet_v2" else torch_networks.ResNet)(**options)
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.weight.data.uniform_(0.5, 1.5)
+            module.bias.data.normal_(0, 0.1)
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    model = models.EmbeddingNet(config, 8)
+    published = {key: value.numpy() for key, value in theirs.state_dict().items()}
+    return model, weights.from_published(published, variables_of(model), heads=False), theirs
+
+
+@pytest.mark.parametrize("side", [64, 97])
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_features_are_pytorchs(name, train, side, torch_networks):
+    import torch
+
+    model, variables, theirs = pair(name, torch_networks)
+    pixels = np.random.default_rng(0).integers(0, 255, (4, side, side, 3), np.uint8)
+    x = (pixels[..., ::-1] if model.backbone.bgr else pixels).astype(np.float32)
+    x = (x - np.float32(model.backbone.mean)) / np.float32(model.backbone.std)
+    theirs.train(train)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(x.transpose(0, 3, 1, 2)))
+    found, _ = jax.jit(lambda v, p: model.apply(v, p, train=train, features=True, mutable=["batch_stats"]))(variables, pixels)
+    assert len(found) == len(expected)
+    for ours, reference in zip(found, expected):
+        reference = reference.numpy().transpose(0, 2, 3, 1)
+        assert ours.shape == reference.shape
+        assert np.abs(ours - reference).max() <= 1e-4 * np.abs(reference).max()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_there_and_back(name, tmp_path):
+    model = models.EmbeddingNet(CASES[name][0], 8, ("L", "M", "H"))
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), variables_of(model))
+    published = weights.to_published(variables)
+    weights.write_safetensors(tmp_path / "w.safetensors", published)
+    np.savez(tmp_path / "w.npz", **published)
+    for kind in ("safetensors", "npz"):
+        again = weights.from_published(weights.read(tmp_path / f"w.{kind}"), variables_of(model), heads=True)
+        jax.tree.map(np.testing.assert_array_equal, again, variables)
+    headless = weights.from_published(published, variables_of(model), heads=False)
+    assert not headless["params"]["H_embedding"]["kernel"].any()
+    first = "layer1_0" if "resnet" in name else "inception_3a"
+    jax.tree.map(np.testing.assert_array_equal, headless["batch_stats"][first], variables["batch_stats"][first])
+
+
+def test_pth_is_read_without_running_it(torch_networks, tmp_path):
+    import torch
+
+    model, variables, theirs = pair("resnet18", torch_networks)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in theirs.state_dict().items()}, "epoch": 3}, tmp_path / "w.pth")
+    again = weights.from_published(weights.read(tmp_path / "w.pth"), variables_of(model), heads=False)
+    jax.tree.map(np.testing.assert_array_equal, again, variables)
+
+    class Evil:
+        def __reduce__(self):
+            return pathlib.Path.touch, (tmp_path / "run",)
+
+    torch.save({"w": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match="evil.pth: cannot be read as weights"):
+        weights.read(tmp_path / "evil.pth")
+    assert not (tmp_path / "run").exists()
+
+
+def test_errors(tmp_path):
+    model = models.EmbeddingNet(CASES["resnet18"][0], 8)
+    published = weights.to_published(variables_of(model))
+    wrong = dict(published, extra=np.zeros(3)) | {"conv1.weight": np.zeros((3, 3, 7, 7))}
+    del wrong["bn1.bias"]
+    with pytest.raises(ValueError, match=r"1 missing \(bn1.bias\); 1 unexpected \(extra\); 1 of another shape \(conv1.weight \(3, 3, 7, 7\) instead of \(8, 3, 7, 7\)"):  # fmt: skip
+        weights.from_published(wrong, variables_of(model), heads=False)
+    with pytest.raises(ValueError, match="no such file"):
+        weights.read(tmp_path / "no.npz")
+    with pytest.raises(ValueError, match="expected weights in .safetensors"):
+        weights.read(tmp_path / "no.onnx")
+    for name in ("bad.npz", "bad.safetensors"):
+        (tmp_path / name).write_bytes(b"not weights")
+        with pytest.raises(ValueError, match=f"{name}: cannot be read as weights"):
+            weights.read(tmp_path / name)
+    np.savez(tmp_path / "objects.npz", x=np.array([{}], object))
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        weights.read(tmp_path / "objects.npz")
+
+
+@pytest.fixture(scope="module")
+def imagenet():
+    if not CAFFE.exists():
+        pytest.skip("the developers' weights are not here")
+    model = models.EmbeddingNet(backbones.BACKBONES["resnet50_v1"], 8)
+    file = weights.read(CAFFE)
+    return model, weights.from_published(file, variables_of(model), heads=False), file
+
+
+def test_imagenet_weights_classify_photographs(imagenet):
+    data = pytest.importorskip("skimage.data", reason="scikit-image is not installed")
+    from PIL import Image
+
+    model, variables, file = imagenet
+    names = json.loads((SHARED / "imagenet_labels.json").read_text())
+    names = [names[str(i)] if isinstance(names, dict) else names[i] for i in range(1000)]
+    pictures = {"chelsea": ("cat", "tabby", "lynx"), "coffee": ("espresso", "cup"), "rocket": ("missile", "projectile", "rocket")}
+    pixels = np.stack([images.resize_center_crop(Image.fromarray(getattr(data, name)()), 224, 256) for name in pictures])
+    features = model.apply(variables, pixels, features=True)[-1].mean(axis=(1, 2))
+    scores = features @ file["fc.weight"].astype(np.float32).T + file["fc.bias"].astype(np.float32)
+    for row, expected in zip(np.asarray(scores), pictures.values()):
+        best = " ".join(str(names[i]).lower() for i in np.argsort(-row)[:5])
+        assert any(word in best for word in expected), best
+
+
+@pytest.mark.slow
+def test_zero_shot_scores_on_the_grocery_photographs(imagenet):
+    """The scores that ../shared/README.md gives: Recall@1 93.4, MAP@R 30.0."""
+    from PIL import Image, ImageOps
+
+    from rll_jax import metrics
+
+    model, variables, _ = imagenet
+    root = SHARED / "grocery"
+    lines = [line.split(",") for name in ("train", "val", "test") for line in (root / f"{name}.txt").read_text().splitlines()]
+    rows = [(root / path.strip(), int(label)) for path, label, _ in lines if int(label) >= 41]
+    pooled = jax.jit(lambda x: model.apply(variables, x, features=True)[-1].mean(axis=(1, 2)))
+    found = []
+    for first in range(0, len(rows), 64):
+        some = [np.asarray(ImageOps.fit(Image.open(path).convert("RGB"), (128, 128))) for path, _ in rows[first : first + 64]]
+        found.append(np.asarray(pooled(np.stack(some + some[-1:] * (64 - len(some)))))[: len(some)])
+    scores = metrics.retrieval_metrics(np.concatenate(found), np.array([label for _, label in rows]), ks=(1,))
+    assert len(rows) == 2370
+    assert scores["recall@1"] == pytest.approx(0.934, abs=0.005) and scores["map@r"] == pytest.approx(0.300, abs=0.005)
