@@ -27,8 +27,10 @@ class Problem(NamedTuple):
     """Queries with at least one positive, and a gallery; `own` says that they are the same rows."""
 
     queries: np.ndarray
+    query_norms: np.ndarray  # (Q, 1) float64
     query_labels: np.ndarray  # dense: 0, 1, ...
     gallery: np.ndarray
+    gallery_norms: np.ndarray
     gallery_labels: np.ndarray
     own: bool
     order: np.ndarray  # the gallery's rows, class by class
@@ -65,9 +67,10 @@ def make_problem(queries, query_labels, gallery, gallery_labels) -> Problem:
     counts = np.bincount(gallery_labels, minlength=len(classes))
     start = np.cumsum(counts) - counts
     order = np.argsort(gallery_labels, kind="stable")
-    return Problem(
-        queries, query_labels, gallery, gallery_labels, own, order, start[query_labels], counts[query_labels]
-    )
+    gallery_norms = _norms(gallery)
+    query_norms = gallery_norms if own else _norms(queries)
+    start, size = start[query_labels], counts[query_labels]
+    return Problem(queries, query_norms, query_labels, gallery, gallery_norms, gallery_labels, own, order, start, size)
 
 
 def score(problem: Problem, ks, block_size: int) -> tuple[np.ndarray, Scores]:
@@ -94,11 +97,10 @@ def score(problem: Problem, ks, block_size: int) -> tuple[np.ndarray, Scores]:
         for k in ks:
             unclear |= (best.first_rank <= k) & (worst.first_rank > k)
         exactly = np.concatenate([exactly, few[unclear]])
-    norms = _norms(problem.gallery) if len(exactly) else None
     step = max(16, _FLOAT64_NUMBERS // len(problem.gallery))
     for first in range(0, len(exactly), step):
         some = exactly[first : first + step]
-        put(some, _score_exactly(problem, norms, some, positives[some]))
+        put(some, _score_exactly(problem, some, positives[some]))
     return rows, Scores(*(x[rows] for x in scores))
 
 
@@ -113,12 +115,12 @@ def _norms(x) -> np.ndarray:
     return out
 
 
-def unit_rows(x, rotation=None) -> np.ndarray:
+def unit_rows(x, norms=None, rotation=None) -> np.ndarray:
     """Float32 rows of length 1, rotated where a rotation is given."""
-    norms, out = _norms(x), np.empty(x.shape, np.float32)
+    norms, out = _norms(x) if norms is None else norms, np.empty(x.shape, np.float32)
     for first in range(0, len(x), _FLOAT64_COLUMNS):
         part = slice(first, first + _FLOAT64_COLUMNS)
-        rows = x[part].astype(np.float64) / norms[part]
+        rows = x[part] / norms[part]
         out[part] = rows if rotation is None else rows @ rotation
     return out
 
@@ -134,8 +136,9 @@ def _similarity_of_positives(problem, rows) -> np.ndarray:
         there = place < problem.size[some][:, None]
         found = problem.order[np.where(there, problem.start[some][:, None] + place, 0)]
         there &= ~(problem.own & (found == some[:, None]))
-        positives, queries = (x.astype(np.float64) for x in (problem.gallery[found.ravel()], problem.queries[some]))
-        similarity = (positives / _norms(positives)).reshape(*found.shape, -1) @ (queries / _norms(queries))[:, :, None]
+        positives = problem.gallery[found.ravel()] / problem.gallery_norms[found.ravel()]
+        queries = problem.queries[some] / problem.query_norms[some]
+        similarity = positives.reshape(*found.shape, -1) @ queries[:, :, None]
         similarity = -np.sort(-np.where(there, similarity[:, :, 0], -np.inf), axis=1)
         most = largest - problem.own
         out[first : first + len(some), :most] = similarity[:, :most]
@@ -143,14 +146,13 @@ def _similarity_of_positives(problem, rows) -> np.ndarray:
     return out
 
 
-def _score_exactly(problem, norms, rows, positives) -> Scores:
+def _score_exactly(problem, rows, positives) -> Scores:
     """By float64 similarities of a few queries with the whole gallery; of the negatives, those that may count are sorted."""
-    queries = problem.queries[rows].astype(np.float64)
-    queries /= _norms(queries)
+    queries = problem.queries[rows] / problem.query_norms[rows]
     similarity = np.empty((len(rows), len(problem.gallery)))
     for first in range(0, len(problem.gallery), _FLOAT64_COLUMNS):
         part = slice(first, first + _FLOAT64_COLUMNS)
-        similarity[:, part] = queries @ (problem.gallery[part].astype(np.float64) / norms[part]).T
+        similarity[:, part] = queries @ (problem.gallery[part] / problem.gallery_norms[part]).T
     ranks = np.full((len(rows), positives.max()), _ABSENT)
     for row, values, found in zip(rows, similarity, ranks):
         same = problem.gallery_labels == problem.query_labels[row]
@@ -176,12 +178,12 @@ def _count(problem, rows, similarity, block_size) -> tuple[np.ndarray, np.ndarra
     columns = np.arange(len(problem.gallery))
     if problem.own:  # the queries' order first: the gallery is then the queries, and one product serves both ways
         columns = np.concatenate([rows, np.setdiff1d(columns, rows)])
-    gallery, pad = _padded(unit_rows(problem.gallery[columns], rotation), block_size)
+    gallery, pad = _padded(unit_rows(problem.gallery[columns], problem.gallery_norms[columns], rotation), block_size)
     gallery_labels, _ = _padded(problem.gallery_labels[columns], block_size)
     if problem.own:
         queries, query_labels, blocks = gallery, gallery_labels, len(gallery) // block_size
     else:
-        queries, _ = _padded(unit_rows(problem.queries[rows], rotation), block_size)
+        queries, _ = _padded(unit_rows(problem.queries[rows], problem.query_norms[rows], rotation), block_size)
         query_labels, blocks = _padded(problem.query_labels[rows], block_size)[0], len(queries) // block_size
     most = similarity.shape[1]
     # absent positives and queries have a threshold above every similarity

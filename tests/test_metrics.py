@@ -82,7 +82,7 @@ def test_the_band_holds_the_error_of_a_float32_product(dim):
     kinds = [rng.normal(size=dim) + spread * noise for spread in (0.1, 1, 100)]
     kinds += [np.ones((512, dim)), np.sign(noise), (noise > -1) + 1e-3, np.rint(113 + 8 * noise)]
     for x in kinds:
-        unit = _ranks.unit_rows(x, rotation)
+        unit = _ranks.unit_rows(x, rotation=rotation)
         x = x / np.linalg.norm(x, axis=1, keepdims=True)
         assert np.abs(jnp.matmul(unit, unit.T, precision="highest") - x @ x.T).max() < band / 2
 
