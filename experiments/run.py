@@ -107,9 +107,10 @@ def _run(config, workdir, runner, source, splits, batches, state) -> None:
         def evaluate_at(step):
             levels = embed(state)
             embeddings = np.asarray(models.concatenated(levels))
-            if not np.isfinite(embeddings).all():
-                raise BadRun(f"the embeddings are not finite at step {step}: lower --learning_rate")
-            scores = metrics.retrieval_metrics(embeddings, splits["test"].labels, ks=source.ks)
+            try:
+                scores = metrics.retrieval_metrics(embeddings, splits["test"].labels, ks=source.ks)
+            except ValueError as error:  # not finite, or all zero
+                raise BadRun(f"step {step}: {error}; lower --learning_rate")
             log.write(step, scores)
             line = "  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items() if "queries" not in name)
             progress.write(f"step {step}: {line}")
