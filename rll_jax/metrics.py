@@ -97,8 +97,8 @@ def clustering_metrics(embeddings, labels, *, seed=0) -> dict[str, float]:
     """How well K-means on the L2-normalised embeddings, with as many clusters as classes, finds the classes.
 
     Needs scikit-learn. K-means is its Lloyd iteration, at most 20, from K-means++ centres for up to 1,000 classes and from
-    random rows above, where K-means++ alone would take longer than the iterations. The result depends on `seed`. On 11,316
-    classes of 60,502 x 512 it takes minutes, "ami" alone half of one.
+    random rows above, where K-means++ alone would take longer than the iterations. The result depends on `seed`. 11,316 classes of
+    60,502 x 512 take a minute on 2 CPU cores.
 
     Args:
       embeddings: (N, D) floating, finite, no zero vectors.
