@@ -3,6 +3,7 @@ import contextlib
 import dataclasses
 import pathlib
 import sys
+import uuid
 
 from absl import flags, logging
 
@@ -134,7 +135,10 @@ def from_flagfile(path: pathlib.Path) -> Config:
         name, equals, value = line.removeprefix("--").partition("=")
         if name not in types or not equals:
             raise ValueError(f"{path}, line {number}: expected --option=value of an experiment, found {line!r}")
-        options[name] = value == "True" if types[name] is bool else types[name](value)
+        try:
+            options[name] = value == "True" if types[name] is bool else types[name](value)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {line!r}: {error}")
     return Config(**options)
 
 
@@ -148,6 +152,9 @@ def mistakes_in_one_line():
         yield
     except (ValueError, OSError) as error:
         sys.exit(fail(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def check_free(name: str, path: pathlib.Path) -> None:
@@ -161,7 +168,7 @@ def check_free(name: str, path: pathlib.Path) -> None:
 @contextlib.contextmanager
 def written_whole(path: pathlib.Path):
     """A path to write to, which takes the place of `path` at the end, or goes where that fails."""
-    aside = path.with_name(path.name + ".tmp")
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield aside
         aside.replace(path)

@@ -36,8 +36,9 @@ def _writer(path: pathlib.Path):
 
     def write(path, index):
         dim = index.embeddings.shape[1]
+        names = [name.encode(errors="backslashreplace").decode() for name in index.files.tolist()]  # any bytes may be in them
         rows = pa.FixedSizeListArray.from_arrays(pa.array(index.embeddings.ravel()), dim)
-        parquet.write_table(pa.table({"file": pa.array(index.files.tolist()), "embedding": rows}), path)
+        parquet.write_table(pa.table({"file": pa.array(names), "embedding": rows}), path)
 
     return write
 

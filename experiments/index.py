@@ -70,6 +70,7 @@ def update(workdir: str, trained, folder: str) -> Index:
     known = {}
     for path in directory.glob("*.npz"):
         known.update(_known(path, stamps))
+    before = len(known)
     todo = [file for file in stamps if file not in known]
     with tqdm.tqdm(total=len(todo), unit="image", desc="embedding", disable=not todo) as progress:
         for first in range(0, len(todo), _PART):
@@ -85,7 +86,7 @@ def update(workdir: str, trained, folder: str) -> Index:
     if not known:
         raise ValueError(f"{root}: none of its {len(unreadable)} images can be read, such as {unreadable[:3]}")
     files = [file for file in stamps if file in known]
-    return Index(np.array(files), np.array([known[file] for file in files], np.float32), unreadable, len(todo))
+    return Index(np.array(files), np.array([known[file] for file in files], np.float32), unreadable, len(known) - before)
 
 
 def _known(path: pathlib.Path, stamps: dict) -> dict:

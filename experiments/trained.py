@@ -135,9 +135,11 @@ def load(workdir: str, step: int | None = None) -> Trained:
         raise ValueError(f"--workdir={workdir} holds no checkpoint yet: let the run go on to its first")
     with checkpoint.Checkpoints(workdir / "checkpoints", read_only=True) as saved:
         steps = saved.all_steps()
-        step = max(steps, default=None) if step is None else step
+        if not steps:
+            raise ValueError(f"--workdir={workdir} holds no checkpoint yet: let the run go on to its first")
+        step = steps[-1] if step is None else step
         if step not in steps:
-            there = ", ".join(map(str, steps)) or "none"
+            there = ", ".join(map(str, steps))
             raise ValueError(f"--workdir={workdir} holds no checkpoint of step {step}: there are {there}")
         runner = parallel.make_runner(config.parallel)
         state = saved.restore(step, make_state(config, runner))

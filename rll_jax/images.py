@@ -25,6 +25,8 @@ def decode(data: bytes, name: str) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
             image.load()
+            if image.mode in ("F", "I"):  # of no range that all agree on
+                raise ValueError(f"its pixels are of mode {image.mode}, expected 8 or 16 bits")
             image = ImageOps.exif_transpose(image)
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")

@@ -101,3 +101,10 @@ def test_a_class_is_transformed_alike(emoji):
             assert common
             kinds.add(min(common))
     assert len(kinds) > 5
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_pixels_without_a_range_are_refused(mode):
+    data = encoded(Image.fromarray(np.zeros((8, 8), np.float32 if mode == "F" else np.int32)), "TIFF")
+    with pytest.raises(images.BadImageError, match=f"odd.tiff.*mode {mode}, expected 8 or 16 bits"):
+        images.decode(data, "odd.tiff")
