@@ -11,7 +11,10 @@ from experiments import sources
 from rll_jax import backbones, models
 
 # How a run is carried out, not what comes out of it: these may change when it is resumed.
-FREE_TO_CHANGE = ("data_dir", "workdir", "threads", "checkpoint_every", "keep", "log_every")
+FREE_TO_CHANGE = (
+    "data_dir", "workdir", "threads", "worker_processes", "checkpoint_every", "keep", "log_every", "verify_images", "max_bad_images",
+    "compilation_cache",
+)  # fmt: skip
 
 
 def _option(default, help, **limits):
@@ -22,8 +25,13 @@ def _option(default, help, **limits):
 class Config:
     """Raises ValueError, naming the flag, where an option is out of range or two do not go together."""
 
-    dataset: str = _option("emoji", "set of pictures", choices=tuple(sources.SOURCES))
-    data_dir: str = _option("", "folder of the data; empty for the set that comes with the project")
+    dataset: str = _option("emoji", f"set of pictures: {', '.join(sources.SOURCES)}, or tfds:NAME of tensorflow-datasets")
+    data_dir: str = _option("", "folder of the data, of published files or prepared; empty for the set that comes with the project")
+    index: str = _option("", "table of the folder's pictures, .csv or .parquet, with the columns path, label and, by option, split (folder)")
+    test_share: float = _option(0.5, "share of the classes that is searched, where nothing else says which (folder)", low=0.01, high=0.99)
+    split_seed: int = _option(0, "seed that draws them (folder)", low=0)
+    image_key: str = _option("image", "feature that holds the picture (tfds)")
+    label_key: str = _option("", "feature that holds the class (tfds); empty: label or class_id")
     workdir: str = _option("runs/run", "folder for everything the run writes; resumed if it holds the same run")
     steps: int = _option(1000, "training steps", low=1)
     seed: int = _option(0, "seed of the parameters, the batches and the augmentation", low=0)
@@ -36,6 +44,14 @@ class Config:
     balance: float = _option(0.5, "lambda: share of the negative term", low=0, high=1)
     gallery_gradient: bool = _option(False, "move the gallery too, not the query alone (the paper's code)")
     class_augment: bool = _option(False, "turn, mirror and recolour all images of a class in a batch alike")
+    augment: str = _option("", "view of a training picture, and the test view that goes with it; empty: what is usual for the set", choices=("", *sources.VIEWS))
+    sampling: str = _option(
+        "classes", "batches of P classes x K images; the same with classes of few super classes; or images in random order, each with "
+        "--min_positives others of its class, P x K in all", choices=("classes", "hierarchical", "shuffle")
+    )  # fmt: skip
+    super_classes_per_batch: int = _option(2, "of which a batch's classes come (hierarchical)", low=1)
+    min_positives: int = _option(1, "of each image drawn (shuffle)", low=1)
+    class_on_one_device: bool = _option(False, "keep a class's images together where devices share a batch; otherwise they are spread")
     backbone: str = _option("resnet_small", "network", choices=tuple(backbones.BACKBONES))
     pretrained: str = _option(
         "", "weights to start from: .safetensors, .pth or .npz in the names of torchvision and timm, another run's workdir, or a "
@@ -49,6 +65,7 @@ class Config:
         "frozen_affine fixes scale and bias too", choices=models.BATCH_NORMS
     )  # fmt: skip
     dtype: str = _option("float32", "of the convolutions", choices=("float32", "bfloat16"))
+    frozen_stages: int = _option(0, "first stages of the network, and the stem, that stay as they are; needs a frozen --batch_norm", low=0)
     remat: str = _option("", "stages computed again for the gradient to save memory, such as 1,2")
     image_size: int = _option(32, "side of the pictures that the network sees, pixels", low=8)
     optimizer: str = _option("adamw", "optimiser; sgd has momentum 0.9", choices=("adamw", "sgd"))
@@ -67,10 +84,18 @@ class Config:
     checkpoint_every: int = _option(100, "steps between checkpoints; the last step is saved too", low=1)
     keep: int = _option(2, "checkpoints kept", low=1)
     log_every: int = _option(10, "steps between lines of metrics", low=1)
-    threads: int = _option(2, "threads that read and augment", low=1)
+    threads: int = _option(2, "threads that read and augment, in each process", low=1)
+    worker_processes: int = _option(0, "processes beside this one that read and augment; 0: threads alone", low=0)
+    cache: str = _option("none", "keep the decoded pictures, shrunk to what the views need, in memory or in --data_dir", choices=("none", "memory", "disk"))
+    verify_images: str = _option("quick", "before the first step: that files are there and not empty, or that all decode", choices=("quick", "full"))
+    on_bad_image: str = _option("stop", "what to do where such a check finds any; skip lists them in the workdir", choices=("stop", "skip"))
+    max_bad_images: int = _option(100, "pictures that may turn out broken in the middle of a run, where others of their class replace them", low=0)
+    compilation_cache: bool = _option(True, "keep compiled programs in the workdir, for a run that goes on")
     parallel: str = _option("pmap", "how a step runs over the devices", choices=("pmap", "shard_map"))
 
     def __post_init__(self):
+        if not sources.is_known(self.dataset):
+            raise ValueError(f"--dataset={self.dataset}: expected {', '.join(sources.SOURCES)} or {sources.TFDS}NAME")
         for field in dataclasses.fields(self):
             value, limits = getattr(self, field.name), field.metadata
             if "choices" in limits and value not in limits["choices"]:
@@ -87,6 +112,13 @@ class Config:
         stages = backbones.BACKBONES[self.backbone].num_ends
         if stages < len(models.LEVELS) - models.LEVELS.index(self.level_names[0]):
             raise ValueError(f"--levels={self.levels}: --backbone={self.backbone} has only {stages} stages")
+        if self.frozen_stages > stages or self.frozen_stages and not self.batch_norm.startswith("frozen"):
+            raise ValueError(
+                f"--frozen_stages={self.frozen_stages}: expected at most the {stages} stages of --backbone={self.backbone}, and "
+                "--batch_norm=frozen or frozen_affine"
+            )
+        if self.index and self.dataset != "folder":
+            raise ValueError(f"--index={self.index} goes with --dataset=folder, not {self.dataset}")
         for name in ("decay_at", "remat"):
             if not all(number.strip().isdigit() for number in getattr(self, name).split(",") if getattr(self, name)):
                 raise ValueError(f"--{name}={getattr(self, name)}: expected numbers with commas between")
@@ -103,10 +135,12 @@ class Config:
         return "".join(f"--{name}={value}\n" for name, value in dataclasses.asdict(self).items())
 
 
-def define_flags(**defaults) -> None:
-    """Defines a flag for each option, with an experiment's own defaults."""
+def define_flags(only: tuple[str, ...] = (), **defaults) -> None:
+    """Defines a flag for each option, or for those named, with an experiment's own defaults."""
     define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string, bool: flags.DEFINE_bool}
     for field in dataclasses.fields(Config):
+        if only and field.name not in only:
+            continue
         choices = field.metadata.get("choices")
         text = field.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
         define[field.type](field.name, defaults.get(field.name, field.default), text)
@@ -124,7 +158,8 @@ def parse_flags(argv) -> list[str]:
 
 
 def from_flags() -> Config:
-    return Config(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Config)})
+    names = [field.name for field in dataclasses.fields(Config) if field.name in flags.FLAGS]
+    return Config(**{name: flags.FLAGS[name].value for name in names})
 
 
 def from_flagfile(path: pathlib.Path) -> Config:

@@ -4,23 +4,25 @@
 
 Prints a table and writes --out, by default evaluation.json in the workdir.
 """
+import dataclasses
 import json
 import pathlib
 
 from absl import app, flags
 
 from experiments import config as config_lib
+from experiments import sources
 from experiments import trained as trained_lib
-from rll_jax import evaluate, metrics
+from rll_jax import datasets, evaluate, metrics
 
 
-def score_table(levels: dict, labels, ks, clustering: bool) -> dict[str, dict[str, float]]:
-    """{"L": {"recall@1": ..., ...}, "L,M": ..., ...} from {level: (N, D)} embeddings."""
+def score_table(levels: dict, data, ks, clustering: bool) -> dict[str, dict[str, float]]:
+    """{"L": {"recall@1": ..., ...}, "L,M": ..., ...} from the {level: (N, D)} embeddings of a set."""
     table = {}
     for name, embeddings in evaluate.combinations(levels).items():
-        table[name] = metrics.retrieval_metrics(embeddings, labels, ks=ks)
+        table[name] = metrics.retrieval_metrics(*evaluate.by_role(embeddings, data), ks=ks)
         if clustering:
-            table[name] |= metrics.clustering_metrics(embeddings, labels)
+            table[name] |= metrics.clustering_metrics(embeddings, data.labels)
     return table
 
 
@@ -43,8 +45,12 @@ def main(_):
         if options.out:
             config_lib.check_free("out", out)
         trained = trained_lib.load(options.workdir, options.step)
-        data = trained.source.open_split(options.data_dir or trained.config.data_dir, "test")
-        table = score_table(trained.embed(data), data.labels, trained.source.ks, options.clustering)
+        config = dataclasses.replace(trained.config, data_dir=options.data_dir or trained.config.data_dir)
+        data = sources.open_sets(config)["test"]
+        bad = datasets.find_bad(data, full=config.verify_images == "full", threads=config.threads)
+        sources.refuse_bad(bad, "test", data, config)
+        data = datasets.without(data, bad)
+        table = score_table(trained.embed(data), data, sources.find(config.dataset).ks, options.clustering)
         alone = next(iter(table.values()))["queries_without_match"]
         print(f"{options.workdir}, step {trained.step}: {len(data)} test images, in percent; {alone} alone in their class")
         print(_as_text(table))

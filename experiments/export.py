@@ -22,7 +22,7 @@ from rll_jax import models, weights
 def _stablehlo(trained) -> bytes:
     # without the training's axis of devices
     model = trained_lib.make_model(trained.config).clone(axis_name=None)
-    variables = jax.device_get({"params": trained.params, "batch_stats": trained.batch_stats})
+    variables = jax.device_get(trained.variables)
     size = trained.config.image_size
     (batch,) = jax.export.symbolic_shape("N")
     images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8)
@@ -40,8 +40,7 @@ def main(_):
             if options.format == "stablehlo":
                 aside.write_bytes(_stablehlo(trained))
             else:
-                variables = {"params": trained.params, "batch_stats": trained.batch_stats}
-                weights.write_safetensors(aside, weights.to_published(variables))
+                weights.write_safetensors(aside, weights.to_published(trained.variables))
     size = trained.config.image_size
     print(f"written: {out} ({out.stat().st_size / 2**20:.1f} MiB), step {trained.step}, for images of {size} x {size} pixels")
 

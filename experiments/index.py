@@ -15,10 +15,10 @@ import zipfile
 import numpy as np
 import tqdm
 
-from rll_jax import images, models
+from experiments import trained as trained_lib
+from rll_jax import folders, images, models
 
 _PART = 512  # images
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 class Index(NamedTuple):
@@ -37,23 +37,21 @@ class Index(NamedTuple):
     embedded: int
 
 
-class ImageFiles:
-    """Image files as a set; one that cannot be decoded becomes a white picture and is remembered in `unreadable`."""
+class _ImageFiles:
+    """Image files as a set."""
 
     def __init__(self, paths):
         self._paths = list(paths)
-        self.unreadable = set()
 
     def __len__(self):
         return len(self._paths)
 
-    def image(self, row):
+    def picture(self, row):
         path = self._paths[row]
         try:
-            return images.decode(path.read_bytes(), str(path))
-        except (images.BadImageError, OSError):
-            self.unreadable.add(row)
-            return images.blank()
+            return images.Picture(path.read_bytes(), str(path))
+        except OSError as error:
+            raise images.BadImageError(f"cannot read the image {str(path)!r}: {error}") from error
 
 
 def update(workdir: str, trained, folder: str) -> Index:
@@ -65,7 +63,7 @@ def update(workdir: str, trained, folder: str) -> Index:
     root = pathlib.Path(folder)
     stamps = _scan(root)
     name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
-    directory = pathlib.Path(workdir) / "index" / f"{name}-{trained.identity}"
+    directory = pathlib.Path(workdir) / "index" / f"{name}-{trained_lib.identity(trained)}"
     directory.mkdir(parents=True, exist_ok=True)
     known = {}
     for path in directory.glob("*.npz"):
@@ -101,11 +99,14 @@ def _known(path: pathlib.Path, stamps: dict) -> dict:
     return {file: embedding for file, stamp, embedding in rows if stamps.get(file) == tuple(stamp)}
 
 
-def embed_files(paths, embed: Callable) -> tuple[np.ndarray, np.ndarray]:
+def embed_files(paths: list, embed: Callable) -> tuple[np.ndarray, np.ndarray]:
     """(N, D) embeddings, all levels concatenated, and (N,) which of the files were readable."""
-    data = ImageFiles(paths)
-    embeddings = np.asarray(models.concatenated(embed(data)))
-    return embeddings, np.array([row not in data.unreadable for row in range(len(data))])
+    readable = np.ones(len(paths), bool)
+
+    def on_bad(row):
+        readable[row] = False
+
+    return np.asarray(models.concatenated(embed(_ImageFiles(paths), on_bad=on_bad))), readable
 
 
 def names(folder: pathlib.Path) -> list[str]:
@@ -123,7 +124,7 @@ def _scan(root: pathlib.Path) -> dict:
             folders.clear()
             continue
         seen.add(os.path.realpath(directory))
-        for path in (pathlib.Path(directory, name) for name in files if name.lower().endswith(_SUFFIXES)):
+        for path in (pathlib.Path(directory, name) for name in files if name.lower().endswith(folders.SUFFIXES)):
             try:
                 information = path.stat()
             except OSError:
@@ -132,7 +133,7 @@ def _scan(root: pathlib.Path) -> dict:
                 stamp = (information.st_size, information.st_mtime_ns) if information else (0, 0)
                 found[path.relative_to(root).as_posix()] = stamp
     if not found:
-        raise ValueError(f"{root}: no images in it (looked for {', '.join(_SUFFIXES)}, in its folders too)")
+        raise ValueError(f"{root}: no images in it (looked for {', '.join(folders.SUFFIXES)}, in its folders too)")
     return dict(sorted(found.items()))
 
 

@@ -11,6 +11,7 @@ import threadpoolctl
 
 from experiments import config as config_lib
 from experiments import evaluate, page
+from rll_jax import evaluate as evaluate_lib
 from rll_jax import metrics
 
 _KINDS = {"Worst": 6, "Typical": 8, "Best": 6}  # queries shown of each
@@ -32,7 +33,7 @@ def write(path: pathlib.Path, *, title: str, lines: list[dict], config, test, em
     names = evaluate.columns(table)
     over_steps = [[line["step"], *(f"{100 * line[name]:.1f}" for name in names)] for line in evaluations]
     of_levels = [[level, *(f"{100 * row[name]:.1f}" for name in names)] for level, row in table.items()]
-    each = metrics.scores_by_query(embeddings, test.labels)
+    each = metrics.scores_by_query(*evaluate_lib.by_role(embeddings, test))
     body = f"""<h1>{html.escape(title)}</h1>
 <h2>Scores</h2><p>{len(test)} test images of {len(np.unique(test.labels))} classes, in percent; {len(each["query"])} of the
 images have another of their class to find.</p>
@@ -101,15 +102,17 @@ def _distances(embeddings, labels, config, each) -> Figure:
 
 
 def _grid(test, embeddings, each) -> str:
+    rows_of = lambda role: np.arange(len(test)) if test.in_gallery is None else np.flatnonzero(test.in_gallery == role)
+    query_rows, gallery_rows = rows_of(False), rows_of(True)
     jitter = np.random.default_rng(0).random(len(each["query"]))  # among equals, by chance
     order = each["query"][np.lexsort((jitter, -each["first_rank"], each["average_precision"]))]
     parts = []
     for kind, number in _KINDS.items():
         first = {"Worst": 0, "Typical": max(0, (len(order) - number) // 2), "Best": max(0, len(order) - number)}[kind]
         parts.append(f"<h3>{kind}</h3>")
-        queries = order[first : first + number]
-        rows, _ = metrics.nearest(embeddings[queries], embeddings, min(_NEIGHBOURS + 1, len(test)))
-        for query, near in zip(queries, rows):
+        queries = query_rows[order[first : first + number]]
+        near_rows, _ = metrics.nearest(embeddings[queries], embeddings[gallery_rows], min(_NEIGHBOURS + 1, len(gallery_rows)))
+        for query, near in zip(queries, gallery_rows[near_rows]):
             near = near[near != query][:_NEIGHBOURS]
             cells = [page.picture(test.image(query), str(test.paths[query]), "query")]
             for row in near:

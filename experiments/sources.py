@@ -1,44 +1,149 @@
-"""Where pictures come from and how they are looked at, for each data set by name (--dataset)."""
+"""The data set of a config, and how its pictures are looked at."""
 import functools
-import os
 import pathlib
+import sys
 from typing import Callable, NamedTuple
 
-from rll_jax import datasets, images
+from rll_jax import datasets, folders, published
+from rll_jax import views as views_lib
 
 _SHIPPED_EMOJI = pathlib.Path(__file__).parent / "data" / "emoji"
 _RESIZE = 256 / 227  # the recipes resize to 256 and keep 227
+TFDS = "tfds:"
 
 
 class Source(NamedTuple):
-    """A data set.
+    """What is usual for a data set.
 
     Attributes:
-      open_split: (data_dir, "train" or "test") -> datasets.ImageSet.
-      augment: image_size -> (image, rng) -> (image_size, image_size, 3) uint8, for training.
-      test_view: image_size -> image -> (image_size, image_size, 3) uint8.
+      augment: of VIEWS, where the config names none.
       ks: the K of Recall@K.
     """
 
-    open_split: Callable
-    augment: Callable
-    test_view: Callable
+    augment: str
     ks: tuple[int, ...]
 
 
+SOURCES = {
+    "emoji": Source("affine", (1, 2, 4, 8)),
+    "sop": Source("random_resized_crop", (1, 10, 100, 1000)),
+    "cub": Source("random_resized_crop", (1, 2, 4, 8)),
+    "cars": Source("random_resized_crop", (1, 2, 4, 8)),
+    "inshop": Source("random_resized_crop", (1, 10, 20, 30, 40, 50)),
+    "folder": Source("random_resized_crop", (1, 2, 4, 8)),
+}
+_OF_TFDS = Source("random_resized_crop", (1, 2, 4, 8))
+
+
+class Views(NamedTuple):
+    """Two ways to look at a picture, each made for a size in pixels.
+
+    Attributes:
+      train: size -> (image, rng) -> (size, size, 3) uint8.
+      test: size -> image -> (size, size, 3) uint8.
+    """
+
+    train: Callable
+    test: Callable
+
+
 def _whole(size):
-    return functools.partial(images.resize_center_crop, size=size, resize=size)
+    return functools.partial(views_lib.resize_center_crop, size=size, resize=size)
 
 
 def _centre(size):
-    return functools.partial(images.resize_center_crop, size=size, resize=round(size * _RESIZE))
+    return functools.partial(views_lib.resize_center_crop, size=size, resize=_resize(size))
 
 
-def _open_emoji(data_dir: str | os.PathLike, split: str) -> datasets.ImageSet:
-    return datasets.open_prepared(data_dir or _SHIPPED_EMOJI, split)
+def _resize(size):
+    return round(size * _RESIZE)
 
 
-SOURCES = {
-    "emoji": Source(_open_emoji, images.RandomAffine, _whole, (1, 2, 4, 8)),
-    "sop": Source(datasets.open_sop, images.RandomResizedCrop, _centre, (1, 10, 100, 1000)),
+def cached_side(size: int) -> int:
+    """The short side of pictures kept by --cache, that of the recipes' resized ones."""
+    return _resize(size)
+
+
+VIEWS = {
+    "affine": Views(views_lib.RandomAffine, _whole),
+    "random_resized_crop": Views(views_lib.RandomResizedCrop, _centre),
+    "resize_crop": Views(lambda size: views_lib.ResizeCrop(size, _resize(size)), _centre),
+    "border_crop": Views(
+        lambda size: views_lib.BorderCrop(size, _resize(size)),
+        lambda size: functools.partial(views_lib.border_center_crop, size=size, fit=_resize(size)),
+    ),
+    "colour_jitter": Views(lambda size: views_lib.Jittered(views_lib.RandomResizedCrop(size), strong=False), _centre),
+    "rand_augment": Views(lambda size: views_lib.Jittered(views_lib.RandomResizedCrop(size), strong=True), _centre),
 }
+
+
+def is_known(dataset: str) -> bool:
+    return dataset in SOURCES or dataset.startswith(TFDS) and len(dataset) > len(TFDS)
+
+
+def find(dataset: str) -> Source:
+    return SOURCES.get(dataset, _OF_TFDS)
+
+
+def views(config) -> Views:
+    return VIEWS[config.augment or find(config.dataset).augment]
+
+
+def open_sets(config) -> dict[str, datasets.ImageSet]:
+    """{"train": ..., "test": ...}; a benchmark's published files are prepared on first use, in --data_dir.
+
+    Raises:
+      ValueError: the set is not there, broken, or lacks pictures (unless --on_bad_image=skip).
+    """
+    if config.dataset.startswith(TFDS):
+        return datasets.open_tfds(config.dataset.removeprefix(TFDS), config.data_dir, config.image_key, config.label_key)
+    if config.dataset == "emoji":
+        # shipped: nothing is written beside it
+        return datasets.open_prepared(config.data_dir or _SHIPPED_EMOJI, keep_index=bool(config.data_dir))
+    if not config.data_dir:
+        raise ValueError(f"--data_dir is needed for {config.dataset}: the folder of its pictures")
+    prepared = prepared_in(config.data_dir, config.dataset)
+    if not prepared.exists():
+        root, rows = listing(config)
+        if config.dataset == "folder":  # anyone's own folder is read where it is
+            return datasets.from_rows(root, rows)
+        prepare(root, rows, prepared, config)
+    elif config.index:
+        raise ValueError(f"--index={config.index}: {prepared} was prepared with its own: leave one of them out")
+    return datasets.open_prepared(prepared)
+
+
+def prepared_in(data_dir, dataset: str) -> pathlib.Path:
+    return datasets.epath.Path(data_dir) / f"prepared_{dataset}"
+
+
+def listing(config) -> published.Listing:
+    """The images of the files as they were published, or of a folder; differences from the published counts are told on stderr."""
+    if config.dataset == "folder":
+        if config.index:
+            return published.Listing(config.data_dir, folders.read_index(config.index, config.test_share, config.split_seed))
+        return published.Listing(config.data_dir, folders.class_folders(config.data_dir, config.test_share, config.split_seed))
+    found = published.read(config.dataset, config.data_dir)
+    for difference in published.differences(config.dataset, found.rows):
+        print(f"note: {difference}", file=sys.stderr)
+    return found
+
+
+def prepare(root, rows, directory, config) -> None:
+    """Writes the set into ArrayRecord files; raises ValueError for missing pictures unless --on_bad_image=skip, or where it cannot."""
+    for split, data in datasets.from_rows(root, rows).items():
+        refuse_bad(datasets.find_bad(data, full=False), split, data, config)
+    try:
+        datasets.prepare(root, rows, directory, config.dataset)
+    except OSError as error:
+        raise ValueError(f"cannot prepare {config.dataset} in {directory}: {error}; python -m experiments.prepare writes it elsewhere")
+
+
+def refuse_bad(bad: dict[int, str], split: str, data, config) -> None:
+    """Raises ValueError, naming the first ten, where pictures are bad and --on_bad_image is stop."""
+    if bad and config.on_bad_image == "stop":
+        first = "; ".join(list(bad.values())[:10])
+        raise ValueError(
+            f"{len(bad)} of the {len(data)} {split} images cannot be used: {first}{'; ...' * (len(bad) > 10)}. "
+            "Mend them, or leave them out by --on_bad_image=skip"
+        )

@@ -23,6 +23,7 @@ def make_model(config) -> models.EmbeddingNet:
         batch_norm=config.batch_norm,
         axis_name=parallel.AXIS,
         remat=config.numbers("remat"),
+        frozen_stages=config.frozen_stages,
     )
 
 
@@ -35,13 +36,17 @@ def make_optimizer(config) -> optax.GradientTransformation:
     if config.clip_gradient:
         steps.insert(0, optax.clip_by_global_norm(config.clip_gradient))
     if config.head_lr_multiplier != 1:
-        steps.append(optax.masked(optax.scale(config.head_lr_multiplier), _heads))
+        steps.append(optax.masked(optax.scale(config.head_lr_multiplier), _where(lambda name: name.startswith(weights.HEADS))))
+    if config.frozen_stages:
+        stage_of = backbones.BACKBONES[config.backbone].stage_of
+        frozen = _where(lambda name: not name.startswith(weights.HEADS) and stage_of(name) <= config.frozen_stages)
+        steps.append(optax.masked(optax.set_to_zero(), frozen))  # last: decay moves them too
     return optax.chain(*steps)
 
 
-def _heads(params):
-    """Which parameters are of the embedding layers."""
-    return {name: jax.tree.map(lambda _: name.startswith(weights.HEADS), module) for name, module in params.items()}
+def _where(chosen: Callable[[str], bool]) -> Callable:
+    """A mask of the parameters of the modules chosen by name."""
+    return lambda params: {name: jax.tree.map(lambda _: chosen(name), module) for name, module in params.items()}
 
 
 def _schedule(config) -> optax.Schedule:
@@ -52,16 +57,26 @@ def _schedule(config) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, max(config.steps, warmup + 1))
 
 
-def make_state(config, runner: parallel.Runner) -> train.TrainState:
-    """A fresh state, on all devices."""
-    state = train.create_train_state(
-        make_model(config), make_optimizer(config), config.image_size, config.seed, with_ema=bool(config.ema)
-    )
+def make_state(config, runner: parallel.Runner, published: dict | None = None) -> train.TrainState:
+    """A fresh state, on all devices, with the weights of --pretrained where `read_pretrained` gave them."""
+    state = _create(config)
+    if published is not None:
+        variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
+        new = weights.from_published(published, variables, heads=config.pretrained_head)
+        # a copy for the average: steps donate both
+        ema = None if state.ema is None else jax.tree.map(np.copy, new["params"])
+        state = state.replace(params=new["params"], batch_stats=new["batch_stats"], ema=ema)
     return runner.replicate(state)
 
 
-def start_from(state: train.TrainState, config) -> train.TrainState:
-    """The state with the weights of --pretrained.
+def _create(config) -> train.TrainState:
+    return train.create_train_state(
+        make_model(config), make_optimizer(config), config.image_size, config.seed, with_ema=bool(config.ema)
+    )
+
+
+def read_pretrained(config) -> dict[str, np.ndarray]:
+    """The weights of --pretrained by their published names.
 
     Raises:
       ValueError: they cannot be found or read, or are not of this network (what is missing, unexpected or of another shape).
@@ -69,21 +84,15 @@ def start_from(state: train.TrainState, config) -> train.TrainState:
     name, path = config.pretrained, pathlib.Path(config.pretrained)
     try:
         if path.is_dir():
-            donor = load(name)
-            published = weights.to_published({"params": donor.params, "batch_stats": donor.batch_stats})
+            published = weights.to_published(load(name).variables)
         else:
             published = weights.read(path if path.suffix in weights.SUFFIXES else _from_hub(name))
-        variables = {"params": jax.device_get(state.params), "batch_stats": jax.device_get(state.batch_stats)}
-        variables = weights.from_published(published, variables, heads=config.pretrained_head)
+        shapes = jax.eval_shape(functools.partial(_create, config))
+        blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), {"params": shapes.params, "batch_stats": shapes.batch_stats})
+        weights.from_published(published, blank, heads=config.pretrained_head)
     except ValueError as error:
         raise ValueError(f"--pretrained={name}: {error}")
-    place = lambda new, old: jax.tree.map(lambda n, o: jax.device_put(n, o.sharding), new, old)
-    params = place(variables["params"], state.params)
-    return state.replace(
-        params=params,
-        batch_stats=place(variables["batch_stats"], state.batch_stats),
-        ema=None if state.ema is None else jax.tree.map(jnp.copy, params),
-    )
+    return published
 
 
 def _from_hub(name: str) -> str:
@@ -106,59 +115,60 @@ class Trained(NamedTuple):
     Attributes:
       config: of the run that trained it.
       step: of the checkpoint.
-      source: the data set that it was trained on.
-      embed: a set with a length and `image(row)` -> {level: (N, D) float32}.
-      identity: a digest of the weights.
-      params, batch_stats: the weights; the moving average's where the run keeps one.
+      embed: a set with a length and `picture(row)` -> {level: (N, D) float32}; see `rll_jax.evaluate.embed_images`.
+      variables: {"params": ..., "batch_stats": ...}; the moving average's where the run keeps one.
     """
 
     config: config_lib.Config
     step: int
-    source: sources.Source
     embed: Callable
-    identity: str
-    params: Any
-    batch_stats: Any
+    variables: dict[str, Any]
 
 
 def load(workdir: str, step: int | None = None) -> Trained:
     """The network of the last checkpoint of a run, or of that of `step`.
 
     Raises:
-      ValueError: no run there, or no such checkpoint (with those that are there).
+      ValueError: no run there, no such checkpoint (with those that are there), or one that cannot be read.
     """
     workdir = pathlib.Path(workdir)
     if not (workdir / "flags.txt").is_file():
         raise ValueError(f"--workdir={workdir} holds no run: expected a folder that an experiment wrote, with flags.txt")
     config = config_lib.from_flagfile(workdir / "flags.txt")
+    runner = parallel.make_runner(config.parallel)
+    shapes = jax.eval_shape(functools.partial(_create, config))
+    weights_name = "params" if shapes.ema is None else "ema"
+    wanted = {weights_name: shapes.params, "batch_stats": shapes.batch_stats}
     if not (workdir / "checkpoints").is_dir():
         raise ValueError(f"--workdir={workdir} holds no checkpoint yet: let the run go on to its first")
     with checkpoint.Checkpoints(workdir / "checkpoints", read_only=True) as saved:
         steps = saved.all_steps()
-        if not steps:
-            raise ValueError(f"--workdir={workdir} holds no checkpoint yet: let the run go on to its first")
+        if not steps or step not in (None, *steps):
+            there = f"of step {step}: there are {', '.join(map(str, steps))}" if steps else "yet: let the run go on to its first"
+            raise ValueError(f"--workdir={workdir} holds no checkpoint {there}")
         step = steps[-1] if step is None else step
-        if step not in steps:
-            there = ", ".join(map(str, steps))
-            raise ValueError(f"--workdir={workdir} holds no checkpoint of step {step}: there are {there}")
-        runner = parallel.make_runner(config.parallel)
-        state = saved.restore(step, make_state(config, runner))
-    source = sources.SOURCES[config.dataset]
+        try:
+            restored = runner.replicate(saved.restore_some(step, wanted))
+        except Exception as error:  # orbax, tensorstore and json have their own for each kind of damage
+            raise ValueError(f"--workdir={workdir}: the checkpoint of step {step} cannot be read: {str(error).splitlines()[0]}")
+    state = train.TrainState(
+        step=step, apply_fn=make_model(config).apply, params=restored[weights_name], batch_stats=restored["batch_stats"], tx=None, opt_state=None
+    )
     embed = functools.partial(
         evaluate.embed_images,
         state,
-        view=source.test_view(config.image_size),
+        view=sources.views(config).test(config.image_size),
         embed=runner.embed(train.embed_step),
         runner=runner,
         batch_size=config.eval_batch_size,
         threads=config.threads,
     )
-    params = state.params if state.ema is None else state.ema
-    return Trained(config, step, source, embed, _digest((params, state.batch_stats)), params, state.batch_stats)
+    return Trained(config, step, embed, {"params": state.params, "batch_stats": state.batch_stats})
 
 
-def _digest(tree) -> str:
+def identity(trained: Trained) -> str:
+    """A digest of the weights."""
     digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(jax.device_get(tree)):
+    for leaf in jax.tree.leaves(jax.device_get(trained.variables)):
         digest.update(np.ascontiguousarray(leaf))
     return digest.hexdigest()[:16]

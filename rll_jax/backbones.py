@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 from flax import linen as nn
+from jax import lax
 import jax.numpy as jnp
 
 _IMAGENET_MEAN, _IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -42,8 +43,15 @@ class ResNetConfig:
     def num_ends(self) -> int:
         return len(self.stage_sizes)
 
-    def ends(self, x, conv, norm, remat=()) -> list:
-        """The maps at the ends of the stages; blocks of the stages in `remat` (from 1) are computed again for the gradient."""
+    def stage_of(self, module: str) -> int:
+        """The stage, from 1, of a module of this network by its name; 0 for the stem."""
+        return int(module[len("layer") :].split("_")[0]) if module.startswith("layer") else 0
+
+    def ends(self, x, conv, norm, remat=(), frozen=0) -> list:
+        """The maps at the ends of the stages.
+
+        Blocks of the stages in `remat` (from 1) are computed again for the gradient, which does not reach the first `frozen` ones.
+        """
         kernel, strides, pad = (3, 1, 1) if self.small_images else (7, 2, 3)
         x = conv(self.width, (kernel, kernel), (strides, strides), padding=[(pad, pad)] * 2, name="conv1")(x)
         x = nn.relu(norm(name="bn1")(x))
@@ -57,6 +65,7 @@ class ResNetConfig:
             for block in range(blocks):
                 strides = 2 if stage > 1 and block == 0 else 1
                 x = block_class(self, self.width << (stage - 1), strides, conv, norm, name=f"layer{stage}_{block}")(x)
+            x = lax.stop_gradient(x) if stage <= frozen else x
             ends.append(x)
         return ends
 
@@ -114,8 +123,15 @@ class GoogLeNetV2Config:
     bgr = True  # the order of the channels that the published weights expect
     num_ends = len(_INCEPTION_ENDS)
 
-    def ends(self, x, conv, norm, remat=()) -> list:
-        """The maps at the ends of inception 3c, 4e and 5b; `remat` names them 1, 2, 3 with all blocks since the one before."""
+    def stage_of(self, module: str) -> int:
+        """The stage, from 1, of a module of this network by its name; 0 for the stem."""
+        if not module.startswith("inception_"):
+            return 0
+        order = list(_INCEPTIONS)
+        return 1 + sum(order.index(end) < order.index(module[len("inception_") :]) for end in _INCEPTION_ENDS)
+
+    def ends(self, x, conv, norm, remat=(), frozen=0) -> list:
+        """The maps at the ends of inception 3c, 4e and 5b: stages 1, 2, 3 for `remat` and `frozen`, with all blocks since the one before."""
         x = _ConvUnit(self._channels(64), 7, 2, conv, norm, name="conv1_7x7_s2")(x)
         x = _ceil_max_pool(x)
         x = _ConvUnit(self._channels(64), 1, 1, conv, norm, name="conv2_3x3_reduce")(x)
@@ -127,6 +143,7 @@ class GoogLeNetV2Config:
             channels = tuple(map(self._channels, channels))
             x = block_class(channels, name == "5b", conv, norm, name=f"inception_{name}")(x)
             if name in _INCEPTION_ENDS:
+                x = lax.stop_gradient(x) if len(ends) < frozen else x
                 ends.append(x)
         return ends
 

@@ -34,6 +34,12 @@ class Checkpoints:
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(state))
         return state.replace(**self._manager.restore(step, args=ocp.args.StandardRestore(target)))
 
+    def restore_some(self, step: int, arrays: dict) -> dict:
+        """Some of the saved state's trees by name, placed as the arrays or `jax.ShapeDtypeStruct`s given."""
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, arrays)
+        how = ocp.checkpoint_utils.construct_restore_args(target)
+        return self._manager.restore(step, args=ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True))
+
     def close(self) -> None:
         self._manager.wait_until_finished()
         self._manager.close()

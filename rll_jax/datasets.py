@@ -1,21 +1,23 @@
-"""Sets of labelled pictures: tensorflow-datasets in ArrayRecord files, read by random access, without TensorFlow.
-
-One storage and one reader for all sources: a source's own files are prepared once by a builder, and read ever after.
-"""
-import csv
+"""Sets of labelled pictures behind one interface: image files, or tensorflow-datasets in ArrayRecord files, without TensorFlow."""
+from concurrent import futures
 import dataclasses
 import io
-import os
 import pathlib
 import tempfile
-from typing import Any, Iterator
+from typing import Any, Callable, Iterable
 
+from etils import epath
 import numpy as np
+import tqdm
 
-from rll_jax import images
+from rll_jax import images, published
 
-_PUBLISHED_SOP = {"Ebay_train.txt": 59551, "Ebay_test.txt": 60502}
-_SOP_COLUMNS = ["image_id", "class_id", "super_class_id", "path"]
+PREPARE_WITH_TENSORFLOW = (
+    "preparing a set of tensorflow-datasets needs TensorFlow, which training never does; in an environment of its own: pip install "
+    "tensorflow-cpu tensorflow-datasets importlib_resources && python -c \"import tensorflow_datasets as tfds; "
+    "tfds.builder('{name}', data_dir='{data_dir}', file_format='array_record').download_and_prepare()\""
+)  # fmt: skip
+_LABEL_KEYS = ("label", "class_id")  # of tensorflow-datasets' own sets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,140 +25,267 @@ class ImageSet:
     """One split: encoded pictures by row number, and what is known of each.
 
     Attributes:
-      records: random access to {"image": bytes, ...}.
+      read: position -> the encoded picture, bytes.
+      positions: (N,) of the rows.
       labels: (N,) int64 classes.
       paths: (N,) where each picture came from.
+      sizes: (N,) bytes of each encoded picture, 0 where it is missing or empty.
+      super_labels: (N,) int64 classes of classes, or None.
+      in_gallery: (N,) whether a row is of the gallery that the others are queries to; None: each image is both.
     """
 
-    records: Any
+    read: Callable[[int], bytes]
+    positions: np.ndarray
     labels: np.ndarray
     paths: np.ndarray
+    sizes: np.ndarray
+    super_labels: np.ndarray | None = None
+    in_gallery: np.ndarray | None = None
 
     def __len__(self):
         return len(self.labels)
 
     def image(self, row: int):
         """The decoded picture of a row; raises `images.BadImageError` naming its path."""
-        return images.decode(self.encoded(row), str(self.paths[row]))
+        return self.picture(row).rgb()
+
+    def picture(self, row: int) -> images.Picture:
+        """The picture of a row for a view, which decodes what it needs; raises as `image`, as does the view."""
+        try:
+            return images.Picture(self.encoded(row), str(self.paths[row]))
+        except OSError as error:
+            raise images.BadImageError(f"cannot read the image {str(self.paths[row])!r}: {error}") from error
 
     def encoded(self, row: int) -> bytes:
-        return self.records[int(row)]["image"]
+        return self.read(int(self.positions[row]))
 
-
-def open_prepared(directory: str | os.PathLike, split: str) -> ImageSet:
-    """A split of a prepared set with the features image, label and path.
-
-    Raises:
-      ValueError: nothing prepared there, or without that split or those features.
-    """
-    import tensorflow_datasets as tfds  # seconds to import
-
-    try:
-        builder = tfds.builder_from_directory(os.fspath(directory))
-        records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-        index = [(r["label"], r["path"]) for r in records]
-    except Exception as error:  # tfds raises anything from KeyError to RuntimeError on damaged sets
-        text = str(error).strip().splitlines()
-        raise ValueError(f"cannot read the split {split!r} of a prepared set in {directory}: {text[0] if text else error!r}")
-    labels, paths = zip(*index)
-    return ImageSet(records, np.array(labels, np.int64), np.array([p.decode() for p in paths]))
+    def take(self, rows) -> "ImageSet":
+        """The set of some rows, in their order."""
+        arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "read"}
+        return dataclasses.replace(self, **{name: None if a is None else a[rows] for name, a in arrays.items()})
 
 
 def check_splits(train: ImageSet, test: ImageSet) -> None:
-    """Raises ValueError where a class is in both splits, or no test class has two images: nothing could be measured."""
+    """Raises ValueError where a split is empty, a class is in both, or no test class has two images: nothing could be measured."""
+    for name, data in (("train", train), ("test", test)):
+        if not len(data):
+            raise ValueError(f"the {name} split has no images")
     common = np.intersect1d(train.labels, test.labels)
     if len(common):
         raise ValueError(f"{len(common)} classes are in train and in test, such as {common[:5].tolist()}")
-    if len(np.unique(test.labels)) == len(test):
+    if test.in_gallery is not None:
+        if not np.isin(test.labels[~test.in_gallery], test.labels[test.in_gallery]).any():
+            raise ValueError("no query has an image of its class in the gallery: there is nothing to retrieve")
+    elif len(np.unique(test.labels)) == len(test):
         raise ValueError(f"each of the {len(test)} test classes has a single image: there is nothing to retrieve")
 
 
-def open_sop(data_dir: str | os.PathLike, split: str) -> ImageSet:
-    """Stanford Online Products from its published files, prepared on first use in data_dir/prepared_sop.
+def find_bad(data: ImageSet, *, full: bool, threads: int = 2) -> dict[int, str]:
+    """{row: what is wrong} of the pictures that are missing or empty, or, where `full`, that do not decode."""
+    bad = {int(row): f"{data.paths[row]}: missing or empty" for row in np.flatnonzero(data.sizes == 0)}
+    if full:
 
-    Raises:
-      ValueError: files missing (with what to download and where to put it), an index that is broken (file and line), or
-        images that are missing or empty.
+        def decode(row):
+            try:
+                data.image(row)
+            except images.BadImageError as error:
+                return row, str(error)
+
+        todo = [row for row in range(len(data)) if row not in bad]
+        with futures.ThreadPoolExecutor(threads) as pool:
+            done = tqdm.tqdm(pool.map(decode, todo), total=len(todo), desc="verifying", unit="image", mininterval=1)
+            bad |= dict(filter(None, done))
+    return bad
+
+
+def without(data: ImageSet, bad: Iterable[int]) -> ImageSet:
+    """The set without those rows, and without the classes that are left with one image because of them."""
+    bad = np.fromiter(bad, np.int64)
+    kept = ~np.isin(np.arange(len(data)), bad)
+    if data.in_gallery is None:
+        left = dict(zip(*np.unique(data.labels[kept], return_counts=True)))
+        alone = [label for label in np.unique(data.labels[bad]) if left.get(label, 0) < 2]
+        kept &= ~np.isin(data.labels, alone)
+    return data.take(np.flatnonzero(kept))
+
+
+def from_rows(root, rows: list[published.Row]) -> dict[str, ImageSet]:
+    """{"train": ..., "test": ...} of image files under `root`, a local folder or a gs:// or s3:// address."""
+    root = epath.Path(root)
+    read = _Files(root, [row.path for row in rows])
+    with futures.ThreadPoolExecutor(16) as pool:  # a question to the file system each
+        sizes = np.array(list(pool.map(lambda row: _size(root / row.path), rows)), np.int64)
+    columns = zip(*((row.label, row.path, row.super_label, row.split) for row in rows))
+    labels, paths, super_labels, splits = (np.array(column) for column in columns)
+    super_labels = super_labels.astype(np.int64) if np.ptp(super_labels) else None
+    everything = ImageSet(read, np.arange(len(rows)), labels.astype(np.int64), paths, sizes, super_labels)
+    return _by_split(everything, splits)
+
+
+def _by_split(everything: ImageSet, splits: np.ndarray) -> dict[str, ImageSet]:
+    train, test = (everything.take(np.flatnonzero(rows)) for rows in (splits == published.TRAIN, splits != published.TRAIN))
+    roles = splits[splits != published.TRAIN]
+    if (roles != published.TEST).any():
+        test = dataclasses.replace(test, in_gallery=roles == published.GALLERY)
+    return {"train": train, "test": test}
+
+
+class _Files:
+    """Encoded pictures by position, from files."""
+
+    def __init__(self, root, paths):
+        self._root, self._paths = root, paths
+
+    def __call__(self, position):
+        return (self._root / self._paths[position]).read_bytes()
+
+
+def _size(path) -> int:
+    try:
+        return path.stat().length if not path.is_dir() else 0
+    except OSError:
+        return 0
+
+
+def prepare(root, rows: list[published.Row], directory, name: str) -> None:
+    """Writes the pictures into ArrayRecord files in `directory`, which must not be there; a missing one as an empty one.
+
+    What stands there at the end is whole: it is made aside and renamed. Raises OSError where it cannot be written.
     """
-    prepared = pathlib.Path(data_dir) / "prepared_sop"
-    if not prepared.exists():
-        _prepare_sop(pathlib.Path(data_dir), prepared)
-    return open_prepared(prepared, split)
-
-
-def _prepare_sop(data_dir: pathlib.Path, prepared: pathlib.Path) -> None:
-    root = next((d for d in (data_dir, data_dir / "Stanford_Online_Products") if (d / "Ebay_train.txt").exists()), None)
-    if root is None:
-        raise ValueError(
-            f"no Stanford Online Products in {data_dir or '.'}: download Stanford_Online_Products.zip (2.9 GB) from "
-            "https://cvgl.stanford.edu/projects/lifted_struct/, unpack it, and pass the folder that holds "
-            "Stanford_Online_Products/ as --data_dir"
-        )
-    index = {name: list(_read_sop_index(root / name)) for name in _PUBLISHED_SOP}
-    absent = [row["path"] for rows in index.values() for row in rows if not _has_bytes(root / row["path"])]
-    if absent:
-        raise ValueError(
-            f"{len(absent)} images of {root} are missing or empty, such as {absent[:3]}: unpack the archive again"
-        )
     import tensorflow_datasets as tfds  # seconds to import
 
-    class RllSop(tfds.core.GeneratorBasedBuilder):
+    root, directory = epath.Path(root), epath.Path(directory)
+
+    class RllImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
-            features = {
-                "image": tfds.features.Image(encoding_format="jpeg"),
-                "label": np.int64,
-                "super_label": np.int64,
-                "path": tfds.features.Text(),
-            }
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+            features = {"image": tfds.features.Image(), "label": np.int64, "super_label": np.int64, "path": tfds.features.Text()}
+            features = tfds.features.FeaturesDict(features)
+            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True, description=f"{name}, by rll_jax")
 
         def _split_generators(self, _):
-            return {name.removeprefix("Ebay_").removesuffix(".txt"): self._rows(rows) for name, rows in index.items()}
+            splits = [split for split in published.SPLITS if any(row.split == split for row in rows)]
+            return {split: self._rows([row for row in rows if row.split == split], split) for split in splits}
 
         def _generate_examples(self):
             raise NotImplementedError  # tfds asks for it; the splits bring their own
 
-        def _rows(self, rows):
-            for row in rows:
-                picture = io.BytesIO((root / row["path"]).read_bytes())
-                label, super_label = int(row["class_id"]) - 1, int(row["super_class_id"]) - 1
-                yield row["path"], dict(image=picture, label=label, super_label=super_label, path=row["path"])
+        def _rows(self, rows, split):
+            for key, row in enumerate(tqdm.tqdm(rows, desc=f"preparing {name}, {split}", unit="image", mininterval=1)):
+                picture = io.BytesIO((root / row.path).read_bytes() if _size(root / row.path) else b"")
+                yield key, {"image": picture, "label": row.label, "super_label": row.super_label, "path": row.path}
 
-    # made aside and renamed: what stands under the final name is whole
-    with tempfile.TemporaryDirectory(dir=data_dir, prefix="prepared_sop.") as aside:
-        builder = RllSop(data_dir=aside, file_format="array_record")
+    tfds.disable_progress_bar()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f"{directory.name}.") as aside:
+        builder = RllImages(data_dir=aside, file_format="array_record")
         builder.download_and_prepare()
-        pathlib.Path(builder.data_dir).rename(prepared)
+        pathlib.Path(builder.data_dir).rename(directory)
+    open_prepared(directory)
 
 
-def _has_bytes(path: pathlib.Path) -> bool:
+def open_prepared(directory, *, keep_index: bool = True) -> dict[str, ImageSet]:
+    """{"train": ..., "test": ...} of a set that `prepare` wrote.
+
+    Args:
+      keep_index: keep labels and paths in a file beside it, where that can be written, so as not to read all at each start.
+
+    Raises:
+      ValueError: nothing prepared there, or something else.
+    """
+    import tensorflow_datasets as tfds  # seconds to import
+
     try:
-        return path.stat().st_size > 0
-    except OSError:
-        return False
+        builder = tfds.builder_from_directory(str(directory))
+        return _by_split(*_read(builder, "image", "label", keep_index))
+    except Exception as error:  # tfds raises anything from KeyError to RuntimeError on damaged sets
+        text = str(error).strip().splitlines()
+        raise ValueError(f"cannot read a prepared set in {directory}: {text[0] if text else error!r}")
 
 
-def _read_sop_index(path: pathlib.Path) -> Iterator[dict[str, str]]:
+def open_tfds(name: str, data_dir, image_key: str = "image", label_key: str = "") -> dict[str, ImageSet]:
+    """{"train": ..., "test": ...} of a set that tensorflow-datasets knows and has prepared as ArrayRecord files.
+
+    Where the splits share classes (it is made for classification), all images are taken and the first half of the classes trains.
+
+    Args:
+      data_dir: tensorflow-datasets' own folder, or "" for its default.
+      image_key, label_key: features of the set; "" takes label or class_id, whichever there is.
+
+    Raises:
+      ValueError: no such set, not prepared (with the command that does), or without those features.
+    """
+    import tensorflow_datasets as tfds  # seconds to import
+
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}")
-    if not lines or lines[0].split() != _SOP_COLUMNS:
-        raise ValueError(f"{path}, line 1: expected the header {' '.join(_SOP_COLUMNS)!r}, found {''.join(lines[:1])!r}")
-    seen = set()
-    for number, row in enumerate(csv.reader(lines[1:], delimiter=" "), start=2):
-        if not row:
-            continue
-        fields = dict(zip(_SOP_COLUMNS, row))
-        target = pathlib.PurePosixPath(fields.get("path", ""))
-        whole = len(row) == len(_SOP_COLUMNS) and all(x.isascii() and x.isdigit() and int(x) > 0 for x in row[:3])
-        if not whole or target.is_absolute() or ".." in target.parts:
-            raise ValueError(f"{path}, line {number}: expected three numbers and a path inside the set, found {row!r}")
-        if fields["path"] in seen:
-            raise ValueError(f"{path}, line {number}: {fields['path']} is listed twice")
-        seen.add(fields["path"])
-        yield fields
-    if not seen:
-        raise ValueError(f"{path} lists no image")
+        builder = tfds.builder(name, data_dir=str(data_dir) or None, file_format="array_record")
+    except Exception as error:
+        raise ValueError(f"tensorflow-datasets knows no set {name!r}: {str(error).strip().splitlines()[0]}")
+    if not builder.info.splits:
+        hint = PREPARE_WITH_TENSORFLOW.format(name=name, data_dir=builder.data_dir_root)
+        raise ValueError(f"{name} is not prepared as array_record in {builder.data_dir}: {hint}")
+    features = builder.info.features
+    label_key = label_key or next((key for key in _LABEL_KEYS if key in features), "")
+    if image_key not in features or label_key not in features:
+        raise ValueError(f"{name} has the features {', '.join(features)}: name those of image and class by --image_key and --label_key")
+    everything, splits = _read(builder, image_key, label_key, keep_index=True)
+    sets = _by_split(everything, np.where(splits == published.TRAIN, published.TRAIN, published.TEST))
+    if len(np.intersect1d(sets["train"].labels, sets["test"].labels)) or not len(sets["train"]) or not len(sets["test"]):
+        classes = np.unique(everything.labels)
+        first_half = np.isin(everything.labels, classes[: len(classes) // 2])
+        sets = _by_split(everything, np.where(first_half, published.TRAIN, published.TEST))
+    return sets
+
+
+class _Records:
+    """Encoded pictures by position, over the splits of a prepared set one after the other."""
+
+    def __init__(self, sources, image_key):
+        self._sources, self._image_key = sources, image_key
+        self._starts = np.cumsum([0, *(len(source) for source in sources[:-1])])
+
+    def __call__(self, position):
+        part = int(np.searchsorted(self._starts, position, side="right")) - 1
+        return self._sources[part][int(position - self._starts[part])][self._image_key]
+
+
+def _read(builder, image_key, label_key, keep_index) -> tuple[ImageSet, np.ndarray]:
+    """All splits as one set, and the split of each row."""
+    import tensorflow_datasets as tfds
+
+    names = list(builder.info.splits)
+    skip = {image_key: tfds.decode.SkipDecoding()}
+    sources = [builder.as_data_source(split, decoders=skip) for split in names]
+    parts = [_index(builder, split, source, image_key, label_key, keep_index) for split, source in zip(names, sources)]
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    super_labels = columns["super_labels"] if np.ptp(columns["super_labels"]) else None
+    read, labels = _Records(sources, image_key), columns["labels"]
+    everything = ImageSet(read, np.arange(len(labels)), labels, columns["paths"], columns["sizes"], super_labels)
+    return everything, np.repeat(names, [len(source) for source in sources])
+
+
+def _index(builder, split, source, image_key, label_key, keep) -> dict[str, np.ndarray]:
+    file = epath.Path(builder.data_dir) / f"rll_jax_index.{split}.{image_key}.{label_key}.npz"
+    try:
+        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as saved:
+            if len(saved["labels"]) == len(source):
+                return dict(saved)
+    except Exception:  # none, or a damaged one: made again
+        pass
+    rows = []
+    for at, record in enumerate(source):
+        path = record["path"].decode() if isinstance(record.get("path"), bytes) else f"{split}/{at}"
+        super_label = next((record[key] for key in ("super_label", "super_class_id") if key in record), 0)
+        rows.append((record[label_key], path, len(record[image_key]), super_label))
+    labels, paths, sizes, super_labels = zip(*rows) if rows else ((), (), (), ())
+    columns: dict[str, Any] = {name: np.array(a, np.int64) for name, a in (("labels", labels), ("sizes", sizes), ("super_labels", super_labels))}
+    columns["paths"] = np.array(paths, np.str_)
+    if keep:
+        data = io.BytesIO()
+        np.savez(data, **columns)
+        try:
+            file.write_bytes(data.getvalue())
+        except OSError:  # read-only: read again next time
+            pass
+    return columns

@@ -1,29 +1,57 @@
-"""Pixels on the host: decode, resize, augment. uint8 RGB arrays in and out; the only file that knows Pillow."""
-import dataclasses
+"""Encoded pictures, decoded: RGB, upright, no more pixels than are needed."""
+import collections
+import contextlib
 import io
 import warnings
 
+import cv2
 import numpy as np
 from PIL import Image, ImageOps
+import simplejpeg
 
 _WHITE = (255, 255, 255)
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+_ORIENTATION = 0x0112  # of EXIF
+_UPRIGHT = collections.defaultdict(lambda: lambda x: x, {
+    2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1], 5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: x.swapaxes(0, 1)[:, ::-1], 7: lambda x: x[::-1, ::-1].swapaxes(0, 1), 8: lambda x: x.swapaxes(0, 1)[::-1],
+})  # fmt: skip
 
 
 class BadImageError(ValueError):
     """An image that cannot be decoded; the message names it."""
 
 
-def decode(data: bytes, name: str) -> Image.Image:
-    """The RGB picture in `data` (PNG, JPEG, WebP, ...), upright by its EXIF tag, transparency on white.
+class Picture:
+    """An encoded picture (PNG, JPEG, WebP, ...): its size from the header, its pixels when asked for, no more of them than needed.
 
-    Raises:
+    Upright by its EXIF tag, in RGB, transparency on white, 16 bits as 8. Takes the place of a Pillow image in the views.
+
+    Attributes:
+      size: (width, height), upright.
+
+    Raises, here and below:
       BadImageError: empty, truncated, broken or not an image; `name` is in the message.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+
+    def __init__(self, data: bytes, name: str):
+        self._data, self._name = data, name
+        with self._named():
+            image = self._open()
+            turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            self.size = image.size[::-1] if turned else image.size
+
+    @property
+    def width(self) -> int:
+        return self.size[0]
+
+    @property
+    def height(self) -> int:
+        return self.size[1]
+
+    def rgb(self) -> Image.Image:
+        """The whole picture."""
+        with self._named():
+            image = self._open()
             image.load()
             if image.mode in ("F", "I"):  # of no range that all agree on
                 raise ValueError(f"its pixels are of mode {image.mode}, expected 8 or 16 bits")
@@ -34,115 +62,65 @@ def decode(data: bytes, name: str) -> Image.Image:
             elif image.mode.startswith("I;16"):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("RGB")
-    except Exception as error:  # damaged pictures raise anything in Pillow, struct.error and TypeError among it
-        raise BadImageError(f"cannot decode the image {name!r} ({len(data)} bytes): {error}") from error
+
+    def resize(self, size: tuple[int, int], resample, box=None, reducing_gap=None) -> Image.Image:
+        """As Pillow's `Image.resize`, to a grey level or two.
+
+        A JPEG is read at the smallest scale (1, 1/2, 1/4, 1/8) at which the box has the pixels of `size` still, from its coefficients;
+        the box is then rounded to whole pixels of that and `resample` is linear.
+        """
+        left, top, right, bottom = box or (0, 0, *self.size)
+        spare = min((right - left) / size[0], (bottom - top) / size[1])
+        pixels = self._jpeg(next((s for s in (8, 4, 2) if s <= spare), 1))
+        if pixels is None:
+            return self.rgb().resize(size, resample, box=box, reducing_gap=reducing_gap)
+        across, down = pixels.shape[1] / self.width, pixels.shape[0] / self.height
+        x, y = min(round(left * across), pixels.shape[1] - 1), min(round(top * down), pixels.shape[0] - 1)
+        window = pixels[y : max(round(bottom * down), y + 1), x : max(round(right * across), x + 1)]
+        # linear looks at four pixels: enough for half of the size, not for less
+        far = max(window.shape[1] / size[0], window.shape[0] / size[1]) > 2.5
+        return Image.fromarray(cv2.resize(window, size, interpolation=cv2.INTER_AREA if far else cv2.INTER_LINEAR))
+
+    def _jpeg(self, shrink: int) -> np.ndarray | None:
+        """The pixels of a colour JPEG at 1/shrink, upright; None where it is something else, or not as it should be."""
+        image = self._open()
+        if image.format != "JPEG" or image.mode != "RGB":
+            return None
+        low = {"min_height": -(-image.height // shrink), "min_width": -(-image.width // shrink), "min_factor": shrink}
+        try:
+            pixels = simplejpeg.decode_jpeg(self._data, "RGB", **low)
+        except ValueError:  # it refuses what Pillow mends, too
+            return None
+        return _UPRIGHT[image.getexif().get(_ORIENTATION, 1)](pixels)
+
+    def _open(self) -> Image.Image:
+        return Image.open(io.BytesIO(self._data))
+
+    @contextlib.contextmanager
+    def _named(self):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                yield
+        except Exception as error:  # damaged pictures raise anything in Pillow, struct.error and TypeError among it
+            raise BadImageError(f"cannot decode the image {self._name!r} ({len(self._data)} bytes): {error}") from error
+
+
+def decode(data: bytes, name: str) -> Image.Image:
+    """The whole picture in `data`; see `Picture`."""
+    return Picture(data, name).rgb()
+
+
+def shrink(data: bytes, name: str, short_side: int) -> Image.Image:
+    """The whole picture, made smaller to a short side of so many pixels where it is larger; raises as `Picture`."""
+    picture = Picture(data, name)
+    scale = short_side / min(picture.size)
+    if scale >= 1:
+        return picture.rgb()
+    size = tuple(max(1, round(side * scale)) for side in picture.size)
+    return picture.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
 
 
 def blank(size: int = 8) -> Image.Image:
     """A white picture, to stand for one that cannot be read."""
     return Image.new("RGB", (size, size), _WHITE)
-
-
-def resize_center_crop(image: Image.Image, size: int, resize: int) -> np.ndarray:
-    """(size, size, 3): the whole picture squeezed to resize x resize, its centre kept: the test view of the recipes."""
-    edge = (resize - size) / 2
-    scale = (image.width / resize, image.height / resize)
-    box = (edge * scale[0], edge * scale[1], (edge + size) * scale[0], (edge + size) * scale[1])
-    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0))
-
-
-@dataclasses.dataclass(frozen=True)
-class RandomResizedCrop:
-    """A random window of area share `scale` and aspect `ratio`, resized to size x size; mirrored half of the time.
-
-    The train view of the 2020 recipes (scale 0.5-1, aspect 3/4-4/3).
-    """
-
-    size: int
-    scale: tuple[float, float] = (0.5, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: bool = True
-
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
-        area = image.width * image.height * rng.uniform(*self.scale)
-        aspect = np.exp(rng.uniform(*np.log(self.ratio)))
-        width = min(np.sqrt(area * aspect), image.width)
-        height = min(np.sqrt(area / aspect), image.height)
-        left, top = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
-        box = (left, top, left + width, top + height)
-        view = image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
-        pixels = np.asarray(view)
-        return pixels[:, ::-1] if self.flip and rng.random() < 0.5 else pixels
-
-
-@dataclasses.dataclass(frozen=True)
-class RandomAffine:
-    """A drawing turned, zoomed, stretched, shifted and recoloured a little, white where nothing was drawn; never mirrored.
-
-    Args:
-      size: side of the result, pixels.
-      rotate: largest angle, degrees, either way.
-      zoom: range of the scale; below 1 the drawing shrinks.
-      stretch: largest log ratio of the two sides' scales.
-      shift: largest shift, as a share of the side.
-      colour: standard deviation of the colour matrix's change from the identity and of its offset (0: colours kept).
-      grey: probability of losing all colour.
-    """
-
-    size: int
-    rotate: float = 10.0
-    zoom: tuple[float, float] = (0.8, 1.15)
-    stretch: float = 0.1
-    shift: float = 0.08
-    colour: float = 0.1
-    grey: float = 0.0
-
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
-        angle = np.deg2rad(rng.uniform(-self.rotate, self.rotate))
-        zoom = np.exp(rng.uniform(*np.log(self.zoom)))
-        stretch = np.exp(rng.uniform(-self.stretch, self.stretch) / 2)
-        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        # Pillow's matrix maps the result's pixels to the source's
-        matrix = turn @ np.diag([image.width / (zoom * stretch), image.height * stretch / zoom]) / self.size
-        centre = np.array([image.width, image.height]) * (0.5 + rng.uniform(-self.shift, self.shift, 2))
-        offset = centre - matrix @ [self.size / 2, self.size / 2]
-        coefficients = (*matrix[0], offset[0], *matrix[1], offset[1])
-        view = image.transform(
-            (self.size, self.size), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC, fillcolor=_WHITE
-        )
-        pixels = np.asarray(view)
-        if not self.colour and not self.grey:
-            return pixels
-        mix = np.eye(3, dtype=np.float32) + rng.normal(0, self.colour, (3, 3)).astype(np.float32)
-        if rng.random() < self.grey:
-            mix = np.outer(mix @ np.ones(3, np.float32), _LUMA)
-        # colours change around white, so that the paper stays white
-        moved = (pixels.astype(np.float32) - 255) @ mix.T * np.float32(np.exp(rng.normal(0, self.colour))) + 255
-        return np.clip(moved, 0, 255).astype(np.uint8)
-
-
-@dataclasses.dataclass(frozen=True)
-class ClassTransform:
-    """Makes another class of a class: all its images of a batch mirrored, turned by quarters or with colours exchanged.
-
-    A ranked list knows a class by its company in the batch alone, so a class that looks otherwise in another batch is one
-    class more to learn from. Give each image of the class a generator in the same state.
-
-    Args:
-      mirror: probability of mirroring left and right.
-      turn: probability of a turn by 90, 180 or 270 degrees.
-      exchange: probability of a random permutation of red, green and blue.
-    """
-
-    mirror: float = 0.5
-    turn: float = 0.3
-    exchange: float = 0.5
-
-    def __call__(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        if rng.random() < self.mirror:
-            pixels = pixels[:, ::-1]
-        if rng.random() < self.turn:
-            pixels = np.rot90(pixels, rng.integers(1, 4))
-        if rng.random() < self.exchange:
-            pixels = pixels[..., rng.permutation(3)]
-        return np.ascontiguousarray(pixels)

@@ -37,6 +37,7 @@ class EmbeddingNet(nn.Module):
         scales and biases too). The heads' statistics are always trained, over all devices but for "local".
       axis_name: the axis over which batch statistics are taken, or None.
       remat: stages (1, 2, ...) whose blocks are computed again for the gradient instead of kept.
+      frozen_stages: how many of the first stages, and the stem, the gradient does not reach.
     """
 
     backbone: Any
@@ -46,6 +47,7 @@ class EmbeddingNet(nn.Module):
     batch_norm: str = "train"
     axis_name: str | None = None
     remat: tuple[int, ...] = ()
+    frozen_stages: int = 0
 
     @nn.compact
     def __call__(self, images, *, train=False, features=False):
@@ -64,7 +66,7 @@ class EmbeddingNet(nn.Module):
         x = images[..., ::-1] if self.backbone.bgr else images
         x = ((x.astype(jnp.float32) - mean) / std).astype(self.dtype)
         norm = self._norm(train, frozen=self.batch_norm.startswith("frozen"))
-        return self.backbone.ends(x, self._conv(), norm, self.remat)
+        return self.backbone.ends(x, self._conv(), norm, self.remat, self.frozen_stages)
 
     def _conv(self):
         he = nn.initializers.variance_scaling(2.0, "fan_out", "normal")

@@ -2,53 +2,119 @@
 import collections
 from typing import Callable, Iterable, Iterator
 
+import cv2
 import grain
 import numpy as np
 
+from rll_jax import images
 from rll_jax.datasets import ImageSet
-from rll_jax.sampler import ClassSampler
 
-_AUGMENT, _CLASS = 2, 3  # streams of random numbers of their own, beside the sampler's
+_AUGMENT, _CLASS = 2, 3  # streams of random numbers of their own, beside the samplers'
+OnBad = Callable[[int], None]
 
 
 def train_batches(
-    data: ImageSet, sampler: ClassSampler, augment: Callable, of_class: Callable | None = None, *, start: int, stop: int, threads: int = 2
-) -> Iterator[dict]:
+    data: ImageSet, sampler, augment: Callable, of_class: Callable | None = None, *, start: int, stop: int, spread: bool = True,
+    threads: int = 2, processes: int = 0, on_bad: OnBad | None = None,
+) -> Iterator[dict]:  # fmt: skip
     """The batches of steps start to stop - 1, each a pure function of (the sampler's seed, step).
 
     Args:
+      sampler: of `rll_jax.sampler`.
       augment: (image, rng) -> (H, W, 3) uint8, each image with random numbers of its own.
       of_class: (pixels, rng) -> pixels, after it, all images of a class in the batch with the same random numbers; or None.
+      spread: order the rows so that devices, which take equal shares of them, each have images of as many classes as can be; otherwise
+        the sampler's order, a class's images side by side.
+      threads: that load batches, in each process.
+      processes: beside this one, which then only places batches (their arrays come by shared memory); 0: threads here.
+      on_bad: called with the row of a picture that does not decode, in this process, each time it is drawn; another of its class takes
+        its place. None: it is raised instead.
 
-    Yields {"image": (P * K, H, W, 3) uint8, "label": (P * K,) int32}. Raises `images.BadImageError` where one does not
-    decode.
+    Yields {"image": (B, H, W, 3) uint8, "label": (B,) int32}. Raises `images.BadImageError` where one does not decode and `on_bad` is
+    None, or no other of its class does.
     """
 
     def load(step):
-        rows = sampler.batch(int(step))
-        rngs = (np.random.default_rng((sampler.seed, _AUGMENT, int(step), i)) for i in range(len(rows)))
-        pixels = [augment(data.image(row), rng) for row, rng in zip(rows, rngs)]
+        cv2.setNumThreads(1)  # the parallelism is ours
+        rows, bad = sampler.batch(int(step)), []
+        seeds = [(sampler.seed, _AUGMENT, int(step), i) for i in range(len(rows))]
+        pixels = [_view(data, row, augment, seed, None if on_bad is None else bad) for row, seed in zip(rows, seeds)]
         if of_class is not None:
             classes = data.labels[rows].tolist()
             pixels = [of_class(x, np.random.default_rng((sampler.seed, _CLASS, int(step), c))) for x, c in zip(pixels, classes)]
-        return {"image": np.stack(pixels), "label": data.labels[rows].astype(np.int32)}
+        order = _spread(len(rows), sampler.images_per_class) if spread else np.arange(len(rows))
+        images_, labels = np.stack([pixels[i] for i in order]), data.labels[rows[order]].astype(np.int32)
+        return {"image": images_, "label": labels, "bad": np.array(bad, np.int64)}
 
-    return iter(_parallel(grain.MapDataset.range(start, stop).map(load), threads))
+    for batch in _parallel(grain.MapDataset.range(start, stop).map(load), threads, processes):
+        for row in batch.pop("bad"):
+            on_bad(int(row))
+        yield batch
 
 
-def test_batches(data: ImageSet, view: Callable, *, batch_size: int, threads: int = 2) -> Iterator[np.ndarray]:
-    """(batch_size, H, W, 3) uint8: every row once, in order; the last batch is filled up with zeros."""
+def test_batches(
+    data: ImageSet, view: Callable, *, batch_size: int, threads: int = 2, processes: int = 0, on_bad: OnBad | None = None
+) -> Iterator[np.ndarray]:
+    """(batch_size, H, W, 3) uint8: every row once, in order; the last batch is filled up with zeros.
+
+    `on_bad` is called with the row of a picture that does not decode, which is then white; None: `images.BadImageError` is raised.
+    """
+
+    def seen(row, bad):
+        try:
+            return view(data.picture(row))
+        except images.BadImageError:
+            if on_bad is None:
+                raise
+            bad.append(row)
+            return view(images.blank())
 
     def load(number):
-        rows = range(number * batch_size, min((number + 1) * batch_size, len(data)))
-        pixels = np.stack([view(data.image(row)) for row in rows])
-        return np.pad(pixels, [(0, batch_size - len(pixels))] + [(0, 0)] * 3)
+        cv2.setNumThreads(1)
+        rows, bad = range(number * batch_size, min((number + 1) * batch_size, len(data))), []
+        pixels = np.stack([seen(row, bad) for row in rows])
+        pixels = np.pad(pixels, [(0, batch_size - len(pixels))] + [(0, 0)] * 3)
+        return {"image": pixels, "bad": np.array(bad, np.int64)}
 
-    return iter(_parallel(grain.MapDataset.range(-(-len(data) // batch_size)).map(load), threads))
+    for batch in _parallel(grain.MapDataset.range(-(-len(data) // batch_size)).map(load), threads, processes):
+        for row in batch["bad"]:
+            on_bad(int(row))
+        yield batch["image"]
 
 
-def _parallel(dataset, threads: int):
-    return dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+def _view(data, row, augment, seed, bad):
+    """The augmented picture of a row, or of the next of its class that can be read; those that cannot go into `bad`."""
+    candidates = [row]
+    while candidates:
+        at = candidates.pop(0)
+        try:
+            return augment(data.picture(at), np.random.default_rng(seed))
+        except images.BadImageError:
+            if bad is None:
+                raise
+            bad.append(at)
+            if at == row:
+                of_class = np.flatnonzero(data.labels == data.labels[row])
+                candidates = np.roll(of_class, -np.searchsorted(of_class, row))[1:].tolist()
+            if not candidates:
+                raise
+
+
+def _spread(rows: int, images_per_class: int) -> np.ndarray:
+    """First one image of each class, then the second of each, and so on."""
+    return np.arange(rows).reshape(-1, images_per_class).T.ravel()
+
+
+def _parallel(dataset, threads: int, processes: int) -> Iterator:
+    batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+    if not processes:
+        yield from batches
+        return
+    iterator = iter(batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=processes)))
+    try:
+        yield from iterator
+    finally:
+        iterator.close()  # ends the processes and frees their shared memory
 
 
 def prefetch(batches: Iterable, place: Callable, ahead: int = 2) -> Iterator:

@@ -15,4 +15,4 @@ ROOT = pathlib.Path(__file__).parent.parent
 def emoji():
     from rll_jax import datasets
 
-    return {split: datasets.open_prepared(ROOT / "experiments/data/emoji", split) for split in ("train", "test")}
+    return datasets.open_prepared(ROOT / "experiments/data/emoji", keep_index=False)

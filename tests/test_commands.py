@@ -174,7 +174,7 @@ def test_stablehlo_runs_without_this_package(workdir, folder, tmp_path):
     with np.load(tmp_path / "e.npz") as saved:
         files, expected = saved["files"], saved["embeddings"]
     decoded = [images.decode((folder / file).read_bytes(), file) for file in files]
-    pixels = [images.resize_center_crop(image, 16, 16) for image in decoded]
+    pixels = [views.resize_center_crop(image, 16, 16) for image in decoded]
     np.save(tmp_path / "pixels.npy", np.stack(pixels))
     code = (
         "import sys, numpy as np; from jax import export; pixels = np.load(sys.argv[2]);"

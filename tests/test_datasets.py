@@ -1,10 +1,13 @@
+import dataclasses
 import io
+import sys
 
+from absl import flags
 import numpy as np
-from PIL import Image
 import pytest
 
-from rll_jax import datasets, images, pipeline, sampler
+from published_trees import jpeg, make_cub, make_inshop, make_sop
+from rll_jax import cache, datasets, images, pipeline, published, sampler, views
 
 
 def test_emoji_is_what_its_readme_says(emoji):
@@ -25,87 +28,237 @@ def test_classes_in_both_splits_are_refused(emoji):
 
 
 def test_nothing_prepared(tmp_path):
-    with pytest.raises(ValueError, match="cannot read the split 'train' of a prepared set in .*nowhere"):
-        datasets.open_prepared(tmp_path / "nowhere", "train")
+    with pytest.raises(ValueError, match="cannot read a prepared set in .*nowhere"):
+        datasets.open_prepared(tmp_path / "nowhere")
 
 
-def jpeg(seed, size=(60, 40)):
-    out = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 255, (size[1] // 4, size[0] // 4, 3), np.uint8)
-    Image.fromarray(pixels).resize(size).save(out, "JPEG")
-    return out.getvalue()
+@pytest.fixture
+def sets(tmp_path):
+    """CUB's layout as files, and prepared."""
+    make_cub(tmp_path)
+    root, rows = published.read("cub", tmp_path)
+    datasets.prepare(root, rows, tmp_path / "prepared_cub", "cub")
+    return datasets.from_rows(root, rows), datasets.open_prepared(tmp_path / "prepared_cub"), root
 
 
-def make_sop(directory, classes=12, images_per_class=4):
-    """A small tree in the layout of the published archive; the first half of the classes trains."""
-    root, header = directory / "Stanford_Online_Products", "image_id class_id super_class_id path"
-    lines = {"train": [header], "test": [header]}
-    for c in range(1, classes + 1):
-        folder = "bicycle_final" if c % 2 else "chair_final"
-        (root / folder).mkdir(parents=True, exist_ok=True)
-        for i in range(images_per_class):
-            path = f"{folder}/{100 + c}_{i}.JPG"
-            (root / path).write_bytes(jpeg(c))
-            split = "train" if c <= classes // 2 else "test"
-            lines[split].append(f"{c * images_per_class + i} {c} {1 + c % 2} {path}")
-    for split, rows in lines.items():
-        (root / f"Ebay_{split}.txt").write_text("\r\n".join(rows) + "\r\n")
-    return root
+def test_prepared_files_are_the_files(sets):
+    files, prepared, root = sets
+    for split in ("train", "test"):
+        datasets.check_splits(files["train"], files["test"])
+        for name in ("labels", "paths", "sizes"):
+            np.testing.assert_array_equal(getattr(files[split], name), getattr(prepared[split], name))
+        assert len(prepared[split]) == 20
+        for row in range(20):
+            data = (root / files[split].paths[row]).read_bytes()
+            assert files[split].encoded(row) == prepared[split].encoded(row) == data
 
 
-def test_sop_reads_the_published_layout(tmp_path):
-    root = make_sop(tmp_path)
-    test = datasets.open_sop(tmp_path, "test")
-    assert sorted(set(test.labels)) == list(range(6, 12)) and len(test) == 24
-    for row in range(len(test)):
-        assert test.encoded(row) == (root / test.paths[row]).read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["Stanford_Online_Products", "prepared_sop"]
-    assert len(datasets.open_sop(tmp_path, "train")) == 24  # from what was prepared
+def test_the_kept_index_is_what_was_read(sets, tmp_path):
+    _, prepared, _ = sets
+    kept = tmp_path / "prepared_cub/rll_jax_index.train.image.label.npz"
+    again = datasets.open_prepared(tmp_path / "prepared_cub")
+    kept.write_bytes(b"damaged")
+    repaired = datasets.open_prepared(tmp_path / "prepared_cub")
+    for other in (again, repaired):
+        np.testing.assert_array_equal(other["train"].labels, prepared["train"].labels)
+        np.testing.assert_array_equal(other["train"].paths, prepared["train"].paths)
+    assert kept.read_bytes() != b"damaged"
 
 
-@pytest.mark.parametrize("line, text", [
-    ("1 2 x.jpg", "Ebay_test.txt, line 3"),
-    ("9 9 1 ../../x.jpg", "a path inside the set"),
-    ("9 9 1 /etc/passwd", "a path inside the set"),
-    ("9 0 1 a.jpg", "expected three numbers"),
-    ("9 9 1 chair_final/112_0.JPG", "listed twice"),
-    ("9 9 1 chair_final/none.JPG", "1 images of .* are missing or empty, such as"),
-])  # fmt: skip
-def test_sop_bad_index(tmp_path, line, text):
-    root = make_sop(tmp_path)
-    index = root / "Ebay_test.txt"
-    lines = index.read_text().split("\n")
-    index.write_text("\n".join(lines[:2] + [line] + lines[2:]))
-    with pytest.raises(ValueError, match=text):
-        datasets.open_sop(tmp_path, "test")
-    assert not (tmp_path / "prepared_sop").exists()
+def test_query_and_gallery(tmp_path):
+    make_inshop(tmp_path)
+    root, rows = published.read("inshop", tmp_path)
+    datasets.prepare(root, rows, tmp_path / "prepared_inshop", "inshop")
+    for found in (datasets.from_rows(root, rows), datasets.open_prepared(tmp_path / "prepared_inshop")):
+        assert found["train"].in_gallery is None and found["test"].in_gallery.sum() == 12
+        assert len(found["test"]) == 16 and len(found["train"]) == 16
+        queries = found["test"].take(np.flatnonzero(~found["test"].in_gallery))
+        assert sorted(queries.labels) == [4, 5, 6, 7]
+        datasets.check_splits(found["train"], found["test"])
 
 
-def test_sop_missing_says_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match="download Stanford_Online_Products.zip .* --data_dir"):
-        datasets.open_sop(tmp_path, "train")
+def test_super_labels(tmp_path):
+    make_sop(tmp_path)
+    root, rows = published.read("sop", tmp_path)
+    for data in datasets.from_rows(root, rows).values():
+        np.testing.assert_array_equal(data.super_labels, (data.labels + 1) % 2)
+
+
+def test_splits_that_cannot_be_measured():
+    rows = [published.Row(f"{c}/{i}", c, "train" if c < 2 else "test") for c in range(4) for i in range(2)]
+    sets = datasets.from_rows("nowhere", rows)
+    datasets.check_splits(sets["train"], sets["test"])
+    for train, test, text in (
+        (sets["train"], sets["test"].take([0, 2]), "each of the 2 test classes has a single image"),
+        (sets["train"], sets["test"].take([]), "the test split has no images"),
+        (sets["test"].take([0]), sets["test"], r"1 classes are in train and in test, such as \[2\]"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            datasets.check_splits(train, test)
+
+
+def test_bad_images_are_found_and_left_out(tmp_path):
+    """One missing, one empty, one cut off: the quick check finds two, the full one all; a class left with one image goes."""
+    rows = [published.Row(f"{c}/{i}.jpg", c, "train") for c in range(3) for i in range(3)]
+    for row in rows:
+        (tmp_path / row.path).parent.mkdir(exist_ok=True)
+        (tmp_path / row.path).write_bytes(jpeg(row.label))
+    (tmp_path / "0/1.jpg").unlink()
+    (tmp_path / "1/0.jpg").write_bytes(b"")
+    (tmp_path / "1/2.jpg").write_bytes(jpeg(1)[:300])
+    data = datasets.from_rows(tmp_path, rows)["train"]
+    assert datasets.find_bad(data, full=False) == {1: "0/1.jpg: missing or empty", 3: "1/0.jpg: missing or empty"}
+    full = datasets.find_bad(data, full=True)
+    assert list(full) == [1, 3, 5] and "cannot decode the image '1/2.jpg'" in full[5]
+    assert datasets.without(data, full).paths.tolist() == ["0/0.jpg", "0/2.jpg", "2/0.jpg", "2/1.jpg", "2/2.jpg"]
+
+
+def test_a_stock_set_of_tensorflow_datasets(tmp_path):
+    """CUB as tensorflow-datasets has it, by its own features, prepared by a builder of that name: split by class."""
+    import tensorflow_datasets as tfds
+
+    class CaltechBirds2011(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("0.1.1")
+
+        def _info(self):
+            features = {"image": tfds.features.Image(), "image/filename": tfds.features.Text(), "label": tfds.features.ClassLabel(num_classes=8)}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, _):
+            return {"train": self._of(0), "test": self._of(1)}
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+        def _of(self, part):
+            for c in range(8):
+                for i in range(2):
+                    yield f"{c}{part}{i}", {"image": io.BytesIO(jpeg(c)), "image/filename": "x", "label": c}
+
+    with pytest.raises(ValueError, match="not prepared as array_record .* needs TensorFlow, .* pip install tensorflow-cpu .*download_and_prepare"):
+        datasets.open_tfds("caltech_birds2011", tmp_path)
+    CaltechBirds2011(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    sets = datasets.open_tfds("caltech_birds2011", tmp_path)
+    assert {split: sorted(set(data.labels)) for split, data in sets.items()} == {"train": [0, 1, 2, 3], "test": [4, 5, 6, 7]}
+    assert len(sets["test"]) == 16
+    for row in range(16):
+        assert sets["test"].encoded(row) == jpeg(sets["test"].labels[row])
+    assert "tensorflow" not in sys.modules
+    with pytest.raises(ValueError, match="name those of image and class"):
+        datasets.open_tfds("caltech_birds2011", tmp_path, image_key="picture")
+    with pytest.raises(ValueError, match="knows no set 'no_such_set'"):
+        datasets.open_tfds("no_such_set", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+def test_cached_pictures_are_shrunk_and_kept(kind, tmp_path):
+    rows = [published.Row(f"{i}.jpg", i // 2, "train") for i in range(6)]
+    for i, row in enumerate(rows):
+        (tmp_path / row.path).write_bytes(jpeg(i, size=(200 + i, 150)))
+    data = datasets.from_rows(tmp_path, rows)["train"]
+    assert 6 * 3 * 50 * 66 <= cache.estimated_bytes(data, 50) <= 6 * 3 * 50 * 70
+    make = (lambda: cache.in_memory(data, 50)) if kind == "memory" else (lambda: cache.on_disk(data, 50, tmp_path, "train"))
+    cached = make()
+    for row in range(6):
+        expected = images.shrink(data.encoded(row), "x", 50)
+        np.testing.assert_array_equal(np.asarray(cached.image(row)), np.asarray(expected))
+        assert min(cached.picture(row).size) == 50
+    for row in rows:
+        (tmp_path / row.path).unlink()
+    again = make() if kind == "disk" else cached
+    assert again.take([4, 1]).image(0).size == again.image(4).size  # read nowhere else any more
+
+
+def test_a_cache_that_does_not_fit(tmp_path, monkeypatch):
+    (tmp_path / "a.jpg").write_bytes(jpeg(0))
+    data = datasets.from_rows(tmp_path, [published.Row("a.jpg", 0, "train")])["train"]
+    monkeypatch.setattr(cache, "estimated_bytes", lambda *_: 2**50)
+    with pytest.raises(ValueError, match="--cache=memory would take 1048576.0 GiB"):
+        cache.in_memory(data, 50)
+    with pytest.raises(ValueError, match="--cache=disk would take 1048576.0 GiB"):
+        cache.on_disk(data, 50, tmp_path, "train")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jpg"]
 
 
 def test_train_batches_depend_on_the_step_alone(emoji):
     classes = sampler.ClassSampler(emoji["train"].labels, 5, 3, seed=1)
-    augment = images.RandomAffine(16)
+    augment = views.RandomAffine(16)
     straight = list(pipeline.train_batches(emoji["train"], classes, augment, start=0, stop=6, threads=1))
     later = list(pipeline.train_batches(emoji["train"], classes, augment, start=4, stop=6, threads=3))
     assert len(straight) == 6 and straight[0]["image"].shape == (15, 16, 16, 3)
     for one, other in zip(straight[4:], later, strict=True):
         np.testing.assert_array_equal(one["image"], other["image"])
         np.testing.assert_array_equal(one["label"], other["label"])
-    assert (straight[0]["label"].reshape(5, 3) == straight[0]["label"][::3, None]).all()
+    # spread: one image of each class, then the next; or a class's side by side
+    assert (straight[0]["label"].reshape(3, 5) == straight[0]["label"][:5]).all()
+    together = next(pipeline.train_batches(emoji["train"], classes, augment, start=0, stop=1, spread=False))
+    assert (together["label"].reshape(5, 3) == together["label"][::3, None]).all()
+    order = np.arange(15).reshape(5, 3).T.ravel()
+    np.testing.assert_array_equal(together["image"][order], straight[0]["image"])
+
+
+def test_worker_processes_make_the_same_batches(emoji):
+    flags.FLAGS.mark_as_parsed()
+    classes = sampler.ClassSampler(emoji["train"].labels, 5, 3, seed=1)
+    made = [
+        list(pipeline.train_batches(emoji["train"], classes, views.RandomAffine(16), start=2, stop=7, processes=processes))
+        for processes in (0, 2)
+    ]
+    for one, other in zip(*made, strict=True):
+        np.testing.assert_array_equal(one["image"], other["image"])
+
+
+class Breaking:
+    """Pictures by position, some of which are broken."""
+
+    def __init__(self, read, broken):
+        self.read, self.broken = read, broken
+
+    def __call__(self, position):
+        return b"broken" if position in self.broken else self.read(position)
+
+
+def test_a_broken_picture_gives_way_to_another_of_its_class(emoji):
+    train = emoji["train"]
+    classes = sampler.ClassSampler(train.labels, 5, 3, seed=1)
+    rows = classes.batch(0)
+    broken = dataclasses.replace(train, read=Breaking(train.read, {int(train.positions[rows[4]])}))
+    with pytest.raises(images.BadImageError):
+        list(pipeline.train_batches(broken, classes, views.RandomAffine(16), start=0, stop=1))
+    told = []
+    (batch,) = pipeline.train_batches(broken, classes, views.RandomAffine(16), start=0, stop=1, spread=False, on_bad=told.append)
+    (whole,) = pipeline.train_batches(train, classes, views.RandomAffine(16), start=0, stop=1, spread=False)
+    assert told == [rows[4]]
+    np.testing.assert_array_equal(batch["label"], whole["label"])
+    same = (batch["image"] == whole["image"]).all(axis=(1, 2, 3))
+    assert same.tolist() == [i != 4 for i in range(15)]
+    of_class = np.flatnonzero(train.labels == train.labels[rows[4]])
+    seed = (1, 2, 0, 4)
+    candidates = [views.RandomAffine(16)(train.image(row), np.random.default_rng(seed)) for row in of_class if row != rows[4]]
+    assert any(np.array_equal(batch["image"][4], candidate) for candidate in candidates)
+    hopeless = dataclasses.replace(train, read=Breaking(train.read, {int(p) for p in train.positions[of_class]}))
+    with pytest.raises(images.BadImageError):
+        list(pipeline.train_batches(hopeless, classes, views.RandomAffine(16), start=0, stop=1, on_bad=told.append))
+
+
+def test_a_broken_test_picture_is_told_and_white(emoji):
+    data = emoji["test"].take(range(10))
+    broken = dataclasses.replace(data, read=Breaking(data.read, {int(data.positions[3])}))
+    told = []
+    (batch,) = pipeline.test_batches(broken, lambda p: np.asarray(p.resize((4, 4), None)), batch_size=10, on_bad=told.append)
+    assert told == [3] and (batch[3] == 255).all()
+    with pytest.raises(images.BadImageError):
+        list(pipeline.test_batches(broken, lambda p: np.asarray(p.resize((4, 4), None)), batch_size=10))
 
 
 @pytest.mark.parametrize("batch_size", [7, 100, 4771, 5000])
 def test_test_batches_have_every_row_once(emoji, batch_size):
     data = emoji["test"]
-    small = datasets.ImageSet(data.records, data.labels[:300], data.paths[:300])
-    view = lambda image: np.asarray(image.resize((4, 4)))
+    small = data.take(range(300))
+    view = lambda image: np.asarray(image.resize((4, 4), None))
     batches = list(pipeline.test_batches(small, view, batch_size=batch_size, threads=3))
     assert all(len(batch) == batch_size for batch in batches)
-    expected = np.stack([view(data.image(row)) for row in range(300)])
+    expected = np.stack([view(data.picture(row)) for row in range(300)])
     np.testing.assert_array_equal(np.concatenate(batches)[:300], expected)
     assert not np.concatenate(batches)[300:].any()
 

@@ -1,11 +1,13 @@
+from concurrent import futures
 import io
 import itertools
+import sys
 
 import numpy as np
 from PIL import Image
 import pytest
 
-from rll_jax import images, pipeline, sampler
+from rll_jax import images, pipeline, sampler, views
 
 
 def encoded(image, kind="PNG", **kwargs):
@@ -40,7 +42,7 @@ def test_broken_images_are_named(data):
         images.decode(data, "some/path.jpg")
 
 
-@pytest.mark.parametrize("augment", [images.RandomAffine(24), images.RandomResizedCrop(24)])
+@pytest.mark.parametrize("augment", [views.RandomAffine(24), views.RandomResizedCrop(24)])
 def test_augmentation_is_a_function_of_its_generator(augment):
     views = [augment(picture(), np.random.default_rng(seed)) for seed in (1, 1, 2)]
     assert views[0].shape == (24, 24, 3) and views[0].dtype == np.uint8
@@ -49,40 +51,40 @@ def test_augmentation_is_a_function_of_its_generator(augment):
 
 def test_affine_without_change_is_the_picture():
     image = picture((32, 32))
-    still = images.RandomAffine(32, rotate=0, zoom=(1, 1), stretch=0, shift=0, colour=0)
+    still = views.RandomAffine(32, rotate=0, zoom=(1, 1), stretch=0, shift=0, colour=0)
     np.testing.assert_array_equal(still(image, np.random.default_rng(0)), np.asarray(image))
 
 
 def test_affine_keeps_the_paper_white_and_grey_has_no_colour():
-    assert (images.RandomAffine(16, colour=0.5)(Image.new("RGB", (32, 32), "white"), np.random.default_rng(3)) == 255).all()
+    assert (views.RandomAffine(16, colour=0.5)(Image.new("RGB", (32, 32), "white"), np.random.default_rng(3)) == 255).all()
     red = Image.new("RGB", (32, 32), "red")
-    spread = [np.ptp(images.RandomAffine(8, colour=1e-4, grey=g, shift=0)(red, np.random.default_rng(1))[4, 4].astype(int)) for g in (0, 1)]
+    spread = [np.ptp(views.RandomAffine(8, colour=1e-4, grey=g, shift=0)(red, np.random.default_rng(1))[4, 4].astype(int)) for g in (0, 1)]
     assert spread[0] > 200 and spread[1] < 10
 
 
 def test_test_view_keeps_the_centre():
     image = Image.new("RGB", (100, 50), "white")
     image.paste("black", (25, 12, 75, 38))
-    assert (images.resize_center_crop(image, size=10, resize=20)[1:-1, 1:-1] == 0).all()
-    assert images.resize_center_crop(image, size=20, resize=20).max() == 255
+    assert (views.resize_center_crop(image, size=10, resize=20)[1:-1, 1:-1] == 0).all()
+    assert views.resize_center_crop(image, size=20, resize=20).max() == 255
 
 
 def test_crop_covers_the_whole_scale():
-    flat = images.RandomResizedCrop(8, scale=(1, 1), ratio=(1, 1), flip=False)
+    flat = views.RandomResizedCrop(8, scale=(1, 1), ratio=(1, 1), flip=False)
     image = picture((8, 8))
     np.testing.assert_array_equal(flat(image, np.random.default_rng(0)), np.asarray(image))
-    flipped = images.RandomResizedCrop(8, scale=(1, 1), ratio=(1, 1))
-    views = {flipped(image, np.random.default_rng(s)).tobytes() for s in range(20)}
-    assert views == {np.asarray(image).tobytes(), np.asarray(image)[:, ::-1].tobytes()}
+    flipped = views.RandomResizedCrop(8, scale=(1, 1), ratio=(1, 1))
+    seen = {flipped(image, np.random.default_rng(s)).tobytes() for s in range(20)}
+    assert seen == {np.asarray(image).tobytes(), np.asarray(image)[:, ::-1].tobytes()}
 
 
 def test_a_class_is_transformed_alike(emoji):
     """Each image of a class as every other of it in the batch; another step, another transformation; again the same."""
-    train, transform = emoji["train"], images.ClassTransform()
+    train, transform = emoji["train"], views.ClassTransform()
     batches = sampler.ClassSampler(train.labels, 8, 4, seed=3)
-    whole = lambda image, rng: images.resize_center_crop(image, 16, 16)
+    whole = lambda image, rng: views.resize_center_crop(image, 16, 16)
     plain, changed, again = (
-        list(pipeline.train_batches(train, batches, whole, of_class, start=0, stop=4))
+        list(pipeline.train_batches(train, batches, whole, of_class, start=0, stop=4, spread=False))
         for of_class in (None, transform, transform)
     )
     kinds = set()
@@ -108,3 +110,93 @@ def test_pixels_without_a_range_are_refused(mode):
     data = encoded(Image.fromarray(np.zeros((8, 8), np.float32 if mode == "F" else np.int32)), "TIFF")
     with pytest.raises(images.BadImageError, match=f"odd.tiff.*mode {mode}, expected 8 or 16 bits"):
         images.decode(data, "odd.tiff")
+
+
+def photograph(size=(640, 480)):
+    """Smooth as a photograph is, so that scales can be compared."""
+    rng = np.random.default_rng(1)
+    small = Image.fromarray(rng.integers(0, 255, (12, 16, 3), np.uint8))
+    return small.resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("shape", [(640, 480), (641, 479), (230, 900), (100, 80)])
+def test_a_jpeg_at_reduced_scale_is_the_whole_one_resized(shape):
+    data = encoded(photograph(shape), "JPEG", quality=92)
+    whole = images.decode(data, "x")
+    for box in (None, (10, 5, shape[0] * 0.8, shape[1] * 0.9), (0, 0, shape[0], shape[1])):
+        for size in ((64, 64), (227, 227), (30, 90)):
+            ours = np.asarray(images.Picture(data, "x").resize(size, Image.Resampling.BILINEAR, box=box), int)
+            theirs = np.asarray(whole.resize(size, Image.Resampling.BILINEAR, box=box), int)
+            assert ours.shape == theirs.shape and np.abs(ours - theirs).mean() < 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_jpeg_is_upright_at_every_scale(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(photograph((160, 96)), "JPEG", exif=exif, quality=95)
+    whole, picture = images.decode(data, "x"), images.Picture(data, "x")
+    assert picture.size == whole.size == ((96, 160) if orientation > 4 else (160, 96))
+    for size in ((48, 80), (20, 12)):
+        ours, theirs = (np.asarray(x.resize(size, Image.Resampling.BILINEAR), int) for x in (picture, whole))
+        assert np.abs(ours - theirs).mean() < 3
+
+
+@pytest.mark.parametrize("mode, kind, kwargs", [
+    ("L", "JPEG", {}), ("CMYK", "JPEG", {}), ("RGB", "JPEG", {"progressive": True}), ("RGB", "JPEG", {"subsampling": 0}), ("RGB", "WEBP", {}),
+    ("RGBA", "PNG", {}), ("P", "GIF", {}),
+])  # fmt: skip
+def test_every_kind_is_resized_alike(mode, kind, kwargs):
+    data = encoded(photograph((300, 200)).convert(mode), kind, **kwargs)
+    ours, theirs = (np.asarray(x.resize((50, 50), Image.Resampling.BILINEAR), int) for x in (images.Picture(data, "x"), images.decode(data, "x")))
+    assert ours.shape == (50, 50, 3) and np.abs(ours - theirs).mean() < 3
+
+
+def test_a_truncated_jpeg_is_refused_at_every_scale():
+    data = encoded(photograph(), "JPEG")
+    for size in ((16, 16), (227, 227)):
+        with pytest.raises(images.BadImageError, match="'x.jpg'"):
+            images.Picture(data[: len(data) // 2], "x.jpg").resize(size, Image.Resampling.BILINEAR)
+
+
+def test_resize_crop_keeps_a_window_of_the_squeezed_picture():
+    image = picture((64, 64))
+    squeezed = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR, reducing_gap=2.0))
+    windows = {squeezed[t : t + 28, x : x + 28].tobytes() for t in range(5) for x in range(5)}
+    windows |= {squeezed[t : t + 28, x : x + 28][:, ::-1].tobytes() for t in range(5) for x in range(5)}
+    seen = {views.ResizeCrop(28, 32)(image, np.random.default_rng(s)).tobytes() for s in range(200)}
+    assert seen <= windows and len(seen) > 40
+    np.testing.assert_array_equal(views.resize_center_crop(image, 28, 32), squeezed[2:30, 2:30])
+
+
+def test_border_crop_cuts_white_and_keeps_the_shape():
+    """A black rectangle of 100 x 40 on white, far from the edges: with 15 pixels of border, fitted to 65 x 65."""
+    page = Image.new("RGB", (400, 300), (255, 255, 255))
+    page.paste((0, 0, 0), (200, 100, 300, 140))
+    seen = views.border_center_crop(page, size=65, fit=65)
+    drawn = (seen < 128).all(axis=2)
+    rows, columns = np.flatnonzero(drawn.any(axis=1)), np.flatnonzero(drawn.any(axis=0))
+    # 130 x 70 becomes 65 x 35, in the middle: the rectangle is 50 x 20 then
+    assert (len(columns), len(rows)) == (50, 20) and abs(columns[0] - 7) <= 1 and abs(rows[0] - 22) <= 1
+    assert (seen[:5] == 255).all()
+    faint = Image.new("RGB", (50, 50), (251, 251, 251))  # nothing drawn: left as it is
+    assert (views.border_center_crop(faint, 32, 36) >= 250).all()
+    cropped = views.BorderCrop(57, 65)(page, np.random.default_rng(0))
+    assert cropped.shape == (57, 57, 3) and (cropped < 128).any()
+
+
+@pytest.mark.parametrize("strong", [False, True])
+def test_jitter_is_a_function_of_the_generator(strong):
+    pytest.importorskip("albumentations", reason="albumentations is not installed")
+    view = views.Jittered(views.RandomResizedCrop(32), strong)
+    image = photograph()
+    with futures.ThreadPoolExecutor(4) as pool:
+        many = list(pool.map(lambda seed: view(image, np.random.default_rng(seed)).tobytes(), list(range(30)) * 2))
+    assert many[:30] == many[30:] and len(set(many)) > 25
+
+
+def test_jitter_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "albumentations", None)
+    views._changes.cache_clear()
+    with pytest.raises(ValueError, match="pip install albumentations"):
+        views.Jittered(views.RandomResizedCrop(8), False)

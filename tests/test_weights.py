@@ -148,7 +148,7 @@ def test_imagenet_weights_classify_photographs(imagenet):
     names = json.loads((SHARED / "imagenet_labels.json").read_text())
     names = [names[str(i)] if isinstance(names, dict) else names[i] for i in range(1000)]
     pictures = {"chelsea": ("cat", "tabby", "lynx"), "coffee": ("espresso", "cup"), "rocket": ("missile", "projectile", "rocket")}
-    pixels = np.stack([images.resize_center_crop(Image.fromarray(getattr(data, name)()), 224, 256) for name in pictures])
+    pixels = np.stack([views.resize_center_crop(Image.fromarray(getattr(data, name)()), 224, 256) for name in pictures])
     features = model.apply(variables, pixels, features=True)[-1].mean(axis=(1, 2))
     scores = features @ file["fc.weight"].astype(np.float32).T + file["fc.bias"].astype(np.float32)
     for row, expected in zip(np.asarray(scores), pictures.values()):

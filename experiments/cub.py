@@ -1,0 +1,13 @@
+"""Ranked List Loss on CUB-200-2011 (Wah et al. 2011): the first 100 classes train, the other 100 are searched.
+
+    python -m experiments.cub --flagfile=experiments/flagfiles/cub_2020.flags --data_dir=DIR
+
+DIR holds CUB_200_2011.tgz, unpacked: images.txt, image_class_labels.txt and images/.
+"""
+from absl import app
+
+from experiments import config, run
+
+if __name__ == "__main__":
+    config.define_flags(dataset="cub", workdir="runs/cub", backbone="resnet50", image_size=224)
+    app.run(run.main, flags_parser=config.parse_flags)

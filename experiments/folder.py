@@ -1,0 +1,16 @@
+"""Ranked List Loss on anyone's own pictures.
+
+    python -m experiments.folder --data_dir=DIR
+    python -m experiments.folder --data_dir=DIR --index=TABLE.csv
+
+DIR has a folder of images for each class: a share of the classes (--test_share, drawn by --split_seed) is searched, the others train.
+Or DIR has train/ and test/ with such folders. Or a table names the images: path (from DIR), label and, by option, split (train and test;
+or train, query and gallery).
+"""
+from absl import app
+
+from experiments import config, run
+
+if __name__ == "__main__":
+    config.define_flags(dataset="folder", workdir="runs/folder", backbone="resnet50", image_size=224)
+    app.run(run.main, flags_parser=config.parse_flags)

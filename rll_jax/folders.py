@@ -1,0 +1,135 @@
+"""Anyone's own pictures: a folder for each class, or a table of paths and classes."""
+import csv
+import io
+
+from etils import epath
+import numpy as np
+
+from rll_jax import published
+from rll_jax.published import Row
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_COLUMNS = ("path", "label", "split", "super_label")
+
+
+def class_folders(directory, test_share: float = 0.5, seed: int = 0) -> list[Row]:
+    """The images of a folder with one folder for each class, or with train/ and test/ of such folders.
+
+    Classes are numbered in the order of their names. Without train/ and test/ a share of the classes, drawn by the seed, is test.
+
+    Raises:
+      ValueError: no such folder, fewer than two classes in it, or no images.
+    """
+    directory = epath.Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no such folder")
+    inner = [directory / split for split in (published.TRAIN, published.TEST)]
+    given = all(folder.is_dir() for folder in inner)
+    folders = [(sub, folder.name) for folder in inner for sub in _folders(folder)] if given else [(sub, "") for sub in _folders(directory)]
+    found = [(f"{s}/{sub.name}" if s else sub.name, s, _images(sub)) for sub, s in folders]
+    found = sorted(((name, split, files) for name, split, files in found if files), key=lambda item: item[0])
+    if len(found) < 2:
+        raise ValueError(f"{directory}: expected a folder of images for each class (or train/ and test/ of such), found {len(found)} with images")
+    twice = {name.partition("/")[2] for name, split, _ in found if split == "train"} & {name.partition("/")[2] for name, split, _ in found if split == "test"}
+    if twice:
+        raise ValueError(f"{directory}: {len(twice)} classes are in train/ and in test/, such as {sorted(twice)[:5]}: a class belongs to one of them")
+    splits = [split for _, split, _ in found] if given else split_classes(len(found), test_share, seed)
+    return [
+        Row(f"{name}/{file}", label, split)
+        for label, ((name, _, files), split) in enumerate(zip(found, splits))
+        for file in files
+    ]
+
+
+def split_classes(classes: int, test_share: float, seed: int) -> list[str]:
+    """train or test for each class: a share by chance, at least one class of each."""
+    tested = min(max(round(classes * test_share), 1), classes - 1)
+    chosen = set(np.random.default_rng(seed).permutation(classes)[:tested].tolist())
+    return [published.TEST if label in chosen else published.TRAIN for label in range(classes)]
+
+
+def read_index(file, test_share: float = 0.5, seed: int = 0) -> list[Row]:
+    """The images of a .csv or .parquet with the columns path and label, and, by option, split and super_label.
+
+    A label is any text or number; classes are numbered in the order of their labels, numbers by size. split is train or test, or train,
+    query and gallery; without it a share of the classes, drawn by the seed, is test. Other columns are not looked at.
+
+    Raises:
+      ValueError: which row is at fault, and why; or no such file, or another kind of file.
+    """
+    file = epath.Path(file)
+    readers = {".csv": _csv_rows, ".parquet": _parquet_rows}
+    if file.suffix not in readers:
+        raise ValueError(f"{file}: expected a .csv or a .parquet")
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file")
+    found, seen = [], {}
+    for where, row in readers[file.suffix](file):
+        path, label, split, super_label = (row.get(column, "") for column in _COLUMNS)
+        if not published.inside(path) or not label:
+            raise ValueError(f"{file}, {where}: expected a path inside the set and a label, found {path!r:.120} and {label!r:.80}")
+        if split not in (*published.SPLITS, ""):
+            raise ValueError(f"{file}, {where}: the split is {split!r:.80}, expected one of {', '.join(published.SPLITS)}")
+        if path in seen:
+            raise ValueError(f"{file}, {where}: {path} was listed in {seen[path]} already")
+        seen[path] = where
+        found.append((path, label, split, super_label))
+    splits = {split for _, _, split, _ in found}
+    if not found or "" in splits and len(splits) > 1:
+        raise ValueError(f"{file}: " + ("some rows have a split and some have none" if found else "lists no image"))
+    labels, super_labels = (_numbered({row[column] for row in found}) for column in (1, 3))
+    if "" in splits and len(labels) < 2:
+        raise ValueError(f"{file}: expected at least two classes, to be split, found {len(labels)}")
+    split_of = split_classes(len(labels), test_share, seed) if "" in splits else None
+    return [Row(path, labels[label], split or split_of[labels[label]], super_labels[sup]) for path, label, split, sup in found]
+
+
+def _numbered(names: set[str]) -> dict[str, int]:
+    """{name: number from 0} in their order, that of numbers where all are."""
+    digits = all(name.isascii() and name.isdigit() for name in names)
+    return {name: n for n, name in enumerate(sorted(names, key=lambda name: (len(name.lstrip("0")), name.lstrip("0")) if digits else name))}
+
+
+def _csv_rows(file):
+    lines = list(published.lines(file))
+    try:
+        table = list(csv.reader(io.StringIO("\n".join(text for _, text in lines)), strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{file}: not a table with commas: {error}")
+    if len(table) != len(lines):
+        raise ValueError(f"{file}: a quoted field goes over the end of its line")
+    head = [name.strip() for name in table[0]] if table else []
+    if not {"path", "label"} <= set(head) or len(set(head)) != len(head):
+        raise ValueError(f"{file}, line 1: expected a header with the columns path and label, found {','.join(head)!r:.120}")
+    for (at, _), cells in zip(lines[1:], table[1:], strict=True):
+        if len(cells) != len(head):
+            raise ValueError(f"{file}, line {at}: expected {len(head)} fields, found {len(cells)}")
+        yield f"line {at}", dict(zip(head, (cell.strip() for cell in cells)))
+
+
+def _parquet_rows(file):
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError(f"{file}: reading Parquet needs pyarrow (pip install pyarrow); a .csv needs nothing")
+    try:
+        table = parquet.read_table(pa.BufferReader(file.read_bytes()))
+    except Exception as error:  # pyarrow's own kinds, and what its decoders raise
+        raise ValueError(f"{file}: not a Parquet file: {str(error).splitlines()[0] if str(error) else error!r}")
+    if not {"path", "label"} <= set(table.column_names):
+        raise ValueError(f"{file}: expected the columns path and label, found {', '.join(table.column_names)}")
+    for row, cells in enumerate(table.select([c for c in _COLUMNS if c in table.column_names]).to_pylist()):
+        yield f"row {row}", {name: "" if cell is None else str(cell) for name, cell in cells.items()}
+
+
+def _folders(directory) -> list:
+    return sorted((sub for sub in directory.iterdir() if sub.is_dir() and not sub.name.startswith(".")), key=lambda sub: sub.name)
+
+
+def _images(folder) -> list[str]:
+    """The names of the images under a class's folder, its folders too."""
+    found = []
+    for parent, _, names in epath.Path(folder).walk():
+        found += [(parent / name).relative_to(folder).as_posix() for name in names if name.lower().endswith(SUFFIXES) and name[0] != "."]
+    return sorted(found)
