@@ -108,6 +108,9 @@ def _run(config, workdir, runner, splits, batches, published, left_out) -> None:
         temperature_pos=config.temperature_pos,
         temperature_neg=config.temperature_neg,
         balance=config.balance,
+        pair_term=config.pair_term,
+        query_weighting=config.query_weighting,
+        weight_gradient=config.weight_gradient,
         gallery_gradient=config.gallery_gradient,
     )
     train_step = runner.train(functools.partial(train.train_step, loss=ranked_list_loss, ema_decay=config.ema))

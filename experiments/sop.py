@@ -1,6 +1,6 @@
 """Ranked List Loss on Stanford Online Products (Song et al. 2016): 11,318 classes train, 11,316 others are searched.
 
-    python -m experiments.sop --flagfile=experiments/flagfiles/sop.flags --data_dir=DIR
+    python -m experiments.sop --flagfile=experiments/flagfiles/sop_2020.flags --data_dir=DIR
 
 DIR holds the published archive, unpacked: Stanford_Online_Products/ with Ebay_train.txt, Ebay_test.txt and the images.
 """

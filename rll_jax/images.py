@@ -64,22 +64,25 @@ class Picture:
             return image.convert("RGB")
 
     def resize(self, size: tuple[int, int], resample, box=None, reducing_gap=None) -> Image.Image:
-        """As Pillow's `Image.resize`, to a grey level or two.
+        """As Pillow's `Image.resize`, to a few grey levels.
 
         A JPEG is read at the smallest scale (1, 1/2, 1/4, 1/8) at which the box has the pixels of `size` still, from its coefficients;
-        the box is then rounded to whole pixels of that and `resample` is linear.
+        where less than half of those go, each is then interpolated from its four neighbours, whatever `resample`.
         """
         left, top, right, bottom = box or (0, 0, *self.size)
-        spare = min((right - left) / size[0], (bottom - top) / size[1])
-        pixels = self._jpeg(next((s for s in (8, 4, 2) if s <= spare), 1))
+        across, down = (right - left) / size[0], (bottom - top) / size[1]
+        shrink = next((s for s in (8, 4, 2) if s <= min(across, down)), 1)
+        pixels = self._jpeg(shrink)
         if pixels is None:
             return self.rgb().resize(size, resample, box=box, reducing_gap=reducing_gap)
-        across, down = pixels.shape[1] / self.width, pixels.shape[0] / self.height
-        x, y = min(round(left * across), pixels.shape[1] - 1), min(round(top * down), pixels.shape[0] - 1)
-        window = pixels[y : max(round(bottom * down), y + 1), x : max(round(right * across), x + 1)]
-        # linear looks at four pixels: enough for half of the size, not for less
-        far = max(window.shape[1] / size[0], window.shape[0] / size[1]) > 2.5
-        return Image.fromarray(cv2.resize(window, size, interpolation=cv2.INTER_AREA if far else cv2.INTER_LINEAR))
+        if max(across, down) > 2 * shrink:
+            box = (left / shrink, top / shrink, min(right / shrink, pixels.shape[1]), min(bottom / shrink, pixels.shape[0]))
+            return Image.fromarray(pixels).resize(size, resample, box=box, reducing_gap=reducing_gap)
+        # centres of pixels: at half ones
+        x, y = (left + across / 2) / shrink - 0.5, (top + down / 2) / shrink - 0.5
+        to_source = np.array([[across / shrink, 0, x], [0, down / shrink, y]])
+        how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        return Image.fromarray(cv2.warpAffine(pixels, to_source, size, flags=how, borderMode=cv2.BORDER_REPLICATE))
 
     def _jpeg(self, shrink: int) -> np.ndarray | None:
         """The pixels of a colour JPEG at 1/shrink, upright; None where it is something else, or not as it should be."""

@@ -137,7 +137,7 @@ def test_a_turned_jpeg_is_upright_at_every_scale(orientation):
     data = encoded(photograph((160, 96)), "JPEG", exif=exif, quality=95)
     whole, picture = images.decode(data, "x"), images.Picture(data, "x")
     assert picture.size == whole.size == ((96, 160) if orientation > 4 else (160, 96))
-    for size in ((48, 80), (20, 12)):
+    for size in ((48, 80), (60, 40)):
         ours, theirs = (np.asarray(x.resize(size, Image.Resampling.BILINEAR), int) for x in (picture, whole))
         assert np.abs(ours - theirs).mean() < 3
 
@@ -177,7 +177,7 @@ def test_border_crop_cuts_white_and_keeps_the_shape():
     drawn = (seen < 128).all(axis=2)
     rows, columns = np.flatnonzero(drawn.any(axis=1)), np.flatnonzero(drawn.any(axis=0))
     # 130 x 70 becomes 65 x 35, in the middle: the rectangle is 50 x 20 then
-    assert (len(columns), len(rows)) == (50, 20) and abs(columns[0] - 7) <= 1 and abs(rows[0] - 22) <= 1
+    assert abs(len(columns) - 50) <= 1 and abs(len(rows) - 20) <= 1 and abs(columns[0] - 7) <= 1 and abs(rows[0] - 22) <= 1
     assert (seen[:5] == 255).all()
     faint = Image.new("RGB", (50, 50), (251, 251, 251))  # nothing drawn: left as it is
     assert (views.border_center_crop(faint, 32, 36) >= 250).all()
