@@ -1,6 +1,8 @@
 """Published weights: the same features as PyTorch's networks, files of each kind, and errors that say what is wrong."""
 import json
+import math
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +76,26 @@ def test_features_are_pytorchs(name, train, side, torch_networks):
         reference = reference.numpy().transpose(0, 2, 3, 1)
         assert ours.shape == reference.shape
         assert np.abs(ours - reference).max() <= 1e-4 * np.abs(reference).max()
+
+
+def test_parameter_counts_are_the_published_and_those_of_the_readme():
+    readme = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| ([\d,]+) \| ([\d,-]+) \|$", readme, re.MULTILINE)
+    assert [name for name, *_ in rows] == list(backbones.BACKBONES)
+    counts = {}
+    for name, side, backbone, whole in rows:
+        config = backbones.BACKBONES[name]
+        levels = models.LEVELS if config.num_ends >= len(models.LEVELS) else ("H",)
+        params = variables_of(models.EmbeddingNet(config, 512, levels), int(side))["params"]
+        of = {module: sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) for module, tree in params.items()}
+        counts[name] = sum(n for module, n in of.items() if not module.startswith(weights.HEADS))
+        assert backbone == f"{counts[name]:,}"
+        assert whole == ("-" if len(levels) == 1 else f"{sum(of.values()):,}")
+    classifier = {18: 513_000, 34: 513_000, 50: 2_049_000, 101: 2_049_000, 152: 2_049_000}  # 1000 classes
+    torchvision = {18: 11_689_512, 34: 21_797_672, 50: 25_557_032, 101: 44_549_160, 152: 60_192_808}
+    for depth, published in torchvision.items():
+        assert counts[f"resnet{depth}"] == published - classifier[depth]
+    assert counts["googlenet_v2"] == 10_260_224  # without the convolutions' biases
 
 
 @pytest.mark.parametrize("name", CASES)
