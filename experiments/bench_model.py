@@ -1,7 +1,7 @@
 """Images a second of the networks, embedding and training, next to the same networks in PyTorch on the same machine.
 
-    python -m experiments.bench_model                                       # ResNet-18 and 50, 64 and 128 pixels: 5 minutes on 2 cores
-    python -m experiments.bench_model --models=resnet18 --sizes=64          # a minute
+    python -m experiments.bench_model                                       # ResNet-18 and 50, 96 and 128 pixels: 8 minutes on 2 busy cores
+    python -m experiments.bench_model --models=resnet18 --sizes=96          # a minute
     python -m experiments.bench_model --models=resnet50 --sizes=224 --batch=256 --dtype=bfloat16     # on a GPU
 
 forward: `embed_step`. train step: forward, backward and SGD with momentum, as a run does it on one device, with level H and
@@ -14,9 +14,14 @@ Every measurement runs in a process of its own, in turn and in `--rounds` rounds
 of all is shown. Our first round compiles into an empty persistent cache, the others find it full: their best is "cached". The first
 step is timed from the start of the process, JAX's import and initial weights included. Memory is the most that the process held while
 training, libraries included and compilation not (on a GPU: the device's). FLOPs: XLA's count before optimisation, once a loop.
+
+Two things to know on CPUs. Other programs slow PyTorch, whose threads wait for each other, far more than XLA: a ratio from a busy
+machine says nothing, and the load before the start is printed. And XLA takes some hundred times too long for a 3x3 convolution of 2x2
+maps (jax 0.10.2), which the last stage of a ResNet-18 has at 64 pixels.
 """
 import functools
 import json
+import os
 import sys
 import tempfile
 import time
@@ -27,7 +32,7 @@ from experiments import measuring
 
 _START = time.perf_counter()  # JAX and all that is slow to import come later
 _MODELS = flags.DEFINE_list("models", ["resnet18", "resnet50"], "Networks, of rll_jax.backbones.BACKBONES.")
-_SIZES = flags.DEFINE_list("sizes", ["64", "128"], "Sides of the images, pixels, multiples of 4.")
+_SIZES = flags.DEFINE_list("sizes", ["96", "128"], "Sides of the images, pixels, multiples of 4.")
 _BATCH = flags.DEFINE_integer("batch", 16, "Images a batch, 4 of each class.", lower_bound=8)
 _DIM = flags.DEFINE_integer("dim", 512, "Embedding dimension.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the convolutions; PyTorch's by autocast.")
@@ -164,13 +169,13 @@ def main(argv):
     if _WORKER.value:
         print(json.dumps(_measure(_WORKER.value, _MODELS.value[0], int(_SIZES.value[0]))))
         return
-    found = {}
+    found, load = {}, os.getloadavg()[0]
     for model in _MODELS.value:
         for size in _SIZES.value:
             found[model, size] = row = _measured(model, size)
             rates = [f"{_BATCH.value / row[side]['train']:.1f}" if row[side] else row["none"] for side in ("ours", "torch")]
             print(f"{model} {size}: {rates[0]} images/s in training, PyTorch {rates[1]}", file=sys.stderr, flush=True)
-    text = f"batch {_BATCH.value}, {_DTYPE.value}, {measuring.machine()}\n\n{_tables(found)}\n"
+    text = f"batch {_BATCH.value}, {_DTYPE.value}, {measuring.machine()}, load before {load:.1f}\n\n{_tables(found)}\n"
     print(text, end="")
     if _TABLE.value:
         with open(_TABLE.value, "w", encoding="utf-8") as out:
