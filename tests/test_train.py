@@ -180,8 +180,8 @@ def variables_like(model, images):
     return jax.tree.map(lambda s: np.abs(rng.normal(size=s.shape)).astype(np.float32) + 0.1, dict(shapes))
 
 
-def gradients(images, **options):
-    model = models.EmbeddingNet(backbones.BACKBONES["resnet_tiny"], 8, ("M", "H"), **options)
+def gradients(images, backbone=backbones.BACKBONES["resnet_tiny"], **options):
+    model = models.EmbeddingNet(backbone, 8, ("M", "H"), **options)
     variables = variables_like(model, images)
 
     def objective(params):
@@ -204,6 +204,19 @@ def test_frozen_affine_stops_the_backbones_alone(batches):
     assert not np.any(fixed["layer2_0"]["bn2"]["bias"])
     np.testing.assert_allclose(fixed["M_bn1"]["scale"], frozen["M_bn1"]["scale"], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(fixed["conv1"]["kernel"], frozen["conv1"]["kernel"], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("backbone", [backbones.BACKBONES["resnet_tiny"], backbones.GoogLeNetV2Config(width=1 / 32)])
+def test_frozen_stages_get_no_gradient(backbone):
+    images = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3)).astype(np.float32)
+    model = models.EmbeddingNet(backbone, 8, ("M", "H"), batch_norm="frozen", frozen_stages=1)
+    variables = variables_like(model, images)
+    ends = lambda params: sum(x.mean() for x in model.apply(variables | {"params": params}, images, train=True, features=True))
+    found = jax.jit(jax.grad(ends))(variables["params"])
+    moved = {name: bool(max(np.abs(x).max() for x in jax.tree.leaves(module))) for name, module in found.items()}
+    in_backbone = {name: backbone.stage_of(name) for name in found if not name.startswith(("M_", "H_"))}
+    assert set(in_backbone.values()) == set(range(backbone.num_ends + 1))
+    assert {name: moved[name] for name in in_backbone} == {name: stage > 1 for name, stage in in_backbone.items()}
 
 
 def test_moving_average(batches):
@@ -233,5 +246,7 @@ def test_the_heads_rate_and_the_decay(optimizer):
     assert multiplied["conv1"] == plain["conv1"] and multiplied["H_embedding"] == pytest.approx(10 * plain["H_embedding"])
     decayed, all_decayed = update(0.0), update(0.0, decay_norm_and_bias=True)
     assert decayed["bn1"] == 0 and decayed["conv1"] == all_decayed["bn1"] == pytest.approx(-0.05)
+    frozen = update(1.0, frozen_stages=1, batch_norm="frozen", decay_norm_and_bias=True, head_lr_multiplier=10.0)
+    assert frozen == {"conv1": 0, "bn1": 0, "H_embedding": multiplied["H_embedding"]}
     if optimizer == "sgd":
         assert update(1.0, clip_gradient=1.0)["bn1"] == pytest.approx(-0.1 / np.sqrt(10))
