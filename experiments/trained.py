@@ -152,8 +152,9 @@ def load(workdir: str, step: int | None = None) -> Trained:
         except Exception as error:  # orbax, tensorstore and json have their own for each kind of damage
             raise ValueError(f"--workdir={workdir}: the checkpoint of step {step} cannot be read: {str(error).splitlines()[0]}")
     state = train.TrainState(
-        step=step, apply_fn=make_model(config).apply, params=restored[weights_name], batch_stats=restored["batch_stats"], tx=None, opt_state=None
-    )
+        step=step, apply_fn=make_model(config).apply, params=restored[weights_name], batch_stats=restored["batch_stats"], tx=None, opt_state=None,
+        skipped=None,
+    )  # fmt: skip
     embed = functools.partial(
         evaluate.embed_images,
         state,

@@ -52,5 +52,5 @@ class Checkpoints:
 
 
 def _arrays(state) -> dict:
-    names = ("step", "params", "opt_state", "batch_stats") + (("ema",) if state.ema is not None else ())
+    names = ("step", "params", "opt_state", "batch_stats", "skipped") + (("ema",) if state.ema is not None else ())
     return {name: getattr(state, name) for name in names}

@@ -1,4 +1,5 @@
 """The train state and one step of training: pure functions, for one device or an axis of many."""
+import functools
 from typing import Any
 
 from flax.training import train_state
@@ -11,10 +12,13 @@ import optax
 class TrainState(train_state.TrainState):
     """Parameters, batch statistics, optimiser state and step: all that the next step depends on.
 
-    `ema` is a moving average of the parameters, or None.
+    Attributes:
+      ema: a moving average of the parameters, or None.
+      skipped: (3,) int32: steps without an update because something was not finite: the last ones in a row, most in a row, all.
     """
 
     batch_stats: Any
+    skipped: Any
     ema: Any = None
 
 
@@ -32,13 +36,16 @@ def create_train_state(model, optimizer, image_size: int, seed: int, *, with_ema
         apply_fn=model.apply,
         params=params,
         batch_stats=variables.get("batch_stats", {}),
+        skipped=jnp.zeros(3, jnp.int32),
         tx=optimizer,
         ema=jax.tree.map(jnp.copy, params) if with_ema else None,  # a copy: steps donate both
     )
 
 
-def train_step(state: TrainState, batch, *, loss, axis_name=None, ema_decay=0.0):
+def train_step(state: TrainState, batch, *, loss, axis_name=None, ema_decay=0.0, embed_chunk=0, watch=None):
     """One update from this device's share of the batch; (new state, metrics), the same on all devices of `axis_name`.
+
+    Where the loss or the norm of the gradient is not finite, only `step` and `skipped` of the state change.
 
     Args:
       state: replicated over the axis.
@@ -47,28 +54,96 @@ def train_step(state: TrainState, batch, *, loss, axis_name=None, ema_decay=0.0)
         the devices' values is the loss of the whole batch, each query ranking the rows of all devices.
       axis_name: of pmap, shard_map or vmap, or None on one device.
       ema_decay: of the state's moving average, where it has one; smaller in the first steps, (1 + step) / (10 + step).
+      embed_chunk: 0, or how many of this device's images to have in the network at a time, a divisor of n: all are embedded without a
+        gradient, the loss of the whole batch gives that of the embeddings, and each chunk takes its part back through the network
+        (Gao et al. 2021). The same update to rounding, for two forward passes and the memory of a chunk, where batch norm is frozen;
+        where it is not, it takes the statistics of each chunk (over all devices), and the running ones their mean.
+      watch: (embeddings, labels, *, axis_name) -> {name: array} to add to the metrics for each level, or None.
     """
     params = state.params
     if axis_name is not None:  # see `ranked_list_loss` on several devices; no effect under pmap
         params = jax.tree.map(lambda p: lax.pcast(p, axis_name, to="varying"), params)
 
-    def objective(params):
+    def embed(params, images):
         variables = {"params": params, "batch_stats": state.batch_stats}
-        levels, updates = state.apply_fn(variables, batch["image"], train=True, mutable=["batch_stats"])
-        losses = {level: loss(e, batch["label"], axis_name=axis_name) for level, e in levels.items()}
-        return sum(losses.values()), (updates.get("batch_stats", {}), losses)
+        levels, updates = state.apply_fn(variables, images, train=True, mutable=["batch_stats"])
+        return levels, updates.get("batch_stats", {})
 
-    (total, (batch_stats, losses)), grads = jax.value_and_grad(objective, has_aux=True)(params)
+    def objective(levels):
+        losses = {level: loss(e, batch["label"], axis_name=axis_name) for level, e in levels.items()}
+        # a pair with NaN is neither near nor far: the loss alone would not show it
+        losses = {level: jnp.where(jnp.isfinite(levels[level]).all(), value, jnp.nan) for level, value in losses.items()}
+        seen = {} if watch is None else {level: watch(lax.stop_gradient(e), batch["label"], axis_name=axis_name) for level, e in levels.items()}
+        return sum(losses.values()), (losses, seen)
+
+    gradient = functools.partial(_chunked_gradient, chunk=embed_chunk) if embed_chunk else _gradient
+    total, (losses, seen), batch_stats, grads = gradient(embed, objective, params, batch["image"])
     if axis_name is not None:
-        total, losses, grads, batch_stats = lax.pmean((total, losses, grads, batch_stats), axis_name)
+        total, losses, seen, grads, batch_stats = lax.pmean((total, losses, seen, grads, batch_stats), axis_name)
     metrics = {"loss": total, "gradient_norm": optax.tree.norm(grads)}
     if len(losses) > 1:
         metrics |= {f"loss_{level}": value for level, value in losses.items()}
-    state = state.apply_gradients(grads=grads, batch_stats=batch_stats)
+    metrics |= {f"{name}_{level}": value for level, values in seen.items() for name, value in values.items()}
+    finite = jnp.isfinite(total) & jnp.isfinite(metrics["gradient_norm"])
+    new = state.apply_gradients(grads=grads, batch_stats=batch_stats)
     if state.ema is not None:
-        decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-        state = state.replace(ema=optax.incremental_update(state.params, state.ema, 1 - decay))
-    return state, metrics
+        decay = jnp.minimum(ema_decay, (1 + new.step) / (10 + new.step))
+        new = new.replace(ema=optax.incremental_update(new.params, state.ema, 1 - decay))
+    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+    in_a_row = jnp.where(finite, 0, state.skipped[0] + 1)
+    skipped = jnp.stack([in_a_row, jnp.maximum(state.skipped[1], in_a_row), state.skipped[2] + ~finite])
+    return kept.replace(step=new.step, skipped=skipped), metrics
+
+
+def _gradient(embed, objective, params, images):
+    """The objective and what comes with it, the batch statistics, and the gradient of the parameters."""
+
+    def of_params(params):
+        levels, batch_stats = embed(params, images)
+        total, seen = objective(levels)
+        return total, (seen, batch_stats)
+
+    (total, (seen, batch_stats)), grads = jax.value_and_grad(of_params, has_aux=True)(params)
+    return total, seen, batch_stats, grads
+
+
+def _chunked_gradient(embed, objective, params, images, *, chunk):
+    """As `_gradient`, with `chunk` images in the network at a time."""
+    chunks = images.reshape(-1, chunk, *images.shape[1:])
+    split = lambda e: e.reshape(-1, chunk, e.shape[-1])
+    levels, batch_stats = lax.map(functools.partial(embed, params), chunks)
+    levels = jax.tree.map(lambda e: e.reshape(-1, e.shape[-1]), levels)
+    (total, seen), of_levels = jax.value_and_grad(objective, has_aux=True)(levels)
+
+    def back(grads, of_chunk):
+        images, of_levels = of_chunk
+        _, pull, _ = jax.vjp(lambda params: embed(params, images), params, has_aux=True)
+        return jax.tree.map(jnp.add, grads, *pull(of_levels)), None
+
+    grads, _ = lax.scan(back, jax.tree.map(jnp.zeros_like, params), (chunks, jax.tree.map(split, of_levels)))
+    return total, seen, jax.tree.map(lambda x: x.mean(axis=0), batch_stats), grads
+
+
+def watch_distances(embeddings, labels, *, alpha, margin, axis_name=None, queries=64, bins=40):
+    """What a ranked list is made of, seen from the first `queries` rows of this device.
+
+    Returns {"nontrivial_positives": share of the pairs of a class farther than alpha - margin, "nontrivial_negatives": share of the
+    other pairs nearer than alpha, "positive_distances", "negative_distances": (bins,) counts between 0 and 2}.
+    """
+    gallery, gallery_labels, first = embeddings, labels, 0
+    if axis_name is not None:
+        gallery, gallery_labels = (lax.all_gather(x, axis_name, tiled=True) for x in (embeddings, labels))
+        first = lax.axis_index(axis_name) * len(labels)
+    q, of_q = embeddings[:queries], labels[:queries]
+    distance = jnp.sqrt(jnp.maximum(2 - 2 * jnp.matmul(q, gallery.T, precision=lax.Precision.HIGHEST), 0))
+    same = of_q[:, None] == gallery_labels
+    others = jnp.arange(len(gallery_labels)) != (first + jnp.arange(len(q)))[:, None]
+    found = {}
+    for name, pairs, nontrivial in (("positive", same & others, distance > alpha - margin), ("negative", ~same, distance < alpha)):
+        found[f"nontrivial_{name}s"] = jnp.sum(pairs & nontrivial) / jnp.maximum(jnp.sum(pairs), 1)
+        counts = jnp.bincount(jnp.minimum(distance * bins / 2, bins - 1).astype(jnp.int32).ravel(), pairs.ravel().astype(jnp.float32), length=bins)
+        found[f"{name}_distances"] = counts
+    return found
 
 
 def embed_step(state: TrainState, images):

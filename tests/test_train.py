@@ -84,7 +84,7 @@ def test_checkpoint_restores_on_other_devices(tmp_path, expected):
     again = checkpoint.Checkpoints(tmp_path)
     state = again.restore(again.latest_step(), one.replicate(make_state(parallel.AXIS)))
     again.close()
-    for name in ("params", "batch_stats", "opt_state", "step"):
+    for name in ("params", "batch_stats", "opt_state", "step", "skipped"):
         jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(expected[0], name))
     assert len(jax.tree.leaves(state.params)[0].devices()) == 1
 
@@ -98,7 +98,7 @@ class Pictures:
     def __len__(self):
         return 21
 
-    def image(self, row):
+    def picture(self, row):
         return self.pixels[row]
 
 
@@ -204,6 +204,66 @@ def test_frozen_affine_stops_the_backbones_alone(batches):
     assert not np.any(fixed["layer2_0"]["bn2"]["bias"])
     np.testing.assert_allclose(fixed["M_bn1"]["scale"], frozen["M_bn1"]["scale"], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(fixed["conv1"]["kernel"], frozen["conv1"]["kernel"], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["pmap", "shard_map", None])
+def test_chunks_make_the_same_update(kind, batches):
+    """With frozen statistics, on eight devices and on one; trained statistics are those of the chunks."""
+    axis = parallel.AXIS if kind else None
+
+    def run(chunk, batch_norm):
+        model = models.EmbeddingNet(backbones.BACKBONES["resnet_tiny"], 8, ("H",), axis_name=axis, batch_norm=batch_norm)
+        state = jax.tree.map(jnp.array, fresh(("H",))).replace(apply_fn=model.apply)
+        one = functools.partial(step, embed_chunk=chunk)
+        runner = parallel.make_runner(kind) if kind else None
+        new, metrics = runner.train(one)(runner.replicate(state), runner.place(batches[0])) if kind else jax.jit(one)(state, batches[0])
+        return new, float(metrics["loss"])
+
+    (whole, loss_of_whole), (chunked, loss_of_chunked) = run(0, "frozen"), run(3, "frozen")
+    assert loss_of_chunked == pytest.approx(loss_of_whole, rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), chunked.params, whole.params)
+    if kind != "pmap":
+        trained_stats, _ = run(3, "train")
+        assert np.isfinite(trained_stats.batch_stats["bn1"]["mean"]).all()
+        assert not np.allclose(trained_stats.batch_stats["bn1"]["mean"], whole.batch_stats["bn1"]["mean"])
+
+
+def test_a_step_that_is_not_finite_changes_nothing(batches):
+    """Neither parameters nor statistics nor the optimiser; counted in a row, most in a row, and in all."""
+    state, one = make_state(None, ("H",)), jax.jit(step)
+    broken = {**batches[1], "image": np.full((48, 16, 16, 3), np.nan, np.float32)}
+    counted = []
+    for batch in (batches[0], broken, broken, batches[1], broken):
+        before = jax.device_get((state.params, state.batch_stats, state.opt_state))
+        state, metrics = one(state, batch)
+        same = all(jax.tree.leaves(jax.tree.map(np.array_equal, before, jax.device_get((state.params, state.batch_stats, state.opt_state)))))
+        assert same == (batch is broken) != np.isfinite(metrics["loss"])
+        counted.append(state.skipped.tolist())
+    assert counted == [[0, 0, 0], [1, 1, 1], [2, 2, 2], [0, 2, 2], [1, 2, 3]] and int(state.step) == 5
+
+
+@pytest.mark.parametrize("axis", [None, "batch"])
+def test_watched_distances(axis):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(48, 5)).astype(np.float32)
+    x, labels = x / np.linalg.norm(x, axis=1, keepdims=True), np.repeat(np.arange(12), 4)
+    order = rng.permutation(48)
+    x, labels = x[order], labels[order]
+    watch = functools.partial(train.watch_distances, alpha=1.2, margin=0.4, axis_name=axis)
+    if axis is None:
+        found = watch(x, labels)
+    else:
+        split = lambda a: a.reshape(8, 6, *a.shape[1:])
+        found = jax.tree.map(lambda a: np.asarray(a).mean(axis=0), jax.pmap(watch, axis)(split(x), split(labels)))
+    distance = np.linalg.norm(x[:, None].astype(float) - x, axis=2)
+    same = (labels[:, None] == labels) & ~np.eye(48, dtype=bool)
+    other = labels[:, None] != labels
+    scale = 1 if axis is None else 8  # means over the devices, each with an eighth of the pairs
+    assert found["nontrivial_positives"] == pytest.approx((distance[same] > 0.8).mean(), rel=1e-5)
+    assert found["nontrivial_negatives"] == pytest.approx((distance[other] < 1.2).mean(), rel=1e-2)
+    for name, pairs in (("positive", same), ("negative", other)):
+        expected, _ = np.histogram(distance[pairs], bins=40, range=(0, 2))
+        np.testing.assert_allclose(found[f"{name}_distances"] * scale, expected, atol=2)
 
 
 @pytest.mark.parametrize("backbone", [backbones.BACKBONES["resnet_tiny"], backbones.GoogLeNetV2Config(width=1 / 32)])
