@@ -11,6 +11,7 @@ import dataclasses
 import pathlib
 
 from absl import app, flags
+from etils import epath
 
 from experiments import config as config_lib
 from experiments import sources
@@ -30,11 +31,15 @@ def _unpack(source: pathlib.Path) -> pathlib.Path:
 
 def main(_):
     options = flags.FLAGS
-    with config_lib.mistakes_in_one_line():
+    with config_lib.mistakes_in_one_line(), sources.in_one_line(options.source, options.index):
         if options.dataset not in sources.SOURCES or options.dataset == "emoji":
             names = ", ".join(name for name in sources.SOURCES if name != "emoji")
             raise ValueError(f"--dataset={options.dataset}: expected one of {names}")
-        source = pathlib.Path(options.source)
+        if published.is_remote(options.data_dir) or published.is_remote(options.source) and (options.unpack or not options.data_dir):
+            raise ValueError(
+                f"--source={options.source} --data_dir={options.data_dir}: sets are prepared in a local --data_dir, and archives unpacked in a local --source"
+            )
+        source = (epath if published.is_remote(options.source) else pathlib).Path(options.source)
         if source.is_file() and not options.unpack:
             raise ValueError(f"--source={source} is a file: --unpack unpacks an archive beside it")
         if not source.exists():

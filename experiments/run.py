@@ -18,6 +18,7 @@ from experiments import report, sources, trained
 from experiments.evaluate import score_table
 from rll_jax import cache, checkpoint, datasets, evaluate, images, loss, metrics, models, parallel, pipeline, sampler, train
 from rll_jax import views as views_lib
+from rll_jax.published import is_remote
 
 
 class BadRun(ValueError):
@@ -57,7 +58,9 @@ def _prepare(config):
 
 
 def _check_workdir(workdir: pathlib.Path, config) -> None:
-    """Raises ValueError unless the workdir is free or holds this very run."""
+    """Raises ValueError unless the workdir is local, and free or holds this very run."""
+    if is_remote(config.workdir):
+        raise ValueError(f"--workdir={config.workdir}: expected a local folder")
     saved = workdir / "flags.txt"
     if not saved.exists():
         if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
@@ -89,6 +92,8 @@ def _cached(data, split: str, config):
         return data
     if config.cache == "memory" and config.worker_processes:
         raise ValueError("--cache=memory is of one process: use --cache=disk with --worker_processes")
+    if config.cache == "disk" and is_remote(config.data_dir):
+        raise ValueError(f"--cache=disk writes into --data_dir, and {config.data_dir} is not a local folder: use --cache=memory, or a local copy")
     short_side = sources.cached_side(config.image_size)
     size = cache.estimated_bytes(data, short_side) / 2**30
     print(f"cache: about {size:.1f} GiB {'in memory' if config.cache == 'memory' else 'on disk'} for {len(data)} {split} images", flush=True)

@@ -1,4 +1,5 @@
 """The data set of a config, and how its pictures are looked at."""
+import contextlib
 import functools
 import pathlib
 import sys
@@ -93,8 +94,19 @@ def open_sets(config) -> dict[str, datasets.ImageSet]:
     """{"train": ..., "test": ...}; a benchmark's published files are prepared on first use, in --data_dir.
 
     Raises:
-      ValueError: the set is not there, broken, or lacks pictures (unless --on_bad_image=skip).
+      ValueError: the set is not there, broken, or lacks pictures (unless --on_bad_image=skip); or an object store that cannot be reached,
+        or from which this set cannot be read.
     """
+    with in_one_line(config.data_dir, config.index):
+        return _open(config)
+
+
+def _open(config) -> dict[str, datasets.ImageSet]:
+    if config.dataset != "folder" and published.is_remote(config.data_dir):
+        how = "copy it to a local folder"
+        if config.dataset in published.BENCHMARKS:
+            how = f"python -m experiments.prepare --dataset={config.dataset} --source={config.data_dir} --data_dir=DIR writes them, and --data_dir=DIR then trains"
+        raise ValueError(f"--data_dir={config.data_dir}: prepared sets are read from local files: {how}")
     if config.dataset.startswith(TFDS):
         return datasets.open_tfds(config.dataset.removeprefix(TFDS), config.data_dir, config.image_key, config.label_key)
     if config.dataset == "emoji":
@@ -103,7 +115,7 @@ def open_sets(config) -> dict[str, datasets.ImageSet]:
     if not config.data_dir:
         raise ValueError(f"--data_dir is needed for {config.dataset}: the folder of its pictures")
     prepared = prepared_in(config.data_dir, config.dataset)
-    if not prepared.exists():
+    if published.is_remote(prepared) or not prepared.exists():  # what is prepared is local
         root, rows = listing(config)
         if config.dataset == "folder":  # anyone's own folder is read where it is
             return datasets.from_rows(root, rows)
@@ -111,6 +123,19 @@ def open_sets(config) -> dict[str, datasets.ImageSet]:
     elif config.index:
         raise ValueError(f"--index={config.index}: {prepared} was prepared with its own: leave one of them out")
     return datasets.open_prepared(prepared)
+
+
+@contextlib.contextmanager
+def in_one_line(*paths):
+    """Where one of the paths is of an object store, makes ValueErrors of what its client raises: not installed, no credentials, no network."""
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        if not any(map(published.is_remote, paths)):
+            raise
+        raise ValueError(f"cannot read {' or '.join(filter(published.is_remote, paths))}: {error or type(error).__name__}") from error
 
 
 def prepared_in(data_dir, dataset: str) -> pathlib.Path:

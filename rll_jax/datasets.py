@@ -2,7 +2,9 @@
 from concurrent import futures
 import dataclasses
 import io
+import os
 import pathlib
+import stat
 import tempfile
 from typing import Any, Callable, Iterable
 
@@ -137,12 +139,22 @@ class _Files:
         self._root, self._paths = root, paths
 
     def __call__(self, position):
-        return (self._root / self._paths[position]).read_bytes()
+        path = self._root / self._paths[position]
+        try:
+            return path.read_bytes()
+        except OSError:
+            raise
+        except Exception as error:  # an object store's client has its own for each kind of failure
+            raise OSError(f"{path}: {type(error).__name__}: {error}") from error
 
 
 def _size(path) -> int:
     try:
-        return path.stat().length if not path.is_dir() else 0
+        if published.is_remote(path):
+            information = path.stat()
+            return 0 if information.is_directory else information.length
+        information = os.stat(path)  # epath's fails where the owner's number has no name
+        return 0 if stat.S_ISDIR(information.st_mode) else information.st_size
     except OSError:
         return 0
 

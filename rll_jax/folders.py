@@ -1,4 +1,5 @@
 """Anyone's own pictures: a folder for each class, or a table of paths and classes."""
+from concurrent import futures
 import csv
 import io
 
@@ -26,7 +27,9 @@ def class_folders(directory, test_share: float = 0.5, seed: int = 0) -> list[Row
     inner = [directory / split for split in (published.TRAIN, published.TEST)]
     given = all(folder.is_dir() for folder in inner)
     folders = [(sub, folder.name) for folder in inner for sub in _folders(folder)] if given else [(sub, "") for sub in _folders(directory)]
-    found = [(f"{s}/{sub.name}" if s else sub.name, s, _images(sub)) for sub, s in folders]
+    with futures.ThreadPoolExecutor(16) as pool:  # a question to the file system each, or more
+        images = list(pool.map(lambda item: _images(item[0]), folders))
+    found = [(f"{s}/{sub.name}" if s else sub.name, s, files) for (sub, s), files in zip(folders, images)]
     found = sorted(((name, split, files) for name, split, files in found if files), key=lambda item: item[0])
     if len(found) < 2:
         raise ValueError(f"{directory}: expected a folder of images for each class (or train/ and test/ of such), found {len(found)} with images")
@@ -124,12 +127,17 @@ def _parquet_rows(file):
 
 
 def _folders(directory) -> list:
-    return sorted((sub for sub in directory.iterdir() if sub.is_dir() and not sub.name.startswith(".")), key=lambda sub: sub.name)
+    subs = (sub for sub in directory.iterdir() if sub != directory and not sub.name.startswith("."))  # an object store may list itself
+    return sorted((sub for sub in subs if sub.is_dir()), key=lambda sub: sub.name)
 
 
 def _images(folder) -> list[str]:
     """The names of the images under a class's folder, its folders too."""
-    found = []
-    for parent, _, names in epath.Path(folder).walk():
-        found += [(parent / name).relative_to(folder).as_posix() for name in names if name.lower().endswith(SUFFIXES) and name[0] != "."]
-    return sorted(found)
+    if published.is_remote(folder):  # over which epath's walk fails
+        import fsspec
+
+        system, top = fsspec.core.url_to_fs(str(folder))
+        found = [file.removeprefix(f"{top}/") for file in system.find(top)]
+    else:
+        found = [(parent / name).relative_to(folder).as_posix() for parent, _, names in epath.Path(folder).walk() for name in names]
+    return sorted(file for file in found if file.lower().endswith(SUFFIXES) and not file.split("/")[-1].startswith("."))

@@ -82,6 +82,11 @@ def read(name: str, directory) -> Listing:
     return listing
 
 
+def is_remote(path) -> bool:
+    """Whether a path is of an object store, such as gs:// or s3://, where only whole files are read and nothing is renamed."""
+    return "://" in str(path)
+
+
 def differences(name: str, rows: list[Row]) -> list[str]:
     """What of the published counts is not there, a line for each split; empty where all is."""
     benchmark, found = BENCHMARKS[name], []
@@ -278,6 +283,6 @@ def _inshop(directory) -> Listing:
 
 def _image_root(directory, folder, rows):
     """The folder that the images' paths begin at, near that of the metadata; the latter where no image is found."""
-    near = [folder, folder.parent, directory, *(p for p in sorted(directory.iterdir()) if p.is_dir())]
+    near = [folder, folder.parent, directory, *(p for p in sorted(directory.iterdir()) if p.is_dir())]  # an object store may list the directory too, which is harmless
     tops = {row.path.split("/")[0] for row in rows}
     return max(near, key=lambda root: sum((root / top).exists() for top in tops))
