@@ -66,12 +66,12 @@ class Picture:
     def resize(self, size: tuple[int, int], resample, box=None, reducing_gap=None) -> Image.Image:
         """As Pillow's `Image.resize`, to a few grey levels.
 
-        A JPEG is read at the smallest scale (1, 1/2, 1/4, 1/8) at which the box has the pixels of `size` still, from its coefficients;
+        A JPEG is read at the smallest scale (1, 1/2, 1/4, 1/8) at which the box has seven eighths of `size` still, from its coefficients;
         where less than half of those go, each is then interpolated from its four neighbours, whatever `resample`.
         """
         left, top, right, bottom = box or (0, 0, *self.size)
         across, down = (right - left) / size[0], (bottom - top) / size[1]
-        shrink = next((s for s in (8, 4, 2) if s <= min(across, down)), 1)
+        shrink = next((s for s in (8, 4, 2) if s * 7 / 8 <= min(across, down)), 1)
         pixels = self._jpeg(shrink)
         if pixels is None:
             return self.rgb().resize(size, resample, box=box, reducing_gap=reducing_gap)

@@ -45,7 +45,7 @@ def create_train_state(model, optimizer, image_size: int, seed: int, *, with_ema
 def train_step(state: TrainState, batch, *, loss, axis_name=None, ema_decay=0.0, embed_chunk=0, watch=None):
     """One update from this device's share of the batch; (new state, metrics), the same on all devices of `axis_name`.
 
-    Where the loss or the norm of the gradient is not finite, only `step` and `skipped` of the state change.
+    Where the loss, the gradient or the batch statistics are not finite, only `step` and `skipped` of the state change.
 
     Args:
       state: replicated over the axis.
@@ -84,7 +84,8 @@ def train_step(state: TrainState, batch, *, loss, axis_name=None, ema_decay=0.0,
     if len(losses) > 1:
         metrics |= {f"loss_{level}": value for level, value in losses.items()}
     metrics |= {f"{name}_{level}": value for level, values in seen.items() for name, value in values.items()}
-    finite = jnp.isfinite(total) & jnp.isfinite(metrics["gradient_norm"])
+    # the statistics too: XLA's ReLU on CPUs makes NaN 0, and the loss is as if nothing had been
+    finite = jnp.isfinite(total) & jnp.isfinite(metrics["gradient_norm"]) & jnp.isfinite(optax.tree.norm(batch_stats))
     new = state.apply_gradients(grads=grads, batch_stats=batch_stats)
     if state.ema is not None:
         decay = jnp.minimum(ema_decay, (1 + new.step) / (10 + new.step))

@@ -235,9 +235,9 @@ def test_a_step_that_is_not_finite_changes_nothing(batches):
     counted = []
     for batch in (batches[0], broken, broken, batches[1], broken):
         before = jax.device_get((state.params, state.batch_stats, state.opt_state))
-        state, metrics = one(state, batch)
+        state, _ = one(state, batch)
         same = all(jax.tree.leaves(jax.tree.map(np.array_equal, before, jax.device_get((state.params, state.batch_stats, state.opt_state)))))
-        assert same == (batch is broken) != np.isfinite(metrics["loss"])
+        assert same == (batch is broken)
         counted.append(state.skipped.tolist())
     assert counted == [[0, 0, 0], [1, 1, 1], [2, 2, 2], [0, 2, 2], [1, 2, 3]] and int(state.step) == 5
 
