@@ -2,6 +2,7 @@
 import contextlib
 import dataclasses
 import pathlib
+import re
 import sys
 import uuid
 
@@ -13,7 +14,7 @@ from rll_jax import backbones, models
 # How a run is carried out, not what comes out of it: these may change when it is resumed.
 FREE_TO_CHANGE = (
     "data_dir", "workdir", "threads", "worker_processes", "checkpoint_every", "keep", "log_every", "verify_images", "max_bad_images",
-    "compilation_cache",
+    "compilation_cache", "max_bad_steps", "profile_steps", "dry_run", "multihost", "coordinator_address", "num_processes", "process_id",
 )  # fmt: skip
 
 
@@ -61,6 +62,7 @@ class Config:
         "repository of the Hugging Face hub such as timm/resnet50.tv_in1k"
     )  # fmt: skip
     pretrained_head: bool = _option(False, "take the embedding layers of --pretrained too")
+    init_from: str = _option("", "another run's workdir, with whose weights to start, the embedding layers' too")
     embedding_dim: int = _option(128, "dimension of each level's embedding", low=1)
     levels: str = _option("H", "levels of the network with an embedding and a loss each, such as L,M,H")
     batch_norm: str = _option(
@@ -86,6 +88,8 @@ class Config:
     eval_batch_size: int = _option(256, "images embedded at a time", low=1)
     checkpoint_every: int = _option(100, "steps between checkpoints; the last step is saved too", low=1)
     keep: int = _option(2, "checkpoints kept", low=1)
+    best: str = _option("recall@1", "score by which the best checkpoint is kept too, in best/; empty: none")
+    max_bad_steps: int = _option(10, "steps in a row that may go without an update because something was not finite", low=1)
     log_every: int = _option(10, "steps between lines of metrics", low=1)
     threads: int = _option(2, "threads that read and augment, in each process", low=1)
     worker_processes: int = _option(0, "processes beside this one that read and augment; 0: threads alone", low=0)
@@ -94,6 +98,13 @@ class Config:
     on_bad_image: str = _option("stop", "what to do where such a check finds any; skip lists them in the workdir", choices=("stop", "skip"))
     max_bad_images: int = _option(100, "pictures that may turn out broken in the middle of a run, where others of their class replace them", low=0)
     compilation_cache: bool = _option(True, "keep compiled programs in the workdir, for a run that goes on")
+    embed_chunk: int = _option(0, "images of a device in the network at a time, for batches beyond its memory; 0: all", low=0)
+    profile_steps: str = _option("", "A:B: write a JAX profile of steps A to B - 1 into the workdir")
+    dry_run: bool = _option(False, "build and compile everything, tell what a step takes, and stop; nothing is written")
+    multihost: bool = _option(False, "one of many processes: found by itself on TPU pods, Slurm and GKE, elsewhere by the next three")
+    coordinator_address: str = _option("", "HOST:PORT of process 0 (multihost)")
+    num_processes: int = _option(0, "in all (multihost)", low=0)
+    process_id: int = _option(-1, "of this one, from 0 (multihost)", low=-1)
     parallel: str = _option("pmap", "how a step runs over the devices", choices=("pmap", "shard_map"))
 
     def __post_init__(self):
@@ -122,6 +133,13 @@ class Config:
             )
         if self.index and self.dataset != "folder":
             raise ValueError(f"--index={self.index} goes with --dataset=folder, not {self.dataset}")
+        if self.init_from and self.pretrained:
+            raise ValueError(f"--init_from={self.init_from} and --pretrained={self.pretrained}: give one of them")
+        if self.profile_steps and not re.fullmatch(r"\d+:\d+", self.profile_steps):
+            raise ValueError(f"--profile_steps={self.profile_steps}: expected A:B, such as 10:15")
+        given = [bool(self.coordinator_address), self.num_processes > 0, self.process_id >= 0]
+        if any(given) and not (self.multihost and all(given)):
+            raise ValueError("--coordinator_address, --num_processes and --process_id go together, with --multihost")
         for name in ("decay_at", "remat"):
             if not all(number.strip().isdigit() for number in getattr(self, name).split(",") if getattr(self, name)):
                 raise ValueError(f"--{name}={getattr(self, name)}: expected numbers with commas between")

@@ -1,111 +1,53 @@
 """One experiment from its options to its report: the loop, top to bottom, for every data set."""
 import contextlib
-import dataclasses
 import functools
 import json
-import pathlib
+import signal
 import sys
 import time
 
-from jax.experimental.compilation_cache import compilation_cache
 import jax
+from jax.experimental import multihost_utils
+from jax.experimental.compilation_cache import compilation_cache
 import numpy as np
-import tensorboardX
 import tqdm
 
 from experiments import config as config_lib
-from experiments import report, sources, trained
+from experiments import logs, report, setup, sources, trained
 from experiments.evaluate import score_table
-from rll_jax import cache, checkpoint, datasets, evaluate, images, loss, metrics, models, parallel, pipeline, sampler, train
+from rll_jax import checkpoint, evaluate, images, loss, metrics, models, pipeline, train
 from rll_jax import views as views_lib
-from rll_jax.published import is_remote
 
-
-class BadRun(ValueError):
-    """A run that cannot go on, told in one line."""
+RUN_AGAIN = 75  # the exit code of a run that was told to stop and has saved its state (EX_TEMPFAIL)
 
 
 def main(_) -> None:
     """Runs the flags' experiment and exits with 2 and one line where they, the data or the workdir are at fault."""
     with config_lib.mistakes_in_one_line():
-        prepared = _prepare(config_lib.from_flags())
+        config = config_lib.from_flags()
+        _join_processes(config)
+        prepared = setup.prepare(config)
     try:
-        _run(*prepared)
-    except (BadRun, images.BadImageError, OSError) as error:
+        _dry_run(prepared) if config.dry_run else _run(prepared)
+    except (logs.BadRun, images.BadImageError, OSError) as error:
         sys.exit(config_lib.fail(error))
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        print(f"error: another process of this run has gone: {str(error).splitlines()[0][:300]}", file=sys.stderr, flush=True)
+        sys.exit(RUN_AGAIN)
 
 
-def _prepare(config):
-    """Everything that can be refused, before anything is written but a benchmark's prepared files."""
-    workdir = pathlib.Path(config.workdir)
-    _check_workdir(workdir, config)
-    runner = parallel.make_runner(config.parallel)
-    batch_size = config.classes_per_batch * config.images_per_class
-    if batch_size % runner.num_devices:
-        raise ValueError(
-            f"a batch of {config.classes_per_batch} classes x {config.images_per_class} images = {batch_size} images "
-            f"cannot be shared by {runner.num_devices} devices: change --classes_per_batch or --images_per_class"
-        )
-    published = trained.read_pretrained(config) if config.pretrained else None
-    splits, left_out = {}, []
-    for split, data in sources.open_sets(config).items():
-        bad = datasets.find_bad(data, full=config.verify_images == "full", threads=config.threads)
-        sources.refuse_bad(bad, split, data, config)
-        splits[split] = _cached(datasets.without(data, bad) if bad else data, split, config)
-        left_out += bad.values()
-    datasets.check_splits(splits["train"], splits["test"])
-    return config, workdir, runner, splits, _sampler(splits["train"], config), published, left_out
-
-
-def _check_workdir(workdir: pathlib.Path, config) -> None:
-    """Raises ValueError unless the workdir is local, and free or holds this very run."""
-    if is_remote(config.workdir):
-        raise ValueError(f"--workdir={config.workdir}: expected a local folder")
-    saved = workdir / "flags.txt"
-    if not saved.exists():
-        if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-            raise ValueError(f"--workdir={workdir} is in use and holds no run to resume: choose another folder")
+def _join_processes(config) -> None:
+    if not config.multihost:
         return
-    before = config_lib.from_flagfile(saved)
-    differing = [
-        f"--{field.name}={getattr(before, field.name)} there, {getattr(config, field.name)} here"
-        for field in dataclasses.fields(config)
-        if getattr(before, field.name) != getattr(config, field.name) and field.name not in config_lib.FREE_TO_CHANGE
-    ]
-    if differing:
-        raise ValueError(f"--workdir={workdir} holds another run ({'; '.join(differing)}): choose another --workdir")
+    try:
+        jax.distributed.initialize(config.coordinator_address or None, config.num_processes or None, config.process_id if config.num_processes else None)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"--multihost: cannot join the other processes: {str(error).splitlines()[0]}")
 
 
-def _sampler(data, config):
-    classes, each, seed = config.classes_per_batch, config.images_per_class, config.seed
-    if config.sampling == "shuffle":
-        return sampler.ShuffleSampler(data.labels, classes * each, config.min_positives, seed)
-    if config.sampling == "hierarchical":
-        if data.super_labels is None:
-            raise ValueError(f"--sampling=hierarchical: {config.dataset} has no super classes")
-        return sampler.HierarchicalSampler(data.labels, data.super_labels, classes, each, config.super_classes_per_batch, seed)
-    return sampler.ClassSampler(data.labels, classes, each, seed)
-
-
-def _cached(data, split: str, config):
-    if config.cache == "none":
-        return data
-    if config.cache == "memory" and config.worker_processes:
-        raise ValueError("--cache=memory is of one process: use --cache=disk with --worker_processes")
-    if config.cache == "disk" and is_remote(config.data_dir):
-        raise ValueError(f"--cache=disk writes into --data_dir, and {config.data_dir} is not a local folder: use --cache=memory, or a local copy")
-    short_side = sources.cached_side(config.image_size)
-    size = cache.estimated_bytes(data, short_side) / 2**30
-    print(f"cache: about {size:.1f} GiB {'in memory' if config.cache == 'memory' else 'on disk'} for {len(data)} {split} images", flush=True)
-    if config.cache == "memory":
-        return cache.in_memory(data, short_side)
-    if not config.data_dir:
-        raise ValueError("--cache=disk needs --data_dir, where it is written")
-    return cache.on_disk(data, short_side, config.data_dir, split)
-
-
-def _run(config, workdir, runner, splits, batches, published, left_out) -> None:
-    # ---- The steps
+def _train_step(config):
     ranked_list_loss = functools.partial(
         loss.ranked_list_loss,
         alpha=config.alpha,
@@ -118,12 +60,86 @@ def _run(config, workdir, runner, splits, batches, published, left_out) -> None:
         weight_gradient=config.weight_gradient,
         gallery_gradient=config.gallery_gradient,
     )
-    train_step = runner.train(functools.partial(train.train_step, loss=ranked_list_loss, ema_decay=config.ema))
-    views, ks = sources.views(config), sources.find(config.dataset).ks
+    watch = functools.partial(train.watch_distances, alpha=config.alpha, margin=config.margin)
+    return functools.partial(
+        train.train_step, loss=ranked_list_loss, ema_decay=config.ema, embed_chunk=config.embed_chunk, watch=watch
+    )
+
+
+def _batches(prepared, start: int, on_bad=None):
+    """Those from step `start` on, this process's share of each."""
+    config = prepared.config
+    return pipeline.train_batches(
+        prepared.splits["train"],
+        prepared.batches,
+        sources.views(config).train(config.image_size),
+        views_lib.ClassTransform() if config.class_augment else None,
+        start=start,
+        stop=config.steps,
+        spread=not config.class_on_one_device,
+        share=(jax.process_index(), jax.process_count()),
+        threads=config.threads,
+        processes=config.worker_processes,
+        on_bad=on_bad,
+    )
+
+
+def _dry_run(prepared) -> None:
+    """Everything but the steps, and what one of them takes."""
+    config, _, runner, splits, *_ = prepared
+    state = trained.make_state(config, runner, prepared.published)
+    batch = next(_batches(prepared, 0))
+    begun = time.time()
+    compiled = runner.train(_train_step(config)).lower(state, runner.place(batch)).compile()
+    seconds, memory = time.time() - begun, compiled.memory_analysis()
+    flops = (compiled.cost_analysis() or {}).get("flops", 0)
+    count = sum(p.size for p in jax.tree.leaves(state.params))
+    print(f"data: {len(splits['train'])} train images, {len(splits['test'])} test images")
+    print(f"network: {config.backbone}, levels {config.levels}: {count:,} parameters")
+    for name, array in batch.items():
+        print(f"batch, {name}: {array.shape} {array.dtype} in this process, of {jax.process_count()}")
+    print(f"step, compiled in {seconds:.1f} s for {runner.num_devices} devices: {flops / 1e9:.2f} GFLOP on each")
+    if memory is not None:
+        parts = {"arguments": memory.argument_size_in_bytes, "temporary": memory.temp_size_in_bytes, "results": memory.output_size_in_bytes}
+        print("memory of each device: " + ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in parts.items()))
+    print("dry run: nothing was trained and nothing written")
+
+
+def _restore(workdir, config, runner, state):
+    """The state of the last checkpoint that can be read, and its step; 0 and the fresh state where there is none."""
+    directory, damaged = workdir / "checkpoints", []
+    restored, start = state, 0
+    if directory.is_dir():
+        with checkpoint.Checkpoints(directory, read_only=True) as saved:
+            for step in reversed(saved.all_steps()):
+                try:
+                    restored, start = runner.replicate(saved.restore(step, runner.whole(state))), step
+                    break
+                except Exception as error:  # orbax, tensorstore and json have their own for each kind of damage
+                    damaged.append((step, str(error).splitlines()[0] if str(error) else repr(error)))
+    if damaged and not start:
+        steps = ", ".join(str(step) for step, _ in damaged)
+        raise logs.BadRun(f"none of the checkpoints of {workdir} can be read (steps {steps}): {damaged[0][1]}; remove {directory} to begin again")
+    for step, reason in damaged:
+        aside = workdir / "damaged_checkpoints" / str(step)
+        if jax.process_index() == 0:
+            aside.parent.mkdir(exist_ok=True)
+            (directory / str(step)).rename(aside)
+            print(f"the checkpoint of step {step} cannot be read and was moved to {aside}: {reason[:300]}", file=sys.stderr, flush=True)
+    multihost_utils.sync_global_devices("restored")
+    return restored, start
+
+
+def _run(prepared) -> None:
+    config, workdir, runner, splits, batches, published, left_out = prepared
+    first = jax.process_index() == 0
+    say = functools.partial(print, flush=True) if first else lambda *_: None
+    train_step, ks = runner.train(_train_step(config)), sources.find(config.dataset).ks
+    rate_at = trained.schedule(config)
     embed = functools.partial(
         evaluate.embed_images,
         data=splits["test"],
-        view=views.test(config.image_size),
+        view=sources.views(config).test(config.image_size),
         embed=runner.embed(train.embed_step),
         runner=runner,
         batch_size=config.eval_batch_size,
@@ -132,80 +148,107 @@ def _run(config, workdir, runner, splits, batches, published, left_out) -> None:
     )
 
     # ---- The workdir: what is there goes on from its last checkpoint
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "flags.txt").write_text(config.as_flagfile())
-    bad_images = _BadImages(workdir / "bad_images.txt", config.max_bad_images, left_out)
+    if first:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "flags.txt").write_text(config.as_flagfile())
+        (workdir / "environment.json").write_text(logs.environment())
+    multihost_utils.sync_global_devices("workdir")
+    bad_images = logs.BadImages(workdir / "bad_images.txt", config.max_bad_images, left_out if first else [])
     if config.compilation_cache and not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str((workdir / "compiled").absolute()))
         compilation_cache.reset_cache()  # the first compilation of a process decides whether there is one
-    state = trained.make_state(config, runner, published)
+    state, start = _restore(workdir, config, runner, trained.make_state(config, runner, published))
+    if start:
+        say(f"resuming {workdir} at step {start} of {config.steps}")
     with contextlib.ExitStack() as stack:
         saved = stack.enter_context(checkpoint.Checkpoints(workdir / "checkpoints", keep=config.keep))
-        start = saved.latest_step() or 0
-        if start:
-            state = saved.restore(start, state)
-            print(f"resuming {workdir} at step {start} of {config.steps}", flush=True)
-        log = stack.enter_context(_Log(workdir, start))
+        best = stack.enter_context(checkpoint.Checkpoints(workdir / "best", keep=1)) if config.best else None
+        log = stack.enter_context(logs.Log(workdir, start))
+        log.text("options", config.as_flagfile())
+        log.text("environment", logs.environment())
+        stop = stack.enter_context(_told_to_stop())
+        best_score = max((line[config.best] for line in log.kept if config.best in line), default=-1.0)
 
         def evaluate_at(step):
             """The test images that could be read, and their embeddings."""
+            nonlocal best_score
             bad = set()
-            levels = embed(state, on_bad=lambda row: bad.add(row) or bad_images.found(splits["test"], row))
+            levels = embed(runner.here(state), on_bad=lambda row: bad.add(row) or bad_images.found(splits["test"], row))
             rows = np.setdiff1d(np.arange(len(splits["test"])), list(bad))
             data, levels = splits["test"].take(rows), {level: e[rows] for level, e in levels.items()}
             embeddings = np.asarray(models.concatenated(levels))
             try:
                 scores = metrics.retrieval_metrics(*evaluate.by_role(embeddings, data), ks=ks)
             except ValueError as error:  # not finite, or all zero
-                raise BadRun(f"step {step}: {error}; lower --learning_rate")
+                raise logs.BadRun(f"step {step}: {error}; lower --learning_rate")
+            if config.best and config.best not in scores:
+                raise logs.BadRun(f"--best={config.best}: expected one of {', '.join(scores)}")
             log.write(step, scores)
             line = "  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items() if "queries" not in name)
-            progress.write(f"step {step}: {line}")
+            if first:
+                progress.write(f"step {step}: {line}")
+            if config.best and scores[config.best] > best_score:
+                best_score = scores[config.best]
+                best.save(step, runner.whole(state))
             return data, levels
 
         # ---- The loop
         with tqdm.tqdm(
-            total=config.steps, initial=start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 10
+            total=config.steps, initial=start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 10, disable=not first
         ) as progress:
             evaluated = None
             if start == 0:
                 evaluate_at(0)
-            loaded = pipeline.train_batches(
-                splits["train"],
-                batches,
-                views.train(config.image_size),
-                views_lib.ClassTransform() if config.class_augment else None,
-                start=start,
-                stop=config.steps,
-                spread=not config.class_on_one_device,
-                threads=config.threads,
-                processes=config.worker_processes,
-                on_bad=functools.partial(bad_images.found, splits["train"]),
+            loaded = pipeline.prefetch(
+                _batches(prepared, start, functools.partial(bad_images.found, splits["train"])), runner.place
             )
-            since = start, time.time()
-            for step, batch in enumerate(pipeline.prefetch(loaded, runner.place), start=start + 1):
-                state, measured = train_step(state, batch)
+            since, waited = (start, time.time()), 0.0
+            for step in range(start + 1, config.steps + 1):
+                asked = time.time()
+                batch = next(loaded)
+                waited += time.time() - asked
+                with _profiled(config, workdir, step):
+                    state, measured = train_step(state, batch)
                 last = step == config.steps
                 if step % config.log_every == 0 or last:
-                    values = {name: float(value) for name, value in measured.items()}
-                    if not all(map(np.isfinite, values.values())):
-                        raise BadRun(f"not finite at step {step}: {values}; lower --learning_rate")
+                    values = {name: np.asarray(value).tolist() for name, value in measured.items()}
+                    in_a_row, longest, skipped = np.asarray(state.skipped).tolist()
                     rate = (step - since[0]) * batches.batch_size / (time.time() - since[1])
-                    since = step, time.time()
-                    log.write(step, values | {"images_per_second": rate})
+                    values |= {"learning_rate": float(rate_at(step - 1)), "images_per_second": rate, "seconds_waiting": waited}
+                    values |= {"skipped_steps": skipped} if skipped else {}
+                    values |= _device_memory()
+                    since, waited = (step, time.time()), 0.0
+                    log.write(step, values)
+                    if max(in_a_row, longest) >= config.max_bad_steps:
+                        saved.wait()
+                        what = [name for name, value in values.items() if not np.isfinite(value).all()] or ["batch statistics"]
+                        raise logs.BadRun(
+                            f"{longest} steps in a row up to step {step} had something not finite ({', '.join(what)}) and changed nothing; "
+                            f"the last checkpoint is of step {saved.latest_step() or 0}; lower --learning_rate"
+                        )
                     progress.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s", refresh=False)
                 progress.update()
-                if step % config.eval_every == 0 or last:
+                stopping = stop(step)
+                if (step % config.eval_every == 0 or last) and not stopping:
                     evaluated = evaluate_at(step)
-                    since = step, time.time()
-                if step % config.checkpoint_every == 0 or last:
-                    saved.save(step, state)
+                    since, waited = (step, time.time()), 0.0
+                if step % config.checkpoint_every == 0 or last or stopping:
+                    saved.save(step, runner.whole(state))
+                if stopping and not last:
+                    saved.wait()
+                    say(f"told to stop: saved step {step} of {config.steps}; the same command goes on", file=sys.stderr)
+                    sys.exit(RUN_AGAIN)
             if evaluated is None:  # the run had ended before: measured again for the report
                 evaluated = evaluate_at(config.steps)
 
     # ---- What is left to the user
+    if first:
+        _report(config, workdir, *evaluated, ks)
+    multihost_utils.sync_global_devices("done")
+
+
+def _report(config, workdir, test, levels, ks) -> None:
     print("writing the report ...", flush=True)
-    test, levels = evaluated
     table = score_table(levels, test, ks, clustering=False)
     report.write(
         workdir / "report.html",
@@ -222,67 +265,37 @@ def _run(config, workdir, runner, splits, batches, published, left_out) -> None:
     print(f"report: {workdir / 'report.html'}")
 
 
-class _BadImages:
-    """bad_images.txt: the pictures that were left out, and those that turned out broken on the way, up to a limit."""
+@contextlib.contextmanager
+def _told_to_stop():
+    """A function of the step: whether SIGTERM came, to any process; the second one ends this process at once."""
+    if jax.process_count() > 1:  # JAX's own watch, by which all processes stop at the same step
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    told = []
 
-    def __init__(self, path: pathlib.Path, limit: int, left_out: list[str]):
-        self._path, self._limit, self._known = path, limit, set(_lines(path))
-        self._broken = set()
-        for text in left_out:
-            self._list(f"left out: {text}")
+    def note(*_):
+        told.append(True)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def found(self, data, row: int) -> None:
-        """Raises BadRun where there are too many."""
-        if str(data.paths[row]) in self._broken:
-            return
-        self._broken.add(str(data.paths[row]))
-        try:
-            data.image(row)
-            reason = f"{data.paths[row]}: could not be read for a while"
-        except images.BadImageError as error:
-            reason = " ".join(str(error).split())
-        self._list(f"broken: {reason}")
-        tqdm.tqdm.write(f"left out: {reason}", file=sys.stderr)
-        if len(self._broken) > self._limit:
-            raise BadRun(
-                f"{len(self._broken)} pictures could not be read, more than --max_bad_images={self._limit}: see {self._path}; the last is {reason}"
-            )
-
-    def _list(self, line: str) -> None:
-        if line not in self._known:
-            self._known.add(line)
-            with self._path.open("a") as file:
-                file.write(line + "\n")
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield lambda step: bool(told)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-class _Log:
-    """metrics.jsonl and TensorBoard events; what an interrupted run wrote past its checkpoint is taken back."""
-
-    def __init__(self, workdir: pathlib.Path, start: int):
-        path = workdir / "metrics.jsonl"
-        kept = [line for line in _lines(path) if start and json.loads(line)["step"] <= start]
-        with config_lib.written_whole(path) as aside:
-            aside.write_text("".join(line + "\n" for line in kept))
-        self._file = path.open("a")
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
-        self._seen = {(entry["step"], "recall@1" in entry) for entry in map(json.loads, kept)}
-
-    def write(self, step: int, values: dict) -> None:
-        if (step, "recall@1" in values) in self._seen:
-            return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name.replace("@", "_at_"), value, step)  # TensorBoard's names have no @
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._file.close()
-        self._board.close()
+@contextlib.contextmanager
+def _profiled(config, workdir, step: int):
+    """Begins and ends the profile of --profile_steps around a step."""
+    first, last = map(int, config.profile_steps.split(":")) if config.profile_steps else (0, 0)
+    if config.profile_steps and step == first:
+        jax.profiler.start_trace(str(workdir / "profile"))
+    yield
+    if config.profile_steps and step == min(last - 1, config.steps) and step >= first:
+        jax.effects_barrier()
+        jax.profiler.stop_trace()
 
 
-def _lines(path: pathlib.Path) -> list[str]:
-    """The whole lines of a file; the last may have been cut off by a kill."""
-    return path.read_text().split("\n")[:-1] if path.exists() else []
+def _device_memory() -> dict[str, float]:
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return {"device_mib": stats["peak_bytes_in_use"] / 2**20} if "peak_bytes_in_use" in stats else {}

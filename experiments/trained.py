@@ -30,9 +30,9 @@ def make_model(config) -> models.EmbeddingNet:
 def make_optimizer(config) -> optax.GradientTransformation:
     decayed = None if config.decay_norm_and_bias else functools.partial(jax.tree.map, lambda p: p.ndim > 1)
     if config.optimizer == "adamw":
-        steps = [optax.adamw(_schedule(config), weight_decay=config.weight_decay, mask=decayed)]
+        steps = [optax.adamw(schedule(config), weight_decay=config.weight_decay, mask=decayed)]
     else:
-        steps = [optax.add_decayed_weights(config.weight_decay, decayed), optax.sgd(_schedule(config), momentum=0.9)]
+        steps = [optax.add_decayed_weights(config.weight_decay, decayed), optax.sgd(schedule(config), momentum=0.9)]
     if config.clip_gradient:
         steps.insert(0, optax.clip_by_global_norm(config.clip_gradient))
     if config.head_lr_multiplier != 1:
@@ -49,7 +49,7 @@ def _where(chosen: Callable[[str], bool]) -> Callable:
     return lambda params: {name: jax.tree.map(lambda _: chosen(name), module) for name, module in params.items()}
 
 
-def _schedule(config) -> optax.Schedule:
+def schedule(config) -> optax.Schedule:
     if config.schedule == "step":
         at = {step: config.decay_factor for step in config.numbers("decay_at")}
         return optax.piecewise_constant_schedule(config.learning_rate, at)
@@ -62,7 +62,7 @@ def make_state(config, runner: parallel.Runner, published: dict | None = None) -
     state = _create(config)
     if published is not None:
         variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
-        new = weights.from_published(published, variables, heads=config.pretrained_head)
+        new = weights.from_published(published, variables, heads=config.pretrained_head or bool(config.init_from))
         # a copy for the average: steps donate both
         ema = None if state.ema is None else jax.tree.map(np.copy, new["params"])
         state = state.replace(params=new["params"], batch_stats=new["batch_stats"], ema=ema)
@@ -76,22 +76,23 @@ def _create(config) -> train.TrainState:
 
 
 def read_pretrained(config) -> dict[str, np.ndarray]:
-    """The weights of --pretrained by their published names.
+    """The weights of --pretrained or --init_from by their published names.
 
     Raises:
       ValueError: they cannot be found or read, or are not of this network (what is missing, unexpected or of another shape).
     """
-    name, path = config.pretrained, pathlib.Path(config.pretrained)
+    name = config.pretrained or config.init_from
+    path = pathlib.Path(name)
     try:
-        if path.is_dir():
+        if path.is_dir() or config.init_from:
             published = weights.to_published(load(name).variables)
         else:
             published = weights.read(path if path.suffix in weights.SUFFIXES else _from_hub(name))
         shapes = jax.eval_shape(functools.partial(_create, config))
         blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), {"params": shapes.params, "batch_stats": shapes.batch_stats})
-        weights.from_published(published, blank, heads=config.pretrained_head)
+        weights.from_published(published, blank, heads=config.pretrained_head or bool(config.init_from))
     except ValueError as error:
-        raise ValueError(f"--pretrained={name}: {error}")
+        raise ValueError(f"--{'pretrained' if config.pretrained else 'init_from'}={name}: {error}")
     return published
 
 
@@ -157,7 +158,7 @@ def load(workdir: str, step: int | None = None) -> Trained:
     )  # fmt: skip
     embed = functools.partial(
         evaluate.embed_images,
-        state,
+        runner.here(state),
         view=sources.views(config).test(config.image_size),
         embed=runner.embed(train.embed_step),
         runner=runner,

@@ -1,4 +1,5 @@
 """Saving and restoring a train state; the only file that knows orbax."""
+import contextlib
 import os
 import pathlib
 
@@ -10,7 +11,8 @@ class Checkpoints:
     """The last `keep` states of a run in a directory; saves are atomic and run behind the training.
 
     A save that was cut off leaves nothing that counts, and is cleared away by the next run. `close` waits for the last.
-    `read_only` changes nothing there, so that a run may go on meanwhile.
+    `read_only` changes nothing there, so that a run may go on meanwhile. All processes of a run take part, with arrays over all of
+    their devices. Saving raises OSError where it fails, as on a full disk, at once or by the next save or `close`.
     """
 
     def __init__(self, directory: str | os.PathLike, keep: int = 2, read_only: bool = False):
@@ -27,7 +29,8 @@ class Checkpoints:
 
     def save(self, step: int, state) -> None:
         if step not in self._manager.all_steps():
-            self._manager.save(step, args=ocp.args.StandardSave(_arrays(state)))
+            with _as_os_error():
+                self._manager.save(step, args=ocp.args.StandardSave(_arrays(state)))
 
     def restore(self, step: int, state):
         """The state saved at `step`, its arrays placed as those of `state`, whose values are not used."""
@@ -40,15 +43,29 @@ class Checkpoints:
         how = ocp.checkpoint_utils.construct_restore_args(target)
         return self._manager.restore(step, args=ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True))
 
+    def wait(self) -> None:
+        """Until what was saved is on disk."""
+        with _as_os_error():
+            self._manager.wait_until_finished()
+
     def close(self) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with _as_os_error():
+            self._manager.wait_until_finished()
+            self._manager.close()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.close()
+
+
+@contextlib.contextmanager
+def _as_os_error():
+    try:
+        yield
+    except Exception as error:  # tensorstore's and orbax's own
+        raise OSError(f"a checkpoint cannot be saved: {str(error).splitlines()[0] if str(error) else error!r}") from error
 
 
 def _arrays(state) -> dict:

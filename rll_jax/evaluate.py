@@ -2,6 +2,8 @@
 import itertools
 from typing import Callable
 
+import jax
+from jax.experimental import multihost_utils
 import numpy as np
 
 from rll_jax import models, parallel, pipeline
@@ -11,22 +13,49 @@ def embed_images(
     state, data, view: Callable, embed: Callable, runner: parallel.Runner, *, batch_size: int, threads: int = 2, processes: int = 0,
     on_bad: Callable | None = None,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """{level: (N, D) float32}, rows in the order of the set.
+    """{level: (N, D) float32}, rows in the order of the set, the same in every process; each embeds its share.
 
     Args:
+      state: on the devices of this process, as `runner.here` gives it.
       data: has a length and `picture(row)`, such as `datasets.ImageSet`.
       view: image -> (H, W, 3) uint8.
       embed: `runner.embed(train.embed_step)`, compiled once for all evaluations.
       batch_size: about as many images at a time; rounded up to a multiple of the devices.
       on_bad: called with the row of a picture that does not decode, whose embedding then means nothing; None: it is raised.
     """
-    batch_size = -(-batch_size // runner.num_devices) * runner.num_devices
-    batches = pipeline.test_batches(data, view, batch_size=batch_size, threads=threads, processes=processes, on_bad=on_bad)
+    devices = runner.num_devices // jax.process_count()
+    batch_size = -(-batch_size // devices) * devices
+    each = -(-len(data) // jax.process_count())  # rows of a process
+    first = min(jax.process_index() * each, len(data))
+    bad = np.zeros(each, bool)
+    batches = pipeline.test_batches(
+        _Part(data, first, min(first + each, len(data))), view, batch_size=batch_size, threads=threads, processes=processes,
+        on_bad=None if on_bad is None else lambda row: bad.__setitem__(row, True),
+    )  # fmt: skip
     parts = [
         {level: np.asarray(e) for level, e in embed(state, images).items()}
-        for images in pipeline.prefetch(batches, runner.place)
+        for images in pipeline.prefetch(batches, runner.place_here)
     ]
-    return {level: np.concatenate([part[level] for part in parts])[: len(data)] for level in parts[0]}
+    found = {level: np.concatenate([part[level] for part in parts])[:each] for level in parts[0]}
+    if jax.process_count() > 1:
+        padded = {level: np.pad(e, ((0, each - len(e)), (0, 0))) for level, e in found.items()}
+        found, bad = multihost_utils.process_allgather((padded, bad), tiled=True)
+    for row in np.flatnonzero(bad):
+        on_bad(int(row))
+    return {level: e[: len(data)] for level, e in found.items()}
+
+
+class _Part:
+    """Some rows of a set, side by side."""
+
+    def __init__(self, data, start, stop):
+        self._data, self._start, self._stop = data, start, stop
+
+    def __len__(self):
+        return self._stop - self._start
+
+    def picture(self, row):
+        return self._data.picture(self._start + row)
 
 
 def combinations(embeddings: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -10,14 +10,17 @@ AXIS = "batch"
 
 
 class Runner(NamedTuple):
-    """How steps run over all local devices; states are replicated, batches split by rows.
+    """How steps run over the devices of all processes; states are replicated, batches split by rows.
 
     Attributes:
-      num_devices: that share a batch.
+      num_devices: that share a batch, of all processes.
       train: train_step(state, batch, axis_name=...) -> (state, batch) -> (state, metrics); the old state is donated.
-      embed: embed_step(state, images) -> the same over the devices, rows in order.
-      replicate: a tree of arrays -> the same on every device.
-      place: a tree of host arrays, rows first -> the same, split by rows over the devices.
+      embed: embed_step(state, images) -> the same over this process's devices, rows in order.
+      replicate: a tree of arrays, the same in every process -> the same on every device.
+      place: a tree of host arrays, rows first, this process's share -> the same, split by rows over all devices.
+      place_here: the same over this process's devices alone, for `embed`.
+      here: a replicated tree as `embed` takes it.
+      whole: a replicated tree as arrays over all processes, as checkpoints are written and read; and `replicate` takes them back.
     """
 
     num_devices: int
@@ -25,45 +28,72 @@ class Runner(NamedTuple):
     embed: Callable
     replicate: Callable
     place: Callable
+    place_here: Callable
+    here: Callable
+    whole: Callable
 
 
 def make_runner(parallel: str, devices=None) -> Runner:
     """A `Runner` by "pmap" or "shard_map": the same results, to rounding.
 
+    Args:
+      devices: those of all processes by default.
+
     Raises:
       ValueError: another name.
     """
-    devices = jax.local_devices() if devices is None else devices
+    if parallel not in ("pmap", "shard_map"):
+        raise ValueError(f"parallel must be 'pmap' or 'shard_map', got {parallel!r}")
+    given, devices = devices, jax.devices() if devices is None else devices
+    own = [device for device in devices if device.process_index == jax.process_index()]
     # Auto axes: those that jax.make_mesh gives by default refuse what shard_map is handed here
-    mesh = Mesh(np.array(devices), (AXIS,))
-    everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
-    replicate = functools.partial(jax.device_put, device=everywhere)
+    mesh, own_mesh = Mesh(np.array(devices), (AXIS,)), Mesh(np.array(own), (AXIS,))
+    rows, all_of_it = PartitionSpec(AXIS), PartitionSpec()
+    everywhere, everywhere_here = NamedSharding(mesh, all_of_it), NamedSharding(own_mesh, all_of_it)
+    alone = len(own) == len(devices)
+
+    def embed(step):
+        return jax.jit(jax.shard_map(step, mesh=own_mesh, in_specs=(all_of_it, rows), out_specs=rows))
+
+    def whole(tree):
+        if alone:
+            return tree
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(everywhere, np.asarray(_local(x))), tree)
+
+    def here(tree):
+        return tree if alone else jax.device_put(jax.tree.map(_local, tree), everywhere_here)
+
+    place_here = functools.partial(jax.device_put, device=NamedSharding(own_mesh, rows))
     if parallel == "pmap":
 
-        def stack(x):
-            return x.reshape(len(devices), -1, *x.shape[1:])
-
         def train(step):
             step = functools.partial(step, axis_name=AXIS)
-            return jax.pmap(step, AXIS, in_axes=(None, 0), out_axes=(None, None), devices=devices, donate_argnums=0)
+            return jax.pmap(step, AXIS, in_axes=(None, 0), out_axes=(None, None), devices=given, donate_argnums=0)
 
-        def embed(step):
-            mapped = jax.pmap(step, AXIS, in_axes=(None, 0), devices=devices)
-            return lambda state, x: jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), mapped(state, x))
+        def place(tree):  # what pmap takes and gives is of this process
+            return jax.device_put(jax.tree.map(lambda x: x.reshape(len(own), -1, *x.shape[1:]), tree), NamedSharding(own_mesh, rows))
 
-        return Runner(
-            len(devices), train, embed, replicate, lambda x: jax.device_put(jax.tree.map(stack, x), split)
-        )
-    if parallel == "shard_map":
-        rows, whole = PartitionSpec(AXIS), PartitionSpec()
+        def replicate(tree):
+            return jax.device_put(tree if alone else jax.tree.map(_local, tree), everywhere_here)
 
-        def train(step):
-            step = functools.partial(step, axis_name=AXIS)
-            mapped = jax.shard_map(step, mesh=mesh, in_specs=(whole, rows), out_specs=(whole, whole))
-            return jax.jit(mapped, donate_argnums=0)
+        return Runner(len(devices), train, embed, replicate, place, place_here, here, whole)
 
-        def embed(step):
-            return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(whole, rows), out_specs=rows))
+    def train(step):
+        step = functools.partial(step, axis_name=AXIS)
+        mapped = jax.shard_map(step, mesh=mesh, in_specs=(all_of_it, rows), out_specs=(all_of_it, all_of_it))
+        return jax.jit(mapped, donate_argnums=0)
 
-        return Runner(len(devices), train, embed, replicate, lambda x: jax.device_put(x, split))
-    raise ValueError(f"parallel must be 'pmap' or 'shard_map', got {parallel!r}")
+    def place(tree):
+        if alone:
+            return place_here(tree)
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(NamedSharding(mesh, rows), x), tree)
+
+    def replicate(tree):
+        return jax.device_put(tree, everywhere) if alone else whole(tree)
+
+    return Runner(len(devices), train, embed, replicate, place, place_here, here, whole)
+
+
+def _local(x):
+    """This process's copy of a replicated array."""
+    return x.addressable_data(0) if isinstance(x, jax.Array) else x

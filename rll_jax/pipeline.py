@@ -15,7 +15,7 @@ OnBad = Callable[[int], None]
 
 def train_batches(
     data: ImageSet, sampler, augment: Callable, of_class: Callable | None = None, *, start: int, stop: int, spread: bool = True,
-    threads: int = 2, processes: int = 0, on_bad: OnBad | None = None,
+    share: tuple[int, int] = (0, 1), threads: int = 2, processes: int = 0, on_bad: OnBad | None = None,
 ) -> Iterator[dict]:  # fmt: skip
     """The batches of steps start to stop - 1, each a pure function of (the sampler's seed, step).
 
@@ -25,6 +25,7 @@ def train_batches(
       of_class: (pixels, rng) -> pixels, after it, all images of a class in the batch with the same random numbers; or None.
       spread: order the rows so that devices, which take equal shares of them, each have images of as many classes as can be; otherwise
         the sampler's order, a class's images side by side.
+      share: (i, n): only the i-th of n equal parts of the rows, for one host of many.
       threads: that load batches, in each process.
       processes: beside this one, which then only places batches (their arrays come by shared memory); 0: threads here.
       on_bad: called with the row of a picture that does not decode, in this process, each time it is drawn; another of its class takes
@@ -37,14 +38,16 @@ def train_batches(
     def load(step):
         cv2.setNumThreads(1)  # the parallelism is ours
         rows, bad = sampler.batch(int(step)), []
-        seeds = [(sampler.seed, _AUGMENT, int(step), i) for i in range(len(rows))]
-        pixels = [_view(data, row, augment, seed, None if on_bad is None else bad) for row, seed in zip(rows, seeds)]
-        if of_class is not None:
-            classes = data.labels[rows].tolist()
-            pixels = [of_class(x, np.random.default_rng((sampler.seed, _CLASS, int(step), c))) for x, c in zip(pixels, classes)]
         order = _spread(len(rows), sampler.images_per_class) if spread else np.arange(len(rows))
-        images_, labels = np.stack([pixels[i] for i in order]), data.labels[rows[order]].astype(np.int32)
-        return {"image": images_, "label": labels, "bad": np.array(bad, np.int64)}
+        part, parts = share
+        pixels = []
+        for i in order[len(rows) * part // parts : len(rows) * (part + 1) // parts]:
+            x = _view(data, rows[i], augment, (sampler.seed, _AUGMENT, int(step), int(i)), None if on_bad is None else bad)
+            if of_class is not None:
+                x = of_class(x, np.random.default_rng((sampler.seed, _CLASS, int(step), int(data.labels[rows[i]]))))
+            pixels.append(x)
+        labels = data.labels[rows[order]][len(rows) * part // parts :][: len(pixels)]
+        return {"image": np.stack(pixels), "label": labels.astype(np.int32), "bad": np.array(bad, np.int64)}
 
     for batch in _parallel(grain.MapDataset.range(start, stop).map(load), threads, processes):
         for row in batch.pop("bad"):
