@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# Creates a Cloud TPU VM or a pod slice, installs this commit on all its hosts, runs an experiment there, and deletes it.
+# After exit code 75 (interrupted, checkpoint saved) the experiment runs again; a spot slice that was preempted is created anew.
+# A TPU of this name that is there already is used, and not deleted.
+#
+#   experiments/cloud/tpu.sh --name=NAME --zone=ZONE --accelerator_type=v6e-16 [options] -- \
+#     experiments.sop --flagfile=FILE --workdir=gs://BUCKET/RUN ...
+#
+#   --project=PROJECT             gcloud's own by default
+#   --runtime_version=VERSION     v2-alpha-tpuv6e by default; `gcloud compute tpus tpu-vm versions list` lists them
+#   --queued                      waits in the queue for it (queued-resources)
+#   --spot                        spot capacity, queued too
+#   --git=URL                     installs a clone of this in place of the commit here (which comes by scp)
+#   --setup=COMMAND               runs on each host after installing, such as 'gcloud storage cp -r gs://BUCKET/sop .'
+#   --keep                        leaves the TPU there at the end; otherwise --workdir must be gs://
+#   --max_restarts=100
+#   --dry_run                     prints the commands and runs nothing
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+name="" zone="" accelerator_type="" project="" runtime_version=v2-alpha-tpuv6e git="" setup="" max_restarts=100
+queued=false spot=false keep=false
+options="name zone accelerator_type project runtime_version git setup max_restarts" switches="queued spot keep"
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$here/common.sh"
+parse "$@"
+need name '[a-z]([-a-z0-9]{0,60}[a-z0-9])?' my-tpu
+need zone '[a-z]+-[a-z]+[0-9]+-[a-z]' us-east5-b
+need accelerator_type 'v[0-9]+[a-z]*-[0-9]+' v6e-16
+need max_restarts '[0-9]+' 100
+if $spot; then queued=true; fi
+if ! $keep || $spot; then
+  [[ $workdir == gs://?* ]] || mistake "--workdir=$workdir goes away with the TPU: use gs://..."
+fi
+cd "$here/../.."
+
+where=(--zone="$zone")
+if [[ $project ]]; then where+=(--project="$project"); fi
+kind=tpu-vm shape=(--version="$runtime_version") removal=(--quiet)
+if $queued; then kind=queued-resources shape=(--node-id="$name" --runtime-version="$runtime_version") removal=(--force --quiet); fi
+if $spot; then shape+=(--spot); fi
+created=false present=false installed=false archive=${TMPDIR:-/tmp}/rll_jax.$$.tgz
+
+tpus() { run gcloud compute tpus "$1" "$2" "$name" "${where[@]}" "${@:3}"; }
+on_all() { tpus tpu-vm ssh --worker=all --command="$1"; } # ends with the exit code of the first host that failed
+node_state() { gcloud compute tpus tpu-vm describe "$name" "${where[@]}" --format='value(state)' 2>/dev/null || true; }
+delete() { tpus "$kind" delete "${removal[@]}"; }
+clean_up() {
+  rm -f "$archive"
+  if $created && ! $keep; then delete || echo "tpu.sh: $name may still be there, and cost" >&2; fi
+}
+trap clean_up EXIT
+
+create() {
+  created=true
+  tpus "$kind" create --accelerator-type="$accelerator_type" "${shape[@]}" || { code=$? created=false; exit "$code"; }
+  while $queued; do
+    state=$(tpus queued-resources describe --format='value(state.state)' || true)
+    case $state in
+      ACTIVE) break ;;
+      SUSPEND*) return 75 ;; # preempted before it began
+      FAILED) echo "tpu.sh: the request failed" >&2; exit 1 ;;
+      gcloud*) echo "$state"; break ;; # --dry_run
+    esac
+    sleep 30
+  done
+}
+
+install() {
+  local source="mkdir -p rll_jax && tar -xzf rll_jax.tgz -C rll_jax"
+  if [[ $git ]]; then
+    source="{ test -d rll_jax || git clone --depth=1 $(quote "$git") rll_jax; }"
+  else
+    run git archive --format=tar.gz --output="$archive" HEAD || return
+    run gcloud compute tpus tpu-vm scp "$archive" "$name:rll_jax.tgz" "${where[@]}" --worker=all || return
+  fi # uv brings a Python: the image's own may be older than 3.11
+  on_all "$source && cd rll_jax && python3 -m pip install -q --user uv && python3 -m uv venv -q --allow-existing --python=3.12 ~/venv && \
+python3 -m uv pip install -q --python ~/venv 'jax[tpu]' gcsfs -r requirements.txt${setup:+ && $setup}"
+}
+
+attempt() {
+  if ! $present; then
+    if $dry_run || $created || [[ $(node_state) != READY ]]; then create || return; fi
+    present=true
+  fi
+  if ! $installed; then install || return; fi
+  installed=true
+  on_all "cd rll_jax && exec env JAX_PLATFORMS=tpu ~/venv/bin/python -m $(quote "${experiment[@]}") --multihost"
+}
+
+for ((restarts = 0; ; restarts++)); do
+  code=0
+  attempt || code=$?
+  if $dry_run || ((code == 0 || code == 2)); then exit "$code"; fi
+  if $spot && [[ $(node_state) != READY ]]; then
+    echo "tpu.sh: $name was preempted: asking for another" >&2
+    ((restarts == max_restarts)) || delete || true
+    created=true present=false installed=false code=75
+    sleep 30
+  fi # 255: ssh lost its way
+  if ((code != 75 && code != 255)) || ((restarts == max_restarts)); then exit "$code"; fi
+  echo "tpu.sh: running again from the last checkpoint" >&2
+done
