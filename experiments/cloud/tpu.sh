@@ -38,17 +38,20 @@ if [[ $project ]]; then where+=(--project="$project"); fi
 kind=tpu-vm shape=(--version="$runtime_version") removal=(--quiet)
 if $queued; then kind=queued-resources shape=(--node-id="$name" --runtime-version="$runtime_version") removal=(--force --quiet); fi
 if $spot; then shape+=(--spot); fi
-created=false present=false installed=false archive=${TMPDIR:-/tmp}/rll_jax.$$.tgz
+created=false present=false installed=false archive=/tmp/rll_jax.tgz
 
 tpus() { run gcloud compute tpus "$1" "$2" "$name" "${where[@]}" "${@:3}"; }
 on_all() { tpus tpu-vm ssh --worker=all --command="$1"; } # ends with the exit code of the first host that failed
 node_state() { gcloud compute tpus tpu-vm describe "$name" "${where[@]}" --format='value(state)' 2>/dev/null || true; }
 delete() { tpus "$kind" delete "${removal[@]}"; }
 clean_up() {
-  rm -f "$archive"
+  $dry_run || rm -f "$archive"
   if $created && ! $keep; then delete || echo "tpu.sh: $name may still be there, and cost" >&2; fi
 }
-trap clean_up EXIT
+if ! $dry_run; then
+  archive=$(mktemp)
+  trap clean_up EXIT
+fi
 
 create() {
   created=true
@@ -90,6 +93,7 @@ attempt() {
 for ((restarts = 0; ; restarts++)); do
   code=0
   attempt || code=$?
+  if $dry_run; then clean_up; fi
   if $dry_run || ((code == 0 || code == 2)); then exit "$code"; fi
   if $spot && [[ $(node_state) != READY ]]; then
     echo "tpu.sh: $name was preempted: asking for another" >&2
