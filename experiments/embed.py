@@ -54,7 +54,7 @@ def main(_):
         out = pathlib.Path(options.out)
         write = _writer(out)
         config_lib.check_free("out", out)
-        trained = trained_lib.load(options.workdir, options.step)
+        trained = trained_lib.load(options.workdir, options.step, options.best)
         index = index_lib.update(options.workdir, trained, options.images)
         with config_lib.written_whole(out) as aside:
             write(aside, index)
@@ -63,8 +63,7 @@ def main(_):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "a run's folder", required=True)
+    trained_lib.define_flags()
     flags.DEFINE_string("images", None, "folder of images, its folders too", required=True)
     flags.DEFINE_string("out", None, "file to write, .npz or .parquet", required=True)
-    flags.DEFINE_integer("step", None, "of which checkpoint; the last by default")
     app.run(main, flags_parser=config_lib.parse_flags)

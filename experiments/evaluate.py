@@ -44,7 +44,7 @@ def main(_):
         out = pathlib.Path(options.out or pathlib.Path(options.workdir) / "evaluation.json")
         if options.out:
             config_lib.check_free("out", out)
-        trained = trained_lib.load(options.workdir, options.step)
+        trained = trained_lib.load(options.workdir, options.step, options.best)
         config = dataclasses.replace(trained.config, data_dir=options.data_dir or trained.config.data_dir)
         data = sources.open_sets(config)["test"]
         bad = datasets.find_bad(data, full=config.verify_images == "full", threads=config.threads)
@@ -60,8 +60,7 @@ def main(_):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "a run's folder", required=True)
-    flags.DEFINE_integer("step", None, "of which checkpoint; the last by default")
+    trained_lib.define_flags()
     flags.DEFINE_string("data_dir", "", "folder of the data; by default that of the run")
     flags.DEFINE_bool("clustering", True, "K-means scores too: minutes where there are thousands of classes")
     flags.DEFINE_string("out", "", "JSON file to write; by default evaluation.json in the workdir, written anew")

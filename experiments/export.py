@@ -35,7 +35,7 @@ def main(_):
     with config_lib.mistakes_in_one_line():
         out = pathlib.Path(options.out)
         config_lib.check_free("out", out)
-        trained = trained_lib.load(options.workdir, options.step)
+        trained = trained_lib.load(options.workdir, options.step, options.best)
         with config_lib.written_whole(out) as aside:
             if options.format == "stablehlo":
                 aside.write_bytes(_stablehlo(trained))
@@ -46,8 +46,7 @@ def main(_):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "a run's folder", required=True)
+    trained_lib.define_flags()
     flags.DEFINE_string("out", None, "file to write", required=True)
     flags.DEFINE_enum("format", "safetensors", ["safetensors", "stablehlo"], "what to write")
-    flags.DEFINE_integer("step", None, "of which checkpoint; the last by default")
     app.run(main, flags_parser=config_lib.parse_flags)

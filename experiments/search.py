@@ -38,7 +38,7 @@ def main(_):
         root, query = pathlib.Path(options.images), pathlib.Path(options.query)
         if not query.exists():
             raise ValueError(f"--query={query}: no such file or folder")
-        trained = trained_lib.load(options.workdir, options.step)
+        trained = trained_lib.load(options.workdir, options.step, options.best)
         paths = [query / name for name in index_lib.names(query)] if query.is_dir() else [query]
         embeddings, readable = index_lib.embed_files(paths, trained.embed)
         if not readable.any():
@@ -58,10 +58,9 @@ def main(_):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "a run's folder", required=True)
+    trained_lib.define_flags()
     flags.DEFINE_string("images", None, "folder of images, its folders too", required=True)
     flags.DEFINE_string("query", None, "image, or a folder of them", required=True)
     flags.DEFINE_integer("k", 10, "how many of the nearest to show")
-    flags.DEFINE_integer("step", None, "of which checkpoint; the last by default")
     flags.DEFINE_string("out", "", "page to write; by default search.html in the workdir, written anew")
     app.run(main, flags_parser=config_lib.parse_flags)

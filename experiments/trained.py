@@ -4,6 +4,7 @@ import hashlib
 import pathlib
 from typing import Any, Callable, NamedTuple
 
+from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,8 +127,15 @@ class Trained(NamedTuple):
     variables: dict[str, Any]
 
 
-def load(workdir: str, step: int | None = None) -> Trained:
-    """The network of the last checkpoint of a run, or of that of `step`.
+def define_flags() -> None:
+    """Those of every command that takes a trained network."""
+    flags.DEFINE_string("workdir", None, "a run's folder", required=True)
+    flags.DEFINE_integer("step", None, "of which checkpoint; the last by default")
+    flags.DEFINE_bool("best", False, "of the best checkpoint, by the run's --best")
+
+
+def load(workdir: str, step: int | None = None, best: bool = False) -> Trained:
+    """The network of the last checkpoint of a run, or of that of `step`, or of the best.
 
     Raises:
       ValueError: no run there, no such checkpoint (with those that are there), or one that cannot be read.
@@ -140,9 +148,10 @@ def load(workdir: str, step: int | None = None) -> Trained:
     shapes = jax.eval_shape(functools.partial(_create, config))
     weights_name = "params" if shapes.ema is None else "ema"
     wanted = {weights_name: shapes.params, "batch_stats": shapes.batch_stats}
-    if not (workdir / "checkpoints").is_dir():
+    directory = workdir / ("best" if best else "checkpoints")
+    if not directory.is_dir():
         raise ValueError(f"--workdir={workdir} holds no checkpoint yet: let the run go on to its first")
-    with checkpoint.Checkpoints(workdir / "checkpoints", read_only=True) as saved:
+    with checkpoint.Checkpoints(directory, read_only=True) as saved:
         steps = saved.all_steps()
         if not steps or step not in (None, *steps):
             there = f"of step {step}: there are {', '.join(map(str, steps))}" if steps else "yet: let the run go on to its first"

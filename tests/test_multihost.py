@@ -1,0 +1,90 @@
+"""Two processes of four devices each over loopback, as two hosts are: the same run as one process of eight."""
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import trained
+from test_experiments import TINY, command, run, scores
+
+RUN = [*(a for a in TINY if "every" not in a and "steps" not in a), "--eval_every=5", "--checkpoint_every=5", "--log_every=1"]
+
+
+def start(workdir, *arguments):
+    """Two processes, which find each other at a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"--coordinator_address=127.0.0.1:{free.getsockname()[1]}"
+    return [
+        subprocess.Popen(
+            **command(*RUN, f"--workdir={workdir}", "--multihost", address, "--num_processes=2", f"--process_id={i}", *arguments, devices=4),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+
+
+def ends(processes, timeout=240):
+    ended = [process.communicate(timeout=timeout) for process in processes]
+    return [(process.returncode, *texts) for process, texts in zip(processes, ended)]
+
+
+def weights(workdir):
+    return jax.tree.leaves(trained.load(workdir).variables)
+
+
+@pytest.fixture(scope="module")
+def of_one(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    result = run(*RUN, "--steps=5", f"--workdir={workdir}", devices=8)
+    assert result.returncode == 0, result.stderr
+    return workdir
+
+
+@pytest.mark.parametrize("parallel", ["pmap", "shard_map"])
+def test_two_processes_are_one(parallel, of_one, tmp_path):
+    (first, out, err), (second, out_of_second, _) = ends(start(tmp_path / "run", "--steps=5", f"--parallel={parallel}"))
+    assert first == second == 0, err
+    assert "Recall@1" in out and not out_of_second  # the first process alone speaks
+    for ours, theirs in zip(weights(tmp_path / "run"), weights(of_one), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    last, expected = scores(tmp_path / "run")[-1], scores(of_one)[-1]
+    assert last["recall@1"] == pytest.approx(expected["recall@1"], abs=0.01)
+    assert {p.name for p in (tmp_path / "run").iterdir()} >= {"best", "checkpoints", "metrics.jsonl", "report.html"}
+    if parallel == "pmap":  # goes on as one process
+        shutil.rmtree(tmp_path / "run/compiled", ignore_errors=True)
+        text = (tmp_path / "run/flags.txt").read_text().replace("--steps=5\n", "--steps=7\n")
+        (tmp_path / "run/flags.txt").write_text(text)
+        result = run(*RUN, "--steps=7", f"--workdir={tmp_path / 'run'}", devices=8)
+        assert result.returncode == 0 and "at step 5 of 7" in result.stdout, result.stderr
+
+
+def test_one_of_two_is_killed_and_the_run_goes_on(of_one, tmp_path):
+    """The other ends by itself within a minute and says why; two more finish what one had begun."""
+    workdir = tmp_path / "run"
+    shutil.copytree(of_one, workdir)  # begun by one process of eight devices
+    options = (workdir / "flags.txt").read_text().replace("--steps=5\n", "--steps=2000\n")
+    (workdir / "flags.txt").write_text(options)
+    processes = start(workdir, "--steps=2000", "--eval_every=5")
+    deadline = time.time() + 200
+    while time.time() < deadline and not any(line["step"] > 8 for line in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())):
+        assert processes[0].poll() is None
+        time.sleep(0.1)
+    os.kill(processes[1].pid, signal.SIGKILL)
+    begun = time.time()
+    code, _, err = ends(processes[:1], timeout=120)[0]
+    ends(processes[1:])
+    assert time.time() - begun < 110 and code != 0
+    assert "another process of this run has gone" in err or "coordination" in err.lower(), err[-2000:]
+    step = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    stop = step + 5
+    (workdir / "flags.txt").write_text(options.replace("--steps=2000\n", f"--steps={stop}\n"))
+    (first, out, err), (second, *_) = ends(start(workdir, f"--steps={stop}"))
+    assert first == second == 0 and f"at step {step} of {stop}" in out, err

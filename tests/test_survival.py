@@ -1,0 +1,199 @@
+"""What a run lives through: being told to stop, damaged checkpoints, full disks, steps that are not finite."""
+import json
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import config, run as run_lib, trained
+from rll_jax import parallel, train
+from test_experiments import TINY, command, finished, refused, run, scores  # noqa: F401: a fixture
+
+STEPS = [*(a for a in TINY if "steps" not in a), "--steps=4000", "--eval_every=4000", "--checkpoint_every=500"]
+
+
+def wait_for_step(process, workdir, step):
+    path, deadline = workdir / "metrics.jsonl", time.time() + 200
+    while time.time() < deadline and process.poll() is None:
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(process.stderr.read())
+
+
+def begin(*arguments):
+    return subprocess.Popen(**command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_told_to_stop_saves_and_says_so(tmp_path):
+    workdir = tmp_path / "run"
+    process = begin(*STEPS, f"--workdir={workdir}")
+    wait_for_step(process, workdir, 5)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == run_lib.RUN_AGAIN == 75 and "Traceback" not in err
+    (saved,) = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
+    assert f"told to stop: saved step {saved} of 4000" in err and saved % 500
+    again = begin(*STEPS, f"--workdir={workdir}")
+    wait_for_step(again, workdir, saved + 3)
+    for _ in range(2):  # the second ends it at once
+        again.send_signal(signal.SIGTERM)
+        time.sleep(0.01)
+    out, _ = again.communicate(timeout=60)
+    assert again.returncode in (75, -signal.SIGTERM) and f"resuming {workdir} at step {saved}" in out
+
+
+@pytest.fixture
+def copy(finished, tmp_path):  # noqa: F811
+    shutil.copytree(finished[1], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def damage(directory):
+    """Cuts off every file of the arrays."""
+    files = [p for p in directory.rglob("*") if p.is_file() and p.stat().st_size > 50]
+    assert files
+    for path in files:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(copy, finished):  # noqa: F811
+    steps = sorted(int(p.name) for p in (copy / "checkpoints").iterdir() if p.name.isdigit())
+    assert steps == [9, 12]
+    damage(copy / "checkpoints/12")
+    told = run(f"--workdir={copy}", "--clustering=false", name="evaluate")
+    assert told.returncode == 2 and "the checkpoint of step 12 cannot be read" in told.stderr and "Traceback" not in told.stderr
+    result = run(*TINY, f"--workdir={copy}")
+    assert result.returncode == 0 and "resuming" in result.stdout and "at step 9 of 12" in result.stdout, result.stderr
+    assert "the checkpoint of step 12 cannot be read and was moved to" in result.stderr
+    assert (copy / "damaged_checkpoints/12").is_dir() and (copy / "checkpoints/12").is_dir()
+    assert scores(copy) == scores(finished[1])
+    for step in (9, 12):
+        damage(copy / "checkpoints" / str(step))
+    refused("none of the checkpoints of", *TINY, f"--workdir={copy}")
+
+
+def test_the_best_is_kept(finished):  # noqa: F811
+    lines = [line for line in scores(finished[1]) if "recall@1" in line]
+    best = max(lines, key=lambda line: line["recall@1"])
+    assert [p.name for p in (finished[1] / "best").iterdir() if p.name.isdigit()] == [str(best["step"])]
+    found = run(f"--workdir={finished[1]}", "--best", "--clustering=false", f"--out={finished[1] / 'of_best.json'}", name="evaluate")
+    assert found.returncode == 0, found.stderr
+    measured = json.loads((finished[1] / "of_best.json").read_text())
+    assert measured["step"] == best["step"] and measured["scores"]["H"]["recall@1"] == pytest.approx(best["recall@1"])
+
+
+def test_a_full_disk_is_told(tmp_path):
+    """Files may not grow beyond 16 KiB here: a checkpoint cannot be written."""
+    limited = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384))}
+    arguments = [*TINY, "--embedding_dim=1024", "--compilation_cache=false", f"--workdir={tmp_path / 'run'}"]
+    result = subprocess.run(**command(*arguments) | limited, capture_output=True, timeout=240)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert "a checkpoint cannot be saved" in result.stderr or "File too large" in result.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_workdir_that_cannot_be_written(tmp_path):
+    tmp_path.chmod(0o500)
+    refused("Permission denied", *TINY, f"--workdir={tmp_path / 'run'}")
+
+
+def test_steps_that_are_not_finite_stop_a_run(tmp_path):
+    """At this rate the first updates are finite and huge; what they make is not."""
+    result = run(*TINY, "--steps=60", "--eval_every=60", "--learning_rate=1e30", "--warmup=0", "--optimizer=sgd", "--max_bad_steps=4",
+                 f"--workdir={tmp_path / 'run'}")  # fmt: skip
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and ("steps in a row up to step" in told[0] and "lower --learning_rate" in told[0])
+    lines = scores(tmp_path / "run")
+    assert lines[-1]["skipped_steps"] >= 4
+
+
+def test_init_from_takes_all_the_weights(finished, tmp_path):  # noqa: F811
+    result = run(*TINY, "--steps=1", "--learning_rate=1e-12", f"--init_from={finished[1]}", f"--workdir={tmp_path / 'run'}")
+    assert result.returncode == 0, result.stderr
+    first = next(line for line in scores(tmp_path / "run") if "recall@1" in line)
+    last = scores(finished[1])[-1]
+    assert first["step"] == 0 and first["recall@1"] == last["recall@1"]
+    refused("give one of them", *TINY, "--init_from=a", "--pretrained=b", f"--workdir={tmp_path / 'no'}")
+
+
+def test_a_dry_run_tells_and_writes_nothing(tmp_path):
+    result = run(*TINY, "--dry_run", "--embed_chunk=2", f"--workdir={tmp_path / 'run'}", devices=8)
+    assert result.returncode == 0, result.stderr
+    for text in ("5,352 parameters", "batch, image: (16, 16, 16, 3) uint8", "for 8 devices", "GFLOP on each", "temporary", "nothing written"):
+        assert text in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_watched(finished):  # noqa: F811
+    line = next(line for line in scores(finished[1]) if "loss" in line)
+    assert {"nontrivial_positives_H", "nontrivial_negatives_H", "learning_rate", "seconds_waiting", "gradient_norm"} <= line.keys()
+    environment = json.loads((finished[1] / "environment.json").read_text())
+    assert environment["packages"]["jax"] == jax.__version__ and environment["devices"] and environment["command"]
+    events = b"".join(p.read_bytes() for p in (finished[1] / "tensorboard").glob("events*"))
+    for name in (b"positive_distances_H", b"nontrivial_negatives_H", b"learning_rate", b"options", b"environment"):
+        assert name in events
+
+
+def test_a_profile(tmp_path):
+    result = run(*TINY, "--profile_steps=3:5", f"--workdir={tmp_path / 'run'}")
+    assert result.returncode == 0, result.stderr
+    assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("options", [{}, {"embed_chunk": 2, "batch_norm": "frozen"}])
+def test_the_step_lowers_for_machines_that_are_not_here(platform, options):
+    """The whole train step with the loss over eight devices: nothing in it is of CPUs alone."""
+    options = dict(backbone="resnet_tiny", image_size=32, embedding_dim=16, levels="M,H", optimizer="sgd", ema=0.9) | options
+    settings = config.Config(**options)
+    runner = parallel.make_runner("shard_map")
+    state = jax.eval_shape(lambda: train.create_train_state(
+        trained.make_model(settings), trained.make_optimizer(settings), 32, 0, with_ema=True
+    ))  # fmt: skip
+    images = {"image": jax.ShapeDtypeStruct((64, 32, 32, 3), np.uint8), "label": jax.ShapeDtypeStruct((64,), np.int32)}
+    lowered = runner.train(run_lib._train_step(settings)).trace(state, images).lower(lowering_platforms=(platform,))
+    assert "all_gather" in lowered.as_text() and "all_reduce" in lowered.as_text()
+
+
+@pytest.mark.slow
+def test_killed_at_random_25_times(tmp_path):
+    """SIGKILL at any moment, in the middle of saves too: nothing is lost but steps after the last checkpoint, and the end is the same."""
+    many = [*(a for a in TINY if "every" not in a and "steps" not in a), "--steps=300", "--eval_every=100", "--checkpoint_every=2", "--log_every=1"]
+    straight, workdir = tmp_path / "straight", tmp_path / "killed"
+    assert run(*many, f"--workdir={straight}").returncode == 0
+    chance, kills, reached = random.Random(0), 0, 0
+    while kills < 25:
+        process = begin(*many, f"--workdir={workdir}")
+        deadline = time.time() + 120
+        while time.time() < deadline and process.poll() is None:  # some steps further than the last time
+            done = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().split("\n")[:-1]] if (workdir / "metrics.jsonl").exists() else []
+            if done and max(done) >= min(reached + chance.randrange(1, 10), 299):
+                break
+            time.sleep(0.01)
+        time.sleep(chance.random() * 0.2)
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        kills += 1
+        steps = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()] if (workdir / "checkpoints").exists() else []
+        assert max(steps, default=0) >= reached, "a finished checkpoint was lost"
+        reached = max(steps, default=0)
+    result = run(*many, f"--workdir={workdir}")
+    assert result.returncode == 0, result.stderr
+    assert kills == 25
+    clock = lambda lines: [{k: v for k, v in line.items() if k != "seconds_waiting"} for line in lines]
+    assert clock(scores(workdir)) == clock(scores(straight))
+    for ours, theirs in zip(*(jax.tree.leaves(trained.load(path).variables) for path in (workdir, straight)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert not list(pathlib.Path(workdir).rglob("*tmp*"))
