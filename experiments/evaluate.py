@@ -7,13 +7,16 @@ Prints a table and writes --out, by default evaluation.json in the workdir.
 import dataclasses
 import json
 import pathlib
+import sys
 
 from absl import app, flags
 
+import numpy as np
+
 from experiments import config as config_lib
-from experiments import sources
+from experiments import setup, sources
 from experiments import trained as trained_lib
-from rll_jax import datasets, evaluate, metrics
+from rll_jax import evaluate, metrics
 
 
 def score_table(levels: dict, data, ks, clustering: bool) -> dict[str, dict[str, float]]:
@@ -24,6 +27,20 @@ def score_table(levels: dict, data, ks, clustering: bool) -> dict[str, dict[str,
         if clustering:
             table[name] |= metrics.clustering_metrics(embeddings, data.labels)
     return table
+
+
+def embed_readable(embed, data, tell) -> tuple:
+    """The images of a set that can be read, and their {level: (N, D)} embeddings; of each other `tell(data, row)`.
+
+    Raises:
+      ValueError: none can be read.
+    """
+    bad = set()
+    levels = embed(data=data, on_bad=lambda row: bad.add(row) or tell(data, row))
+    rows = np.setdiff1d(np.arange(len(data)), list(bad))
+    if not len(rows):
+        raise ValueError("none of the test images can be read")
+    return data.take(rows), {level: e[rows] for level, e in levels.items()}
 
 
 def columns(table: dict) -> list[str]:
@@ -46,11 +63,15 @@ def main(_):
             config_lib.check_free("out", out)
         trained = trained_lib.load(options.workdir, options.step, options.best)
         config = dataclasses.replace(trained.config, data_dir=options.data_dir or trained.config.data_dir)
-        data = sources.open_sets(config)["test"]
-        bad = datasets.find_bad(data, full=config.verify_images == "full", threads=config.threads)
-        sources.refuse_bad(bad, "test", data, config)
-        data = datasets.without(data, bad)
-        table = score_table(trained.embed(data), data, sources.find(config.dataset).ks, options.clustering)
+        splits, left_out = sources.open_usable(config)
+        if not options.data_dir:
+            setup.check_same_data(pathlib.Path(options.workdir), splits)
+        broken = []
+        data = setup.cached({"test": splits["test"]}, config)["test"]
+        data, levels = embed_readable(trained.embed, data, lambda data, row: broken.append(data.paths[row]))
+        for text in [*left_out, *broken]:
+            print(f"left out: {text}", file=sys.stderr)
+        table = score_table(levels, data, sources.find(config.dataset).ks, options.clustering)
         alone = next(iter(table.values()))["queries_without_match"]
         print(f"{options.workdir}, step {trained.step}: {len(data)} test images, in percent; {alone} alone in their class")
         print(_as_text(table))

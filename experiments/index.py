@@ -119,9 +119,9 @@ def _scan(root: pathlib.Path) -> dict:
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
     found, seen = {}, set()
-    for directory, folders, files in os.walk(root, followlinks=True, onerror=_raise):
+    for directory, inner, files in os.walk(root, followlinks=True, onerror=_raise):
         if os.path.realpath(directory) in seen:  # a link to where we have been
-            folders.clear()
+            inner.clear()
             continue
         seen.add(os.path.realpath(directory))
         for path in (pathlib.Path(directory, name) for name in files if name.lower().endswith(folders.SUFFIXES)):

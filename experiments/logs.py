@@ -1,4 +1,5 @@
 """What a run writes on its way: metrics.jsonl, TensorBoard events, bad_images.txt, environment.json."""
+import fcntl
 import importlib.metadata
 import json
 import pathlib
@@ -19,6 +20,18 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 
 class BadRun(ValueError):
     """A run that cannot go on, told in one line."""
+
+
+def locked(workdir: pathlib.Path):
+    """A file that is locked until it is closed; raises BadRun where another process has it."""
+    file = (workdir / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadRun(f"--workdir={workdir} is in use by another run: let it end, or choose another --workdir")
+    except OSError:  # a file system without locks
+        pass
+    return file
 
 
 class BadImages:
@@ -50,7 +63,7 @@ class BadImages:
     def _list(self, line: str) -> None:
         if line not in self._known:
             self._known.add(line)
-            with self._path.open("a") as file:
+            with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(line + "\n")
 
 

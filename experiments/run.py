@@ -14,7 +14,7 @@ import tqdm
 
 from experiments import config as config_lib
 from experiments import logs, report, setup, sources, trained
-from experiments.evaluate import score_table
+from experiments.evaluate import embed_readable, score_table
 from rll_jax import checkpoint, evaluate, images, loss, metrics, models, pipeline, train
 from rll_jax import views as views_lib
 
@@ -31,6 +31,9 @@ def main(_) -> None:
         _dry_run(prepared) if config.dry_run else _run(prepared)
     except (logs.BadRun, images.BadImageError, OSError) as error:
         sys.exit(config_lib.fail(error))
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
@@ -138,7 +141,6 @@ def _run(prepared) -> None:
     rate_at = trained.schedule(config)
     embed = functools.partial(
         evaluate.embed_images,
-        data=splits["test"],
         view=sources.views(config).test(config.image_size),
         embed=runner.embed(train.embed_step),
         runner=runner,
@@ -150,8 +152,10 @@ def _run(prepared) -> None:
     # ---- The workdir: what is there goes on from its last checkpoint
     if first:
         workdir.mkdir(parents=True, exist_ok=True)
+        lock = logs.locked(workdir)
         (workdir / "flags.txt").write_text(config.as_flagfile())
         (workdir / "environment.json").write_text(logs.environment())
+        (workdir / "data.json").write_text(json.dumps({split: setup.fingerprint(data) for split, data in splits.items()}))
     multihost_utils.sync_global_devices("workdir")
     bad_images = logs.BadImages(workdir / "bad_images.txt", config.max_bad_images, left_out if first else [])
     if config.compilation_cache and not jax.config.jax_compilation_cache_dir:
@@ -172,10 +176,7 @@ def _run(prepared) -> None:
         def evaluate_at(step):
             """The test images that could be read, and their embeddings."""
             nonlocal best_score
-            bad = set()
-            levels = embed(runner.here(state), on_bad=lambda row: bad.add(row) or bad_images.found(splits["test"], row))
-            rows = np.setdiff1d(np.arange(len(splits["test"])), list(bad))
-            data, levels = splits["test"].take(rows), {level: e[rows] for level, e in levels.items()}
+            data, levels = embed_readable(functools.partial(embed, runner.here(state)), splits["test"], bad_images.found)
             embeddings = np.asarray(models.concatenated(levels))
             try:
                 scores = metrics.retrieval_metrics(*evaluate.by_role(embeddings, data), ks=ks)

@@ -1,5 +1,7 @@
 """Everything about a run that can be refused, checked before anything is written but a benchmark's prepared files."""
 import dataclasses
+import hashlib
+import json
 import pathlib
 from typing import Any, NamedTuple
 
@@ -51,17 +53,41 @@ def prepare(config) -> Setup:
     published = trained.read_pretrained(config) if config.pretrained or config.init_from else None
     if jax.process_index():  # the first process prepares files; the others find them
         multihost_utils.sync_global_devices("data")
-    splits, left_out = {}, []
-    for split, data in sources.open_sets(config).items():
-        bad = datasets.find_bad(data, full=config.verify_images == "full", threads=config.threads)
-        sources.refuse_bad(bad, split, data, config)
-        splits[split] = _cached(datasets.without(data, bad) if bad else data, split, config)
-        left_out += bad.values()
+    splits, left_out = sources.open_usable(config)
     if not jax.process_index():
         multihost_utils.sync_global_devices("data")
+        for split, data in splits.items():
+            print(f"{split}: {len(data)} images of {len(np.unique(data.labels))} classes", flush=True)
+        if left_out:
+            print(f"{len(left_out)} images are left out, such as {left_out[0]}", flush=True)
     datasets.check_splits(splits["train"], splits["test"])
+    check_same_data(workdir, splits)
+    batches = _sampler(splits["train"], config, runner.num_devices)
+    sources.views(config).train(config.image_size)  # may lack a package
+    splits = cached(splits, config)
     multihost_utils.sync_global_devices("checked")  # before any writes into a workdir that others look at
-    return Setup(config, workdir, runner, splits, _sampler(splits["train"], config), published, left_out)
+    return Setup(config, workdir, runner, splits, batches, published, left_out)
+
+
+def fingerprint(data: datasets.ImageSet) -> str:
+    """Of which images of which classes a set holds."""
+    digest = hashlib.sha256("\n".join(data.paths.tolist()).encode(errors="surrogateescape"))
+    for column in (data.labels, data.in_gallery):
+        digest.update(b"" if column is None else np.ascontiguousarray(column))
+    return digest.hexdigest()[:16]
+
+
+def check_same_data(workdir, splits) -> None:
+    """Raises ValueError where the run in the workdir had other images: classes of its training might be searched now."""
+    saved = workdir / "data.json"
+    if saved.exists():
+        before = json.loads(saved.read_text())
+        differing = [split for split, data in splits.items() if before.get(split) != fingerprint(data)]
+        if differing:
+            raise ValueError(
+                f"--workdir={workdir} holds a run on other images: its {' and '.join(differing)} images or their classes have changed; "
+                "choose another --workdir, or bring them back"
+            )
 
 
 def _check_workdir(workdir: pathlib.Path, config) -> None:
@@ -83,7 +109,9 @@ def _check_workdir(workdir: pathlib.Path, config) -> None:
         raise ValueError(f"--workdir={workdir} holds another run ({'; '.join(differing)}): choose another --workdir, and --init_from={workdir} to start from its weights")
 
 
-def _sampler(data, config):
+def _sampler(data, config, devices: int):
+    if config.class_on_one_device and config.classes_per_batch % devices:
+        raise ValueError(f"--class_on_one_device: {config.classes_per_batch} classes cannot be shared by {devices} devices: change --classes_per_batch")
     classes, each, seed = config.classes_per_batch, config.images_per_class, config.seed
     if config.sampling == "shuffle":
         return sampler.ShuffleSampler(data.labels, classes * each, config.min_positives, seed)
@@ -94,18 +122,26 @@ def _sampler(data, config):
     return sampler.ClassSampler(data.labels, classes, each, seed)
 
 
-def _cached(data, split: str, config):
+def cached(splits: dict, config) -> dict:
+    """The sets as --cache has them; what that takes is told first.
+
+    Raises:
+      ValueError: it cannot be, or there is not so much memory or space (how much).
+    """
     if config.cache == "none":
-        return data
+        return splits
+    if (config.augment or sources.find(config.dataset).augment) == "border_crop":
+        raise ValueError("--cache keeps shrunk pictures, in which a border is no longer what --augment=border_crop cuts: leave one of them out")
     if config.cache == "memory" and config.worker_processes:
         raise ValueError("--cache=memory is of one process: use --cache=disk with --worker_processes")
-    if config.cache == "disk" and is_remote(config.data_dir):
-        raise ValueError(f"--cache=disk writes into --data_dir, and {config.data_dir} is not a local folder: use --cache=memory, or a local copy")
+    if config.cache == "disk" and (not config.data_dir or is_remote(config.data_dir)):
+        raise ValueError(f"--cache=disk is written into --data_dir, a local folder, and it is {config.data_dir!r}: use --cache=memory, or a local copy")
     short_side = sources.cached_side(config.image_size)
-    size = cache.estimated_bytes(data, short_side) / 2**30
-    print(f"cache: about {size:.1f} GiB {'in memory' if config.cache == 'memory' else 'on disk'} for {len(data)} {split} images", flush=True)
-    if config.cache == "memory":
-        return cache.in_memory(data, short_side)
-    if not config.data_dir:
-        raise ValueError("--cache=disk needs --data_dir, where it is written")
-    return cache.on_disk(data, short_side, config.data_dir, split)
+    need = {split: cache.estimated_bytes(data, short_side) for split, data in splits.items()}
+    where = "in memory" if config.cache == "memory" else "on disk"
+    print(f"cache: about {sum(need.values()) / 2**20:,.0f} MiB {where} for {sum(map(len, splits.values()))} images", flush=True)
+    if config.cache == "disk":
+        return {split: cache.on_disk(data, short_side, config.data_dir, split) for split, data in splits.items()}
+    if sum(need.values()) > (free := cache.free_memory()):
+        raise ValueError(f"--cache=memory would take {sum(need.values()) / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: use --cache=disk or none")
+    return {split: cache.in_memory(data, short_side) for split, data in splits.items()}

@@ -6,6 +6,7 @@ import sys
 from typing import Callable, NamedTuple
 
 from rll_jax import datasets, folders, published
+from rll_jax import prepared as prepared_lib
 from rll_jax import views as views_lib
 
 _SHIPPED_EMOJI = pathlib.Path(__file__).parent / "data" / "emoji"
@@ -108,21 +109,22 @@ def _open(config) -> dict[str, datasets.ImageSet]:
             how = f"python -m experiments.prepare --dataset={config.dataset} --source={config.data_dir} --data_dir=DIR writes them, and --data_dir=DIR then trains"
         raise ValueError(f"--data_dir={config.data_dir}: prepared sets are read from local files: {how}")
     if config.dataset.startswith(TFDS):
-        return datasets.open_tfds(config.dataset.removeprefix(TFDS), config.data_dir, config.image_key, config.label_key)
+        return prepared_lib.open_tfds(config.dataset.removeprefix(TFDS), config.data_dir, config.image_key, config.label_key)
     if config.dataset == "emoji":
         # shipped: nothing is written beside it
-        return datasets.open_prepared(config.data_dir or _SHIPPED_EMOJI, keep_index=bool(config.data_dir))
+        return prepared_lib.open_prepared(config.data_dir or _SHIPPED_EMOJI, keep_index=bool(config.data_dir))
     if not config.data_dir:
         raise ValueError(f"--data_dir is needed for {config.dataset}: the folder of its pictures")
     prepared = prepared_in(config.data_dir, config.dataset)
-    if published.is_remote(prepared) or not prepared.exists():  # what is prepared is local
-        root, rows = listing(config)
-        if config.dataset == "folder":  # anyone's own folder is read where it is
-            return datasets.from_rows(root, rows)
-        prepare(root, rows, prepared, config)
-    elif config.index:
-        raise ValueError(f"--index={config.index}: {prepared} was prepared with its own: leave one of them out")
-    return datasets.open_prepared(prepared)
+    if config.dataset == "folder":  # anyone's own folder is read where it is, what was made of it where it is named
+        if published.is_remote(config.data_dir) or not (pathlib.Path(config.data_dir) / "dataset_info.json").exists():
+            return datasets.from_rows(*listing(config))
+        if config.index or (config.test_share, config.split_seed) != (0.5, 0):
+            raise ValueError(f"--data_dir={config.data_dir} was prepared with its own split: --index, --test_share and --split_seed go with the folder")
+        return prepared_lib.open_prepared(config.data_dir)
+    if not prepared.exists():
+        prepare(*listing(config), prepared, config)
+    return prepared_lib.open_prepared(prepared)
 
 
 @contextlib.contextmanager
@@ -156,19 +158,42 @@ def listing(config) -> published.Listing:
 
 def prepare(root, rows, directory, config) -> None:
     """Writes the set into ArrayRecord files; raises ValueError for missing pictures unless --on_bad_image=skip, or where it cannot."""
-    for split, data in datasets.from_rows(root, rows).items():
-        refuse_bad(datasets.find_bad(data, full=False), split, data, config)
+    sets = datasets.from_rows(root, rows)
+    refuse_bad({split: datasets.find_bad(data, full=False) for split, data in sets.items()}, sets, config)
     try:
-        datasets.prepare(root, rows, directory, config.dataset)
+        prepared_lib.prepare(root, rows, directory)
     except OSError as error:
-        raise ValueError(f"cannot prepare {config.dataset} in {directory}: {error}; python -m experiments.prepare writes it elsewhere")
-
-
-def refuse_bad(bad: dict[int, str], split: str, data, config) -> None:
-    """Raises ValueError, naming the first ten, where pictures are bad and --on_bad_image is stop."""
-    if bad and config.on_bad_image == "stop":
-        first = "; ".join(list(bad.values())[:10])
         raise ValueError(
-            f"{len(bad)} of the {len(data)} {split} images cannot be used: {first}{'; ...' * (len(bad) > 10)}. "
+            f"cannot prepare {config.dataset} in {directory}: {error}; python -m experiments.prepare --dataset={config.dataset} "
+            f"--source={config.data_dir} --data_dir=OUT writes it elsewhere"
+        )
+
+
+def refuse_bad(bad: dict[str, dict[int, str]], sets: dict, config) -> None:
+    """Raises ValueError, naming the first ten, where pictures are bad and --on_bad_image is stop, or where none is good."""
+    found = [reason for of_split in bad.values() for reason in of_split.values()]
+    total = sum(len(sets[split]) for split in bad)
+    where = f" of {config.data_dir}" if config.data_dir else ""
+    if found and len(found) == total:
+        raise ValueError(f"none of the {total} images{where} can be used, such as {found[0]}: are they in another folder?")
+    if found and config.on_bad_image == "stop":
+        first = "; ".join(found[:10])
+        raise ValueError(
+            f"{len(found)} of the {total} images{where} cannot be used: {first}{'; ...' * (len(found) > 10)}. "
             "Mend them, or leave them out by --on_bad_image=skip"
         )
+
+
+def open_usable(config) -> tuple[dict[str, datasets.ImageSet], list[str]]:
+    """The sets without the pictures that cannot be used, and what is wrong with those; raises as `open_sets` and `refuse_bad`."""
+    sets = open_sets(config)
+    bad = {split: datasets.find_bad(data, full=config.verify_images == "full", threads=config.threads) for split, data in sets.items()}
+    refuse_bad(bad, sets, config)
+    left_out = []
+    for split, of_split in bad.items():
+        if of_split:
+            kept = datasets.without(sets[split], of_split)
+            alone = set(sets[split].paths) - set(kept.paths) - {sets[split].paths[row] for row in of_split}
+            left_out += [*of_split.values(), *(f"{path}: the last one of its class" for path in sorted(alone))]
+            sets[split] = kept
+    return sets, left_out

@@ -2,7 +2,6 @@
 import dataclasses
 import hashlib
 import io
-import os
 import pathlib
 import shutil
 import uuid
@@ -18,7 +17,7 @@ _SAMPLE = 100  # pictures whose sizes tell the size of all
 
 def estimated_bytes(data: ImageSet, short_side: int) -> int:
     """What the shrunk pictures of a set would take, from the sizes of some of them."""
-    rows = np.unique(np.linspace(0, len(data) - 1, _SAMPLE).astype(int))
+    rows = np.unique(np.linspace(0, len(data) - 1, min(_SAMPLE, len(data))).astype(int))
     taken = []
     for row in rows:
         try:
@@ -30,20 +29,28 @@ def estimated_bytes(data: ImageSet, short_side: int) -> int:
     return int(np.mean(taken or [0]) * len(data))
 
 
-def in_memory(data: ImageSet, short_side: int) -> ImageSet:
-    """The set with its pictures shrunk to a short side and kept from their first use on.
+def free_memory() -> int:
+    """Bytes that this process may still take: of the machine, and of its control group where that has a limit."""
+    limits = []
+    try:
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+        limits.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
+        group = pathlib.Path("/sys/fs/cgroup")
+        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError, StopIteration):  # no Linux, or no limit
+        pass
+    return max(min(limits, default=2**62), 0)
 
-    Raises:
-      ValueError: they would take more than the memory that is free (how much).
-    """
-    need, free = estimated_bytes(data, short_side), os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if need > free:
-        raise ValueError(f"--cache=memory would take {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: use --cache=disk or none")
+
+def in_memory(data: ImageSet, short_side: int) -> ImageSet:
+    """The set with its pictures shrunk to a short side and kept from their first use on."""
     return dataclasses.replace(data, read=_Memory(data, short_side))
 
 
 def on_disk(data: ImageSet, short_side: int, directory, name: str) -> ImageSet:
     """The set with its pictures shrunk to a short side, from a file in `directory` that is written on first use.
+
+    Another set, or one whose files have changed, has another file.
 
     Raises:
       ValueError: they would take more than is free there (how much).
@@ -53,14 +60,20 @@ def on_disk(data: ImageSet, short_side: int, directory, name: str) -> ImageSet:
 
     path = _file(data, short_side, directory, name)
     if not path.exists():
-        _write(data, short_side, path)
+        try:
+            _write(data, short_side, path)
+        except RuntimeError as error:  # array_record's
+            raise OSError(f"cannot write the cache {path}: {str(error).splitlines()[0]}") from error
     records = array_record_data_source.ArrayRecordDataSource(str(path))
     return dataclasses.replace(data, read=_Records(records), positions=np.arange(len(data)))
 
 
 def _file(data, short_side, directory, name) -> pathlib.Path:
     """Of another name for other pictures, or another size."""
-    digest = hashlib.sha256("\n".join([*data.paths.tolist(), *map(str, data.sizes)]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256("\n".join(data.paths.tolist()).encode(errors="surrogateescape"))
+    for column in (data.sizes, data.changed):
+        digest.update(b"" if column is None else np.ascontiguousarray(column))
+    digest = digest.hexdigest()[:16]
     return pathlib.Path(directory) / f"cache_{name}_{short_side}_{digest}.arrayrecord"
 
 

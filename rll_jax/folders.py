@@ -2,6 +2,7 @@
 from concurrent import futures
 import csv
 import io
+import pathlib
 
 from etils import epath
 import numpy as np
@@ -26,6 +27,13 @@ def class_folders(directory, test_share: float = 0.5, seed: int = 0) -> list[Row
         raise ValueError(f"{directory}: no such folder")
     inner = [directory / split for split in (published.TRAIN, published.TEST)]
     given = all(folder.is_dir() for folder in inner)
+    names = {folder.name for folder in _folders(directory)}
+    splits = sorted(name for name in names if name.lower() in ("train", "test", "val", "valid", "validation"))
+    if splits and names != {published.TRAIN, published.TEST}:
+        raise ValueError(
+            f"{directory}: holds {', '.join(splits)}{' and others' * (set(splits) != names)}: expected train and test with the classes in "
+            "them, or the classes alone; --index takes any other arrangement"
+        )
     folders = [(sub, folder.name) for folder in inner for sub in _folders(folder)] if given else [(sub, "") for sub in _folders(directory)]
     with futures.ThreadPoolExecutor(16) as pool:  # a question to the file system each, or more
         images = list(pool.map(lambda item: _images(item[0]), folders))
@@ -69,8 +77,11 @@ def read_index(file, test_share: float = 0.5, seed: int = 0) -> list[Row]:
     found, seen = [], {}
     for where, row in readers[file.suffix](file):
         path, label, split, super_label = (row.get(column, "") for column in _COLUMNS)
-        if not published.inside(path) or not label:
-            raise ValueError(f"{file}, {where}: expected a path inside the set and a label, found {path!r:.120} and {label!r:.80}")
+        if not published.inside(path):
+            raise ValueError(f"{file}, {where}: the path is {path!r:.120}, expected one inside --data_dir, from there, with /")
+        if not label:
+            raise ValueError(f"{file}, {where}: expected a label, found none")
+        path = pathlib.PurePosixPath(path).as_posix()  # ./a and a are one
         if split not in (*published.SPLITS, ""):
             raise ValueError(f"{file}, {where}: the split is {split!r:.80}, expected one of {', '.join(published.SPLITS)}")
         if path in seen:
@@ -80,6 +91,11 @@ def read_index(file, test_share: float = 0.5, seed: int = 0) -> list[Row]:
     splits = {split for _, _, split, _ in found}
     if not found or "" in splits and len(splits) > 1:
         raise ValueError(f"{file}: " + ("some rows have a split and some have none" if found else "lists no image"))
+    if "test" in splits and splits & {"query", "gallery"}:
+        raise ValueError(f"{file}: has splits test and query or gallery: expected train and test, or train, query and gallery")
+    trained, tested = ({row[1] for row in found if (row[2] == "train") == part and row[2]} for part in (True, False))
+    if common := sorted(trained & tested):
+        raise ValueError(f"{file}: {len(common)} classes are in train and in {'/'.join(sorted(splits - {'train'}))}, such as {', '.join(common[:5])}")
     labels, super_labels = (_numbered({row[column] for row in found}) for column in (1, 3))
     if "" in splits and len(labels) < 2:
         raise ValueError(f"{file}: expected at least two classes, to be split, found {len(labels)}")
@@ -90,7 +106,7 @@ def read_index(file, test_share: float = 0.5, seed: int = 0) -> list[Row]:
 def _numbered(names: set[str]) -> dict[str, int]:
     """{name: number from 0} in their order, that of numbers where all are."""
     digits = all(name.isascii() and name.isdigit() for name in names)
-    return {name: n for n, name in enumerate(sorted(names, key=lambda name: (len(name.lstrip("0")), name.lstrip("0")) if digits else name))}
+    return {name: n for n, name in enumerate(sorted(names, key=lambda name: (len(name.lstrip("0")), name.lstrip("0"), name) if digits else name))}
 
 
 def _csv_rows(file):
@@ -117,13 +133,23 @@ def _parquet_rows(file):
     except ImportError:
         raise ValueError(f"{file}: reading Parquet needs pyarrow (pip install pyarrow); a .csv needs nothing")
     try:
-        table = parquet.read_table(pa.BufferReader(file.read_bytes()))
+        whole = parquet.ParquetFile(pa.BufferReader(file.read_bytes()))
+        names = whole.schema_arrow.names
+        table = whole.read(columns=[column for column in _COLUMNS if column in names])
     except Exception as error:  # pyarrow's own kinds, and what its decoders raise
         raise ValueError(f"{file}: not a Parquet file: {str(error).splitlines()[0] if str(error) else error!r}")
-    if not {"path", "label"} <= set(table.column_names):
-        raise ValueError(f"{file}: expected the columns path and label, found {', '.join(table.column_names)}")
-    for row, cells in enumerate(table.select([c for c in _COLUMNS if c in table.column_names]).to_pylist()):
-        yield f"row {row}", {name: "" if cell is None else str(cell) for name, cell in cells.items()}
+    if not {"path", "label"} <= set(names):
+        raise ValueError(f"{file}: expected the columns path and label, found {', '.join(names)}")
+    for row, cells in enumerate(table.to_pylist()):
+        yield f"row {row}", {name: _text(cell, file, row) for name, cell in cells.items()}
+
+
+def _text(cell, file, row) -> str:
+    if isinstance(cell, float) and cell.is_integer():
+        cell = int(cell)  # what pandas makes of whole numbers with gaps
+    if cell is not None and not isinstance(cell, str | int):
+        raise ValueError(f"{file}, row {row}: expected text or a whole number, found {cell!r:.80}")
+    return "" if cell is None else str(cell)
 
 
 def _folders(directory) -> list:

@@ -2,11 +2,10 @@
 import collections
 import contextlib
 import io
-import warnings
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 import simplejpeg
 
 _WHITE = (255, 255, 255)
@@ -37,7 +36,10 @@ class Picture:
         self._data, self._name = data, name
         with self._named():
             image = self._open()
-            turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than is safe to decode")
+            # Pillow turns a TIFF by itself
+            turned = image.format != "TIFF" and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
             self.size = image.size[::-1] if turned else image.size
 
     @property
@@ -56,11 +58,11 @@ class Picture:
             if image.mode in ("F", "I"):  # of no range that all agree on
                 raise ValueError(f"its pixels are of mode {image.mode}, expected 8 or 16 bits")
             image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, _WHITE + (255,)), image)
-            elif image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("RGB")
 
     def resize(self, size: tuple[int, int], resample, box=None, reducing_gap=None) -> Image.Image:
@@ -69,6 +71,10 @@ class Picture:
         A JPEG is read at the smallest scale (1, 1/2, 1/4, 1/8) at which the box has seven eighths of `size` still, from its coefficients;
         where less than half of those go, each is then interpolated from its four neighbours, whatever `resample`.
         """
+        with self._named():
+            return self._resize(size, resample, box, reducing_gap)
+
+    def _resize(self, size, resample, box, reducing_gap):
         left, top, right, bottom = box or (0, 0, *self.size)
         across, down = (right - left) / size[0], (bottom - top) / size[1]
         shrink = next((s for s in (8, 4, 2) if s * 7 / 8 <= min(across, down)), 1)
@@ -102,11 +108,12 @@ class Picture:
     @contextlib.contextmanager
     def _named(self):
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                yield
+            yield
+        except BadImageError:
+            raise
         except Exception as error:  # damaged pictures raise anything in Pillow, struct.error and TypeError among it
-            raise BadImageError(f"cannot decode the image {self._name!r} ({len(self._data)} bytes): {error}") from error
+            reason = "it is of no kind that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+            raise BadImageError(f"cannot decode the image {self._name!r} ({len(self._data)} bytes): {reason}") from error
 
 
 def decode(data: bytes, name: str) -> Image.Image:

@@ -29,10 +29,11 @@ def train_batches(
       threads: that load batches, in each process.
       processes: beside this one, which then only places batches (their arrays come by shared memory); 0: threads here.
       on_bad: called with the row of a picture that does not decode, in this process, each time it is drawn; another of its class takes
-        its place. None: it is raised instead.
+        its place, one that the batch has not if there is any; where none of its class can be read, one of another class.
+        None: it is raised instead.
 
     Yields {"image": (B, H, W, 3) uint8, "label": (B,) int32}. Raises `images.BadImageError` where one does not decode and `on_bad` is
-    None, or no other of its class does.
+    None, or none of the set does.
     """
 
     def load(step):
@@ -40,14 +41,15 @@ def train_batches(
         rows, bad = sampler.batch(int(step)), []
         order = _spread(len(rows), sampler.images_per_class) if spread else np.arange(len(rows))
         part, parts = share
-        pixels = []
+        pixels, labels = [], []
         for i in order[len(rows) * part // parts : len(rows) * (part + 1) // parts]:
-            x = _view(data, rows[i], augment, (sampler.seed, _AUGMENT, int(step), int(i)), None if on_bad is None else bad)
+            seed = (sampler.seed, _AUGMENT, int(step), int(i))
+            x, row = _view(data, rows, rows[i], augment, seed, None if on_bad is None else bad)
             if of_class is not None:
-                x = of_class(x, np.random.default_rng((sampler.seed, _CLASS, int(step), int(data.labels[rows[i]]))))
+                x = of_class(x, np.random.default_rng((sampler.seed, _CLASS, int(step), int(data.labels[row]))))
             pixels.append(x)
-        labels = data.labels[rows[order]][len(rows) * part // parts :][: len(pixels)]
-        return {"image": np.stack(pixels), "label": labels.astype(np.int32), "bad": np.array(bad, np.int64)}
+            labels.append(data.labels[row])
+        return {"image": np.stack(pixels), "label": np.array(labels, np.int32), "bad": np.array(bad, np.int64)}
 
     for batch in _parallel(grain.MapDataset.range(start, stop).map(load), threads, processes):
         for row in batch.pop("bad"):
@@ -85,22 +87,27 @@ def test_batches(
         yield batch["image"]
 
 
-def _view(data, row, augment, seed, bad):
-    """The augmented picture of a row, or of the next of its class that can be read; those that cannot go into `bad`."""
-    candidates = [row]
-    while candidates:
-        at = candidates.pop(0)
+def _view(data, batch, row, augment, seed, bad):
+    """The augmented picture of a row and the row; or those of another that can be read. Those that cannot go into `bad`."""
+    for at in _candidates(data, batch, row):
         try:
-            return augment(data.picture(at), np.random.default_rng(seed))
-        except images.BadImageError:
+            return augment(data.picture(at), np.random.default_rng(seed)), at
+        except images.BadImageError as error:
             if bad is None:
                 raise
             bad.append(at)
-            if at == row:
-                of_class = np.flatnonzero(data.labels == data.labels[row])
-                candidates = np.roll(of_class, -np.searchsorted(of_class, row))[1:].tolist()
-            if not candidates:
-                raise
+            last = error
+    raise last
+
+
+def _candidates(data, batch, row) -> Iterator[int]:
+    """The row; the others of its class after it, those that the batch has last; all others after it."""
+    yield row
+    after = np.roll(np.arange(len(data)), -row - 1)[:-1]
+    same = data.labels[after] == data.labels[row]
+    fresh = ~np.isin(after, batch)
+    for chosen in (same & fresh, same & ~fresh, ~same):
+        yield from after[chosen].tolist()
 
 
 def _spread(rows: int, images_per_class: int) -> np.ndarray:

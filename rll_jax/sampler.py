@@ -61,7 +61,8 @@ class HierarchicalSampler:
     """P classes x K images, where the classes of a batch come from few super classes, such as SOP's 12: harder negatives.
 
     An epoch puts each super class's classes into random groups of P / super_classes_per_batch and deals the groups to batches, no super
-    class twice in one; what is left over, as of a super class much larger than the others, waits for another epoch.
+    class twice in one; what is left over, as of a super class much larger than the others, waits for another epoch. Classes of a super
+    class that has fewer than P / super_classes_per_batch of them are never drawn.
 
     Args:
       labels, super_labels: (N,) integers; all images of a class have one super class.
@@ -98,6 +99,11 @@ class HierarchicalSampler:
                 f"only {len(self._classes_of_super)} super classes hold the {size} classes that each of {self.super_classes_per_batch} "
                 "gives to a batch: lower --super_classes_per_batch or --classes_per_batch"
             )
+        groups = np.array([len(classes) // size for classes in self._classes_of_super])
+        steps = groups.sum() // self.super_classes_per_batch
+        while np.minimum(groups, steps).sum() < steps * self.super_classes_per_batch:  # each gives one group to a batch
+            steps = np.minimum(groups, steps).sum() // self.super_classes_per_batch
+        object.__setattr__(self, "_steps", int(steps))
 
     @property
     def batch_size(self) -> int:
@@ -105,13 +111,7 @@ class HierarchicalSampler:
 
     @property
     def steps_per_epoch(self) -> int:
-        size = self.classes_per_batch // self.super_classes_per_batch
-        groups = [len(classes) // size for classes in self._classes_of_super]
-        # rounds in which the super classes with groups left each give one
-        batches = sum(groups) // self.super_classes_per_batch
-        while sum(min(g, batches) for g in groups) < batches * self.super_classes_per_batch:
-            batches -= 1
-        return batches
+        return self._steps
 
     def batch(self, step: int) -> np.ndarray:
         """(P * K,) row numbers of the batch of `step` (from 0), the images of a class side by side."""
@@ -186,10 +186,12 @@ class ShuffleSampler:
         rng = np.random.default_rng((self.seed, _STEP, step))
         rows, taken = [], set(order[position * drawn :][:drawn].tolist())
         for row in order[position * drawn :][:drawn].tolist():
-            others = rng.permutation([r for r in self._rows_of_class[self._class_of[row]] if r != row])
-            fresh = [r for r in others.tolist() if r not in taken]
+            of_class = self._rows_of_class[self._class_of[row]]
+            drawn_of_class = of_class[rng.choice(len(of_class), min(len(of_class), self.batch_size), replace=False)]
+            others = [r for r in drawn_of_class.tolist() if r != row]
+            fresh = [r for r in others if r not in taken]
             # those of the class that the batch has not yet, then any
-            positives = np.resize([*fresh, *(r for r in others.tolist() if r in taken)], self.min_positives).tolist()
+            positives = np.resize([*fresh, *(r for r in others if r in taken)], self.min_positives).tolist()
             taken.update(positives)
             rows += [row, *positives]
         return np.array(rows)

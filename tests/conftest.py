@@ -13,6 +13,6 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 @pytest.fixture(scope="session")
 def emoji():
-    from rll_jax import datasets
+    from rll_jax import prepared
 
-    return datasets.open_prepared(ROOT / "experiments/data/emoji", keep_index=False)
+    return prepared.open_prepared(ROOT / "experiments/data/emoji", keep_index=False)

@@ -1,13 +1,15 @@
 import dataclasses
 import io
+import os
 import sys
 
 from absl import flags
 import numpy as np
 import pytest
 
+from experiments import config, setup
 from published_trees import jpeg, make_cub, make_inshop, make_sop
-from rll_jax import cache, datasets, images, pipeline, published, sampler, views
+from rll_jax import cache, datasets, images, pipeline, prepared, published, sampler, views
 
 
 def test_emoji_is_what_its_readme_says(emoji):
@@ -29,7 +31,7 @@ def test_classes_in_both_splits_are_refused(emoji):
 
 def test_nothing_prepared(tmp_path):
     with pytest.raises(ValueError, match="cannot read a prepared set in .*nowhere"):
-        datasets.open_prepared(tmp_path / "nowhere")
+        prepared.open_prepared(tmp_path / "nowhere")
 
 
 @pytest.fixture
@@ -37,39 +39,39 @@ def sets(tmp_path):
     """CUB's layout as files, and prepared."""
     make_cub(tmp_path)
     root, rows = published.read("cub", tmp_path)
-    datasets.prepare(root, rows, tmp_path / "prepared_cub", "cub")
-    return datasets.from_rows(root, rows), datasets.open_prepared(tmp_path / "prepared_cub"), root
+    prepared.prepare(root, rows, tmp_path / "prepared_cub")
+    return datasets.from_rows(root, rows), prepared.open_prepared(tmp_path / "prepared_cub"), root
 
 
 def test_prepared_files_are_the_files(sets):
-    files, prepared, root = sets
+    files, written, root = sets
     for split in ("train", "test"):
         datasets.check_splits(files["train"], files["test"])
         for name in ("labels", "paths", "sizes"):
-            np.testing.assert_array_equal(getattr(files[split], name), getattr(prepared[split], name))
-        assert len(prepared[split]) == 20
+            np.testing.assert_array_equal(getattr(files[split], name), getattr(written[split], name))
+        assert len(written[split]) == 20
         for row in range(20):
             data = (root / files[split].paths[row]).read_bytes()
-            assert files[split].encoded(row) == prepared[split].encoded(row) == data
+            assert files[split].encoded(row) == written[split].encoded(row) == data
 
 
 def test_the_kept_index_is_what_was_read(sets, tmp_path):
-    _, prepared, _ = sets
+    _, written, _ = sets
     kept = tmp_path / "prepared_cub/rll_jax_index.train.image.label.npz"
-    again = datasets.open_prepared(tmp_path / "prepared_cub")
+    again = prepared.open_prepared(tmp_path / "prepared_cub")
     kept.write_bytes(b"damaged")
-    repaired = datasets.open_prepared(tmp_path / "prepared_cub")
+    repaired = prepared.open_prepared(tmp_path / "prepared_cub")
     for other in (again, repaired):
-        np.testing.assert_array_equal(other["train"].labels, prepared["train"].labels)
-        np.testing.assert_array_equal(other["train"].paths, prepared["train"].paths)
+        np.testing.assert_array_equal(other["train"].labels, written["train"].labels)
+        np.testing.assert_array_equal(other["train"].paths, written["train"].paths)
     assert kept.read_bytes() != b"damaged"
 
 
 def test_query_and_gallery(tmp_path):
     make_inshop(tmp_path)
     root, rows = published.read("inshop", tmp_path)
-    datasets.prepare(root, rows, tmp_path / "prepared_inshop", "inshop")
-    for found in (datasets.from_rows(root, rows), datasets.open_prepared(tmp_path / "prepared_inshop")):
+    prepared.prepare(root, rows, tmp_path / "prepared_inshop")
+    for found in (datasets.from_rows(root, rows), prepared.open_prepared(tmp_path / "prepared_inshop")):
         assert found["train"].in_gallery is None and found["test"].in_gallery.sum() == 12
         assert len(found["test"]) == 16 and len(found["train"]) == 16
         queries = found["test"].take(np.flatnonzero(~found["test"].in_gallery))
@@ -136,18 +138,18 @@ def test_a_stock_set_of_tensorflow_datasets(tmp_path):
                     yield f"{c}{part}{i}", {"image": io.BytesIO(jpeg(c)), "image/filename": "x", "label": c}
 
     with pytest.raises(ValueError, match="not prepared as array_record .* needs TensorFlow, .* pip install tensorflow-cpu .*download_and_prepare"):
-        datasets.open_tfds("caltech_birds2011", tmp_path)
+        prepared.open_tfds("caltech_birds2011", tmp_path)
     CaltechBirds2011(data_dir=tmp_path, file_format="array_record").download_and_prepare()
-    sets = datasets.open_tfds("caltech_birds2011", tmp_path)
+    sets = prepared.open_tfds("caltech_birds2011", tmp_path)
     assert {split: sorted(set(data.labels)) for split, data in sets.items()} == {"train": [0, 1, 2, 3], "test": [4, 5, 6, 7]}
     assert len(sets["test"]) == 16
     for row in range(16):
         assert sets["test"].encoded(row) == jpeg(sets["test"].labels[row])
     assert "tensorflow" not in sys.modules
     with pytest.raises(ValueError, match="name those of image and class"):
-        datasets.open_tfds("caltech_birds2011", tmp_path, image_key="picture")
+        prepared.open_tfds("caltech_birds2011", tmp_path, image_key="picture")
     with pytest.raises(ValueError, match="knows no set 'no_such_set'"):
-        datasets.open_tfds("no_such_set", tmp_path)
+        prepared.open_tfds("no_such_set", tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk"])
@@ -173,11 +175,51 @@ def test_a_cache_that_does_not_fit(tmp_path, monkeypatch):
     (tmp_path / "a.jpg").write_bytes(jpeg(0))
     data = datasets.from_rows(tmp_path, [published.Row("a.jpg", 0, "train")])["train"]
     monkeypatch.setattr(cache, "estimated_bytes", lambda *_: 2**50)
-    with pytest.raises(ValueError, match="--cache=memory would take 1048576.0 GiB"):
-        cache.in_memory(data, 50)
     with pytest.raises(ValueError, match="--cache=disk would take 1048576.0 GiB"):
         cache.on_disk(data, 50, tmp_path, "train")
+    options = config.Config(dataset="folder", cache="memory")
+    with pytest.raises(ValueError, match="--cache=memory would take 1048576.0 GiB"):
+        setup.cached({"train": data}, options)
     assert [p.name for p in tmp_path.iterdir()] == ["a.jpg"]
+    assert 2**20 < cache.free_memory() < 2**50
+
+
+def test_a_changed_file_is_cached_anew(tmp_path):
+    """The same name, the same number of bytes."""
+    rows = [published.Row("a.ppm", 0, "train")]
+    for seed in range(2):
+        pixels = np.random.default_rng(seed).integers(0, 255, (20, 20, 3), np.uint8)
+        (tmp_path / "a.ppm").write_bytes(b"P6 20 20 255 " + pixels.tobytes())
+        os.utime(tmp_path / "a.ppm", (seed + 1, seed + 1))
+        cached = cache.on_disk(datasets.from_rows(tmp_path, rows)["train"], 50, tmp_path, "train")
+        np.testing.assert_array_equal(np.asarray(cached.image(0)), pixels)
+
+
+def test_many_files_for_a_large_split(tmp_path, monkeypatch):
+    """Beyond a size a split goes on in another file, in the order of the rows, whatever tensorflow-datasets does with gigabytes."""
+    make_cub(tmp_path)
+    monkeypatch.setattr(prepared, "_SHARD_BYTES", 3000)
+    root, rows = published.read("cub", tmp_path)
+    prepared.prepare(root, rows, tmp_path / "prepared_cub")
+    assert len(list((tmp_path / "prepared_cub").glob("*train.array_record*"))) > 3
+    train = prepared.open_prepared(tmp_path / "prepared_cub")["train"]
+    assert train.paths.tolist() == [row.path for row in rows if row.split == "train"]
+    assert [train.encoded(row) for row in range(20)] == [(root / path).read_bytes() for path in train.paths]
+    assert (tmp_path / "prepared_cub").stat().st_mode & 0o777 == 0o755
+
+
+def test_a_damaged_prepared_file_is_a_bad_image(tmp_path):
+    make_cub(tmp_path)
+    root, rows = published.read("cub", tmp_path)
+    prepared.prepare(root, rows, tmp_path / "prepared_cub")
+    (file,) = (tmp_path / "prepared_cub").glob("*train.array_record*")
+    file.write_bytes(np.random.default_rng(0).bytes(file.stat().st_size))
+    try:
+        train = prepared.open_prepared(tmp_path / "prepared_cub")["train"]
+    except ValueError:
+        return
+    with pytest.raises(images.BadImageError, match="images/001.Some_Bird"):
+        train.image(0)
 
 
 def test_train_batches_depend_on_the_step_alone(emoji):
@@ -236,9 +278,14 @@ def test_a_broken_picture_gives_way_to_another_of_its_class(emoji):
     seed = (1, 2, 0, 4)
     candidates = [views.RandomAffine(16)(train.image(row), np.random.default_rng(seed)) for row in of_class if row != rows[4]]
     assert any(np.array_equal(batch["image"][4], candidate) for candidate in candidates)
+    assert not any(np.array_equal(batch["image"][4], batch["image"][i]) for i in (3, 5))  # not one that is there already
     hopeless = dataclasses.replace(train, read=Breaking(train.read, {int(p) for p in train.positions[of_class]}))
+    (batch,) = pipeline.train_batches(hopeless, classes, views.RandomAffine(16), start=0, stop=1, spread=False, on_bad=told.append)
+    assert set(of_class) == set(told) and not np.isin(train.labels[rows[4]], batch["label"])  # other classes take its place
+    nothing = dataclasses.replace(train, read=Breaking(train.read, set(range(10**5)))).take(range(40))
+    few = sampler.ClassSampler(nothing.labels, 2, 3)
     with pytest.raises(images.BadImageError):
-        list(pipeline.train_batches(hopeless, classes, views.RandomAffine(16), start=0, stop=1, on_bad=told.append))
+        list(pipeline.train_batches(nothing, few, views.RandomAffine(16), start=0, stop=1, on_bad=told.append))
 
 
 def test_a_broken_test_picture_is_told_and_white(emoji):

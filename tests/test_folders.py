@@ -48,6 +48,19 @@ def test_folders_that_cannot_be(tmp_path):
         folders.class_folders(tmp_path)
 
 
+@pytest.mark.parametrize("names", [["train", "val"], ["train", "test", "val"], ["Train", "Test"], ["train", "test", "class"]])
+def test_splits_by_other_names_are_not_classes(names, tmp_path):
+    make_folders(tmp_path, [f"{name}/{name}_{c}" for name in names for c in range(2)])
+    with pytest.raises(ValueError, match="expected train and test with the classes in them, or the classes alone"):
+        folders.class_folders(tmp_path)
+
+
+def test_labels_that_read_alike_are_numbered_alike(tmp_path):
+    rows = "".join(f"{i}.jpg,{label},train\n" for i, label in enumerate(["01", "1", "001", "2"]))
+    text = f"path,label,split\n{rows}x.jpg,9,test\ny.jpg,9,test\n"
+    assert [row.label for row in folders.read_index(index(tmp_path, text))] == [1, 2, 0, 3, 4, 4]
+
+
 def index(tmp_path, text, name="index.csv"):
     (tmp_path / name).write_bytes(text.encode() if isinstance(text, str) else text)
     return tmp_path / name
@@ -78,8 +91,12 @@ def test_a_parquet_table_is_the_same(tmp_path):
     assert folders.read_index(tmp_path / "index.parquet") == folders.read_index(index(tmp_path, f"path,label,split\n{lines}"))
     columns["path"][1] = "../b.jpg"
     parquet.write_table(pa.table(columns), tmp_path / "index.parquet")
-    with pytest.raises(ValueError, match="index.parquet, row 1: expected a path inside the set"):
+    with pytest.raises(ValueError, match="index.parquet, row 1: the path is"):
         folders.read_index(tmp_path / "index.parquet")
+    for cells in ([float("nan"), 1.0], [b"a", b"b"]):
+        parquet.write_table(pa.table({"path": ["a.jpg", "b.jpg"], "label": cells}), tmp_path / "index.parquet")
+        with pytest.raises(ValueError, match="row 0: expected text or a whole number"):
+            folders.read_index(tmp_path / "index.parquet")
     whole = (tmp_path / "index.parquet").read_bytes()
     for damaged in (whole[:-9], b"", whole[:40] + bytes(40) + whole[80:]):
         with pytest.raises(ValueError, match="index.parquet"):
@@ -91,13 +108,16 @@ def test_a_parquet_table_is_the_same(tmp_path):
     ("path;label\na;b", "line 1: expected a header"),
     ("path,label\n", "lists no image"),
     ("path,label\na.jpg", "line 2: expected 2 fields, found 1"),
-    ("path,label\na.jpg,", "line 2: expected a path inside the set and a label"),
-    ("path,label\n/etc/passwd,1", "line 2: expected a path inside the set"),
-    ("path,label\na/../../x,1", "line 2: expected a path inside the set"),
+    ("path,label\na.jpg,", "line 2: expected a label, found none"),
+    ("path,label\n/etc/passwd,1", "line 2: the path is '/etc/passwd', expected one inside"),
+    ("path,label\na/../../x,1", "line 2: the path is "),
     ("path,label\na,1\n\na,1", "line 4: a was listed in line 2 already"),
     ("path,label,split\na,1,val", "line 2: the split is 'val', expected one of train, test, query, gallery"),
     ("path,label,split\na,1,train\nb,1,", "some rows have a split and some have none"),
     ("path,label\na,1", "expected at least two classes"),
+    ("path,label\na,1\n./a,1", "line 3: a was listed in line 2 already"),
+    ("path,label,split\na,x,train\nb,x,test", "1 classes are in train and in test, such as x"),
+    ("path,label,split\na,x,train\nb,y,test\nc,y,gallery", "has splits test and query or gallery"),
     ('path,label\n"a,1\nb",2', "a quoted field goes over the end of its line|not a table"),
     (b"path,label\n\xff,1", "line 2: not UTF-8"),
 ])  # fmt: skip

@@ -142,6 +142,52 @@ def test_a_turned_jpeg_is_upright_at_every_scale(orientation):
         assert np.abs(ours - theirs).mean() < 3
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_turned_tiff_is_upright_once(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(photograph((160, 96)), "TIFF", exif=exif)
+    picture = images.Picture(data, "x")
+    assert picture.size == picture.rgb().size == ((96, 160) if orientation == 6 else (160, 96))
+    assert picture.resize((16, 16), Image.Resampling.BILINEAR).size == (16, 16)
+
+
+def test_deep_grey_with_a_transparent_value_keeps_its_picture():
+    deep = Image.fromarray((np.arange(64, dtype=np.uint16).reshape(8, 8) * 900))
+    data = encoded(deep, transparency=900 * 63)
+    assert len(np.unique(np.asarray(images.decode(data, "x")))) > 30
+
+
+def test_a_bomb_is_refused_in_threads_too(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    data = encoded(picture((40, 30)))
+    with futures.ThreadPoolExecutor(4) as pool:
+        for result in [pool.submit(images.Picture, data, "x") for _ in range(20)]:
+            with pytest.raises(images.BadImageError, match="40 x 30 pixels are more than is safe"):
+                result.result()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (640, 320), (100, 400)])
+def test_the_random_window_is_of_the_squeezed_picture(size):
+    """Scale and aspect are those of the picture resized to a square first, as the 2020 recipe does."""
+    boxes = []
+
+    class Spy:
+        width, height = size
+
+        def resize(self, to, how, box, reducing_gap):
+            boxes.append(np.array(box) / [*size, *size])
+            return Image.new("RGB", to)
+
+    for seed in range(500):
+        views.RandomResizedCrop(8)(Spy(), np.random.default_rng(seed))
+    left, top, right, bottom = np.array(boxes).T
+    area, aspect = (right - left) * (bottom - top), (right - left) / (bottom - top)
+    assert 0.5 <= area.min() < 0.52 and 0.98 < area.max() <= 1
+    assert 0.75 - 1e-6 <= aspect.min() < 0.77 and 1.3 < aspect.max() <= 4 / 3 + 1e-6
+    assert min(left.min(), top.min()) >= 0 and max(right.max(), bottom.max()) <= 1
+
+
 @pytest.mark.parametrize("mode, kind, kwargs", [
     ("L", "JPEG", {}), ("CMYK", "JPEG", {}), ("RGB", "JPEG", {"progressive": True}), ("RGB", "JPEG", {"subsampling": 0}), ("RGB", "WEBP", {}),
     ("RGBA", "PNG", {}), ("P", "GIF", {}),

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "archives": {"published"},
     "folders": {"published"},
     "datasets": {"images", "published"},
+    "prepared": {"datasets", "published"},
     "cache": {"datasets", "images"},
     "pipeline": {"datasets", "images"},
     "backbones": set(),

@@ -46,7 +46,7 @@ def test_sop_on_eight_devices_with_its_categories(tmp_path):
         f"--data_dir={tmp_path / 'data'}", f"--workdir={tmp_path / 'run'}", name="sop", devices=8,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "cache: about 0.0 GiB on disk for 24 train images" in result.stdout
+    assert "cache: about 0 MiB on disk for 48 images" in result.stdout
     last = scores(tmp_path / "run")[-1]
     assert last["recall@1000"] == 1 and "map@r" in last
     names = sorted(p.name.split("_")[0] for p in (tmp_path / "data").iterdir())
@@ -65,7 +65,7 @@ def test_prepare_from_an_archive(tmp_path):
     assert (tmp_path / "CUB_200_2011/images.txt").exists() and [p.name for p in out.iterdir()] == ["prepared_cub"]
     again = run("--dataset=cub", f"--source={tmp_path / 'there'}", f"--data_dir={out}", name="prepare")
     assert again.returncode == 2 and "is there already" in again.stderr
-    refused("CUB_200_2011 is there already", "--dataset=cub", f"--source={source}", "--unpack", name="prepare")
+    refused("CUB_200_2011 is there already", "--dataset=cub", f"--source={source}", "--unpack", f"--data_dir={tmp_path / 'else'}", name="prepare")
     trained = run(*SMALL, f"--data_dir={out}", f"--workdir={tmp_path / 'run'}", name="cub")
     assert trained.returncode == 0, trained.stderr
 
@@ -81,12 +81,13 @@ def test_bad_images_stop_a_run_before_it_begins(folder, tmp_path):
             writer.writerows([p.relative_to(folder), p.parent.name, split] for p in sorted((folder / split).rglob("*.jpg")))
         writer.writerows([f"gone/{i}.jpg", "c0", "train"] for i in range(9))
     arguments = [*SMALL, f"--data_dir={folder}", f"--index={table}", f"--workdir={tmp_path / 'run'}", "--classes_per_batch=3"]
-    refused("12 of the 25 train images cannot be used: train/c1/0.jpg: missing or empty", *arguments, name="folder")
+    refused(f"12 of the 41 images of {folder} cannot be used: train/c1/0.jpg: missing or empty", *arguments, name="folder")
     assert not (tmp_path / "run").exists()
     result = run(*arguments, "--on_bad_image=skip", name="folder")
     assert result.returncode == 0, result.stderr
     listed = (tmp_path / "run/bad_images.txt").read_text().splitlines()
-    assert len(listed) == 12 and listed[-1] == "left out: gone/8.jpg: missing or empty"
+    assert len(listed) == 13 and listed[-2] == "left out: gone/8.jpg: missing or empty"
+    assert listed[-1] == "left out: train/c1/3.jpg: the last one of its class"
 
 
 def test_images_that_break_on_the_way(folder, tmp_path):
@@ -95,15 +96,37 @@ def test_images_that_break_on_the_way(folder, tmp_path):
         path.write_bytes(path.read_bytes()[:300])
     arguments = [*SMALL, "--steps=8", "--on_bad_image=skip", f"--data_dir={folder}"]
     full = run(*arguments, "--on_bad_image=stop", "--verify_images=full", f"--workdir={tmp_path / 'full'}", name="folder")
-    assert full.returncode == 2 and "1 of the 16 train images cannot be used: cannot decode the image 'train/c2/1.jpg'" in full.stderr
+    assert full.returncode == 2 and "2 of the 32 images of" in full.stderr and "cannot decode the image 'train/c2/1.jpg'" in full.stderr
     result = run(*arguments, "--worker_processes=1", f"--workdir={tmp_path / 'run'}", name="folder")
     assert result.returncode == 0, result.stderr
     listed = (tmp_path / "run/bad_images.txt").read_text().splitlines()
     assert sorted(line.split("'")[1] for line in listed) == ["test/c5/3.jpg", "train/c2/1.jpg"]
     assert "15 test images" in (tmp_path / "run/report.html").read_text()
+    again = run(f"--workdir={tmp_path / 'run'}", "--clustering=false", name="evaluate")
+    assert again.returncode == 0 and "15 test images" in again.stdout and "left out: test/c5/3.jpg" in again.stderr, again.stderr
     few = run(*arguments, "--max_bad_images=1", f"--workdir={tmp_path / 'few'}", name="folder")
     told = [line for line in few.stderr.splitlines() if line.startswith("error: ")]
     assert few.returncode == 2 and "more than --max_bad_images=1" in told[0] and "Traceback" not in few.stderr
+
+
+def test_other_pictures_are_another_run(folder, tmp_path):
+    """Classes that were trained on must not come to be searched because a folder was added or taken away."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for c in [*(folder / "train").iterdir(), *(folder / "test").iterdir()]:
+        c.rename(flat / c.name)
+    arguments = [*SMALL, f"--data_dir={flat}", f"--workdir={tmp_path / 'run'}"]
+    result = run(*arguments, name="folder")
+    assert result.returncode == 0 and "train: 16 images of 4 classes" in result.stdout, result.stderr
+    (flat / "c0").rename(tmp_path / "c0")
+    for name, more in (("folder", arguments[:-1]), ("evaluate", [])):
+        told = run(*more, f"--workdir={tmp_path / 'run'}", name=name)
+        assert told.returncode == 2 and "holds a run on other images" in told.stderr, told.stderr
+
+
+def test_border_crop_does_not_go_with_a_cache(folder, tmp_path):
+    told = run(*SMALL, "--cache=memory", "--augment=border_crop", f"--data_dir={folder}", f"--workdir={tmp_path / 'run'}", name="folder")
+    assert told.returncode == 2 and "leave one of them out" in told.stderr
 
 
 def test_frozen_stages_stay(folder, tmp_path):
