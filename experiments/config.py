@@ -156,7 +156,7 @@ class Config:
         return "".join(f"--{name}={value}\n" for name, value in dataclasses.asdict(self).items())
 
 
-def define_flags(only: tuple[str, ...] = (), **defaults) -> None:
+def define_flags(only: tuple[str, ...] = (), flag_values=flags.FLAGS, **defaults) -> None:
     """Defines a flag for each option, or for those named, with an experiment's own defaults."""
     define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string, bool: flags.DEFINE_bool}
     for field in dataclasses.fields(Config):
@@ -164,7 +164,7 @@ def define_flags(only: tuple[str, ...] = (), **defaults) -> None:
             continue
         choices = field.metadata.get("choices")
         text = field.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
-        define[field.type](field.name, defaults.get(field.name, field.default), text)
+        define[field.type](field.name, defaults.get(field.name, field.default), text, flag_values=flag_values)
 
 
 def parse_flags(argv) -> list[str]:
@@ -178,9 +178,9 @@ def parse_flags(argv) -> list[str]:
     return rest
 
 
-def from_flags() -> Config:
-    names = [field.name for field in dataclasses.fields(Config) if field.name in flags.FLAGS]
-    return Config(**{name: flags.FLAGS[name].value for name in names})
+def from_flags(flag_values=flags.FLAGS) -> Config:
+    names = [field.name for field in dataclasses.fields(Config) if field.name in flag_values]
+    return Config(**{name: flag_values[name].value for name in names})
 
 
 def from_flagfile(path: pathlib.Path) -> Config:

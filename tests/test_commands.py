@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from rll_jax import images, metrics
+from rll_jax import images, metrics, views
 from test_experiments import TINY, browse, refused, run
 
 

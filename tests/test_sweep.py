@@ -11,7 +11,6 @@ import subprocess
 import time
 
 from absl import flags
-from absl.testing import flagsaver
 import pytest
 
 from experiments import config, sources, sweep
@@ -35,6 +34,7 @@ def times(workdir):
     return {name: path.stat().st_mtime_ns for name in RUNS if (path := workdir / name / "metrics.jsonl").exists()}
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_to_its_table(small, tmp_path):
     workdir = tmp_path / "sweep"
     given = [*small, *SWEEP, f"--workdir={workdir}"]
@@ -93,13 +93,12 @@ def test_commands_are_those_of_the_runs(tmp_path):
     assert result.returncode == 0, result.stderr
     lines = [shlex.split(line) for line in result.stdout.splitlines()]
     assert len(lines) == 4 and all(line[1:3] == ["-m", "experiments.sop"] for line in lines)
-    if "workdir" not in flags.FLAGS:
-        config.define_flags()
     found = []
     for line in lines:
-        with flagsaver.flagsaver():
-            flags.FLAGS(["sop", *line[3:]])
-            found.append(config.from_flags())
+        values = flags.FlagValues()
+        config.define_flags(flag_values=values)
+        values(["sop", *line[3:]])
+        found.append(config.from_flags(values))
     assert found == [
         config.Config(
             dataset="sop", backbone="resnet50", image_size=224, alpha=1.4, levels=levels, weight_gradient=weight,
