@@ -57,7 +57,7 @@ def _write(folder, kb) -> str:
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
-    from rll_jax import datasets, published
+    from rll_jax import prepared, published
 
     def encoded(pixels, quality):
         Image.fromarray(pixels).save(out := io.BytesIO(), "JPEG", quality=quality)
@@ -77,7 +77,7 @@ def _write(folder, kb) -> str:
         (folder / "files" / rows[-1].path).write_bytes(data := encoded(pixels, quality))
         made.append((len(data) / 1000, quality, noise))
     with contextlib.redirect_stdout(io.StringIO()):
-        datasets.prepare(folder / "files", rows, folder / "prepared", "bench")
+        prepared.prepare(folder / "files", rows, folder / "prepared")
     return "{:.0f} kB in the mean (JPEG quality {:.0f}, noise of {:.1f} grey levels)".format(*np.mean(made, axis=0))
 
 
@@ -116,10 +116,10 @@ def _measure(side, kind, folder) -> dict[str, float]:
         import cv2
 
         from experiments import sources
-        from rll_jax import cache, datasets, images, pipeline, views
+        from rll_jax import cache, images, pipeline, prepared, views
 
         cv2.setNumThreads(1)
-        data, augment = datasets.open_prepared(folder / "prepared")["train"], views.RandomResizedCrop(_CROP)
+        data, augment = prepared.open_prepared(folder / "prepared")["train"], views.RandomResizedCrop(_CROP)
         stages = {
             "read": data.encoded, "header": lambda i: images.Picture(encoded[i], "x"), "decode": lambda i: images.decode(encoded[i], "x"),
             "train_view": lambda i: augment(images.Picture(encoded[i], "x"), np.random.default_rng((0, i))),

@@ -9,7 +9,6 @@ import sys
 
 import jax
 import numpy as np
-import tensorboardX
 import tqdm
 
 from experiments import config as config_lib
@@ -84,6 +83,8 @@ class Log:
             with config_lib.written_whole(path) as aside:
                 aside.write_text("".join(line + "\n" for line in lines))
             self._file = path.open("a")
+            import tensorboardX  # a second to import
+
             self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
 
     def write(self, step: int, values: dict) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import tqdm
 
 from experiments import config as config_lib
-from experiments import logs, report, setup, sources, trained
+from experiments import logs, setup, sources, trained
 from experiments.evaluate import embed_readable, score_table
 from rll_jax import checkpoint, evaluate, images, loss, metrics, models, pipeline, train
 from rll_jax import views as views_lib
@@ -249,6 +249,8 @@ def _run(prepared) -> None:
 
 
 def _report(config, workdir, test, levels, ks) -> None:
+    from experiments import report  # more than a second to import
+
     print("writing the report ...", flush=True)
     table = score_table(levels, test, ks, clustering=False)
     report.write(

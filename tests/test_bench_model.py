@@ -14,6 +14,7 @@ from rll_jax import backbones, loss, models, weights
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_both_tables_hold_finite_positive_numbers(tmp_path):
     flags = ("--models=resnet_tiny", "--sizes=8", "--batch=8", "--dim=8", "--seconds=0", f"--table={tmp_path / 'table.md'}")
     command = [sys.executable, "-m", "experiments.bench_model", *flags]

@@ -126,9 +126,10 @@ def test_the_usual_options_of_each_command_are_known(dataset):
     (["margin=0.2,0.20"], "a value is there twice: margin=0.2"),
     (["margin=0.2", "margin=0.4"], "an option or a value is there twice"),
 ])  # fmt: skip
-def test_sweeps_that_cannot_be(texts, error):
-    if "workdir" not in flags.FLAGS:
-        config.define_flags()
+def test_sweeps_that_cannot_be(texts, error, monkeypatch):
+    values = flags.FlagValues()
+    config.define_flags(flag_values=values)
+    monkeypatch.setattr(flags, "FLAGS", values)
     with pytest.raises(ValueError, match=re.escape(error)):
         sweep._plan(dataclasses.asdict(config.Config()), [sweep._axis(text) for text in texts], seeds=1)
 
