@@ -1,5 +1,6 @@
 """The launch scripts: what they would run, and what they run, with stand-ins for gcloud, kubectl, Slurm and python on PATH."""
 import importlib.metadata
+import os
 import pathlib
 import re
 import shlex
@@ -15,8 +16,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 CLOUD = ROOT / "experiments/cloud"
 SCRIPTS = sorted(path.name for path in CLOUD.glob("*.sh") if path.name != "common.sh")
 RUN = ["--", "experiments.sop", "--flagfile=a.flags", "--data_dir=my data's $(HOME) & \\__ARGS__"]
-BUCKET = [*RUN, "--workdir=gs://bucket/run"]
-TPU = ["--name=slice", "--zone=us-east5-b", "--accelerator_type=v6e-16"]
+BUCKET = [*RUN, "--workdir=/mnt/bucket/run"]
+DATA = [*RUN, "--workdir=/data/run"]
+SLICE = ["--name=slice", "--zone=us-east5-b", "--accelerator_type=v6e-16"]
+TPU = [*SLICE, "--bucket=bucket"]
 JOB = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "4"}
 # Notes down its arguments, a line each call; then does the first line of `plan` that is left and whose pattern they match.
 STAND_IN = r"""#!/usr/bin/env bash
@@ -24,14 +27,14 @@ here=${BASH_SOURCE[0]%/*} name=${0##*/}
 { printf '%s' "$name"; printf '\t%s' "$@"; echo; } >>"$here/calls"
 [[ $name == kubectl ]] && cat >"$here/manifest"
 number=0
-while IFS=$'\t' read -r pattern code output; do
+while IFS=$'\t' read -r -u 3 pattern code output; do
   number=$((number + 1))
   if [[ "$name $*" == *$pattern* ]]; then
     sed -i "${number}d" "$here/plan"
     [[ $output ]] && eval "$output"
     exit "$code"
   fi
-done <"$here/plan"
+done 3<"$here/plan"
 exit 0
 """
 
@@ -99,7 +102,7 @@ def test_help_and_mistakes(machine, script):
     assert accepted and all(f"--{name}" in told.stdout for name in accepted)
     for arguments in (
         ["--nothing=1", *BUCKET], ["--max_restarts", *BUCKET], ["--time=", *BUCKET], ["stray", *BUCKET], [],
-        ["--", "os"], ["--", "experiments.sop"], ["--name=A b", "--gpus=;", "--nodes=0", *BUCKET],
+        ["--", "os"], ["--", "experiments.sop"], [*TPU, *RUN, "--workdir=gs://bucket/run"], ["--name=A b", "--gpus=;", "--nodes=0", *BUCKET],
     ):  # fmt: skip
         result = machine.run(script, *arguments)
         assert result.returncode == 2 and result.stdout == ""
@@ -135,16 +138,51 @@ def test_tpu_dry_run(machine):
     assert state[3:6] == ["queued-resources", "describe", "slice"]
     assert archive[:2] == ["git", "archive"]
     assert copy[3:5] == ["tpu-vm", "scp"] and copy[6] == "slice:rll_jax.tgz" and copy[-1] == "--worker=all"
-    assert "'jax[tpu]' gcsfs -r requirements.txt && echo 'a b'" in install[-1]
+    assert "'jax[tpu]' -r requirements.txt && echo 'a b'" in install[-1]
     assert start[:-1] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "slice", *where, "--worker=all"]
-    remote = start[-1].removeprefix("--command=cd rll_jax && exec env JAX_PLATFORMS=tpu ")
-    assert shlex.split(remote) == ["~/venv/bin/python", "-m", *BUCKET[1:], "--multihost"]
+    mount, remote = start[-1].removeprefix("--command=").split("cd rll_jax && exec env JAX_PLATFORMS=tpu ")
+    assert shlex.split(remote) == ["~/venv/bin/python", "-m", *BUCKET[1:], "--multihost", "9</mnt/bucket"]
+    assert mount and mount in install[-1]
     assert delete == ["gcloud", "compute", "tpus", "queued-resources", "delete", "slice", *where, "--force", "--quiet"]
 
     more = ["--git=https://example.com/a.git", "--keep", *RUN, "--workdir=run"]
-    create, install, start = printed(machine.run("tpu.sh", "--dry_run", *TPU, *more))
+    create, install, start = printed(machine.run("tpu.sh", "--dry_run", *SLICE, *more))
     assert create[3:] == ["tpu-vm", "create", "slice", "--zone=us-east5-b", "--accelerator-type=v6e-16", "--version=v2-alpha-tpuv6e"]
     assert "git clone --depth=1 https://example.com/a.git rll_jax" in install[-1]
+    assert "gcsfuse" not in install[-1] and start[-1].startswith("--command=cd rll_jax && exec") and start[-1].endswith(" --multihost")
+
+
+def test_tpu_mounts_the_bucket_on_its_hosts(machine):
+    *_, install, start, _ = printed(machine.run("tpu.sh", "--dry_run", *TPU, *BUCKET))
+    for name in ("gcsfuse", "mountpoint", "sudo", "curl", "timeout", "tar"):
+        shutil.copy(machine.folder / "git", machine.folder / name)
+
+    def host(command, *plan):
+        """The code of a command as a host would run it, and what it called; up to where the run would begin."""
+        machine.plan(*plan)
+        command = command.removeprefix("--command=").split("cd rll_jax")[0] + "true"
+        code = subprocess.run(["bash", "-c", command], cwd=machine.folder, env=machine.environment, timeout=20).returncode
+        return code, machine.calls()
+
+    check, user = ["mountpoint", "-q", "/mnt/bucket"], [f"--{key}={value}" for key, value in (("uid", os.getuid()), ("gid", os.getgid()))]
+    options = ["--implicit-dirs", "--rename-dir-limit=200000", "--metadata-cache-ttl-secs=0", "-o", "allow_other", *user]
+    mounted = [["sudo", "mkdir", "-p", "/mnt/bucket"], ["sudo", "gcsfuse", *options, "bucket", "/mnt/bucket"]]
+    assert host(start[-1], ("mountpoint", 1)) == (0, [check, *mounted])
+    assert host(start[-1]) == (0, [check])
+    assert host(start[-1], ("mountpoint", 1), ("sudo gcsfuse", 1)) == (1, [check, *mounted])
+    assert [call[0] for call in host(install[-1])[1]] == ["mountpoint", "tar"]
+    (machine.folder / "gcsfuse").unlink()
+    machine.environment["PATH"] = str(machine.folder)  # bash's own commands, and no gcsfuse
+    for name in ("bash", "env", "cat", "sed", "mkdir", "id"):
+        (machine.folder / name).symlink_to(shutil.which(name))
+    (machine.folder / "lsb_release").write_text("#!/usr/bin/env bash\necho jammy\n")  # beside sudo, which has the plan
+    (machine.folder / "lsb_release").chmod(0o755)
+    code, calls = host(install[-1], ("mountpoint", 1), ("sudo tee /etc/apt", 0, "cat >$here/list"))
+    key, update = "/usr/share/keyrings/cloud.google.asc", "until sudo apt-get -qq update && sudo apt-get -qqy install gcsfuse; do sleep 10; done"
+    assert code == 0 and ["timeout", "600", "bash", "-c", update] in calls and calls[-3:-1] == mounted and calls[-1][0] == "tar"
+    assert (machine.folder / "list").read_text() == f"deb [signed-by={key}] https://packages.cloud.google.com/apt gcsfuse-jammy main\n"
+    code, calls = host(install[-1], ("timeout", 124))
+    assert code == 124 and not any("tar" in call for call in calls)
 
 
 def what(calls):
@@ -205,10 +243,13 @@ def test_tpu_leaves_what_is_not_its_own(machine):
     assert what(machine.calls()) == ["describe", "create", "scp", "install", "scp", "install", "run"]
 
 
-@pytest.mark.parametrize("more", [[], ["--spot", "--keep"]])
-def test_tpu_wants_a_bucket(machine, more):
-    result = machine.run("tpu.sh", *TPU, *more, *RUN, "--workdir=runs/a")
-    assert result.returncode == 2 and "--workdir=runs/a goes away" in result.stderr
+@pytest.mark.parametrize("more", [[], ["--spot", "--keep"], ["--bucket=bucket"], ["--bucket=bucket", "--keep"]])
+@pytest.mark.parametrize("workdir", ["runs/a", "/mnt/other/a", "/mnt/bucket/../a", "/mnt/bucket/"])
+def test_tpu_wants_a_bucket(machine, more, workdir):
+    result = machine.run("tpu.sh", *SLICE, *more, *RUN, f"--workdir={workdir}")
+    assert result.returncode == 2 and f"--workdir={workdir} goes away" in result.stderr
+    result = machine.run("tpu.sh", *SLICE, "--bucket=gs://bucket", *BUCKET)
+    assert result.returncode == 2 and "--bucket=gs://bucket: expected" in result.stderr and machine.calls() == []
 
 
 def test_gpu(machine):
@@ -270,7 +311,7 @@ def test_slurm_passes_the_signal_to_the_steps(machine):
 
 
 def test_kubernetes_applies_what_it_prints(machine):
-    arguments = ["--name=run", "--image=host/rll_jax:cuda13", "--hosts=2", "--chips=8", "--namespace=mine", *BUCKET]
+    arguments = ["--name=run", "--image=host/rll_jax:cuda13", "--hosts=2", "--chips=8", "--namespace=mine", "--bucket=some.bucket", *DATA]
     shown = machine.run("kubernetes.sh", "--dry_run", *arguments)
     assert machine.calls() == []
     first, *lines, last = shown.stdout.splitlines()
@@ -283,12 +324,14 @@ def test_kubernetes_applies_what_it_prints(machine):
 
 def test_kubernetes_manifest(machine):
     def made(*options):
-        shown = machine.run("kubernetes.sh", "--dry_run", "--name=run", "--image=host/rll_jax:a", *options, *BUCKET)
+        shown = machine.run("kubernetes.sh", "--dry_run", "--name=run", "--image=host/rll_jax:a", *options, *DATA)
         assert shown.returncode == 0, shown.stderr
         jobset = manifest("\n".join(shown.stdout.splitlines()[1:-1]))
         (job,) = jobset["spec"]["replicatedJobs"]
         spec = job["template"]["spec"]
-        return jobset, spec, spec["template"]["spec"], spec["template"]["spec"]["containers"][0]
+        (container,) = spec["template"]["spec"]["containers"]
+        assert {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]} == {"shm": "/dev/shm", "data": "/data"}
+        return jobset, spec, spec["template"]["spec"], container
 
     jobset, job, pod, container = made("--hosts=2", "--chips=8", "--claim=data", "--max_restarts=7")
     assert (jobset["apiVersion"], jobset["kind"], jobset["metadata"]["name"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet", "run")
@@ -300,21 +343,35 @@ def test_kubernetes_manifest(machine):
     assert (job["completions"], job["parallelism"], job["backoffLimit"], job["completionMode"]) == (2, 2, 0, "Indexed")
     assert pod["restartPolicy"] == "Never" and pod["securityContext"]["runAsNonRoot"]
     assert container["resources"] == {"limits": {"nvidia.com/gpu": 8}} and container["image"] == "host/rll_jax:a"
-    flags = [flag.replace("$(", "$$(") for flag in BUCKET[1:]]  # Kubernetes makes $( of it
+    flags = [flag.replace("$(", "$$(") for flag in DATA[1:]]  # Kubernetes makes $( of it
     coordinator = "--coordinator_address=run-run-0-0.run:8476"
     assert container["args"] == [*flags, "--multihost", coordinator, "--num_processes=2", "--process_id=$(PROCESS_ID)"]
     assert "PROCESS_ID" in [variable["name"] for variable in container["env"]]
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]} == {"shm", "data"}
+    shm = {"name": "shm", "emptyDir": {"medium": "Memory"}}
+    assert pod["volumes"] == [shm, {"name": "data", "persistentVolumeClaim": {"claimName": "data"}}]
+    assert job["template"]["metadata"]["annotations"] == jobset["metadata"]["annotations"] == {}
 
-    jobset, job, pod, container = made("--accelerator=tpu", "--tpu_type=tpu-v6e-slice", "--tpu_topology=4x4", "--hosts=4", "--chips=4")
+    on_bucket = "--bucket=some.bucket"
+    jobset, job, pod, container = made(on_bucket, "--accelerator=tpu", "--tpu_type=tpu-v6e-slice", "--tpu_topology=4x4", "--hosts=4", "--chips=4")
     assert container["args"] == [*flags, "--multihost"] and container["resources"] == {"limits": {"google.com/tpu": 4}}
     assert set(pod["nodeSelector"].values()) == {"tpu-v6e-slice", "4x4"}
-    *_, container = made("--accelerator=cpu")
+    attributes = {"bucketName": "some.bucket", "mountOptions": "implicit-dirs,rename-dir-limit=200000,metadata-cache:ttl-secs:0,uid=1000,gid=1000"}
+    assert pod["volumes"] == [shm, {"name": "data", "csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}}]
+    assert pod["securityContext"]["runAsUser"] == 1000
+    assert job["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true", "gke-gcsfuse/memory-limit": "2Gi"}
+    assert [*jobset["metadata"]["annotations"].values()] == ["cloud.google.com/gke-nodepool"]
+    *_, container = made("--accelerator=cpu", "--claim=data")
     assert container["args"] == flags and container["resources"] == {"limits": {}}
 
 
 def test_kubernetes_wants_a_place_that_stays(machine):
-    result = machine.run("kubernetes.sh", "--name=run", "--image=aa", "--claim=data", *RUN, "--workdir=runs/a")
-    assert result.returncode == 2 and "goes away with the pod" in result.stderr
-    result = machine.run("kubernetes.sh", "--name=run", "--image=aa", *BUCKET, "--note=two\nlines")
-    assert result.returncode == 2 and "line break" in result.stderr
+    named = ["--name=run", "--image=aa"]
+    for options, words in (
+        (["--claim=data", *RUN, "--workdir=runs/a"], "goes away with the pod"),
+        (DATA, "goes away with the pod"),
+        (["--claim=data", "--bucket=bucket", *DATA], "only one"),
+        (["--bucket=gs://bucket", *DATA], "--bucket=gs://bucket: expected"),
+        (["--claim=data", *DATA, "--note=two\nlines"], "line break"),
+    ):
+        result = machine.run("kubernetes.sh", *named, *options)
+        assert result.returncode == 2 and words in result.stderr

@@ -34,11 +34,21 @@ parse() {
     if [[ $argument == --workdir=?* ]]; then workdir=${argument#*=}; fi
   done
   [[ $workdir ]] || mistake "--workdir=... is missing from the experiment's flags: it is where a run goes on"
+  [[ $workdir != *://* ]] || mistake "--workdir=$workdir: expected a path, local or mounted"
+}
+
+# under FOLDER: --workdir lies in it.
+under() {
+  [[ $workdir == "$1"/?* && $workdir/ != */../* ]]
 }
 
 # need NAME REGEX EXAMPLE: the option is there and looks right.
 need() {
   [[ ${!1} =~ ^($2)$ ]] || mistake "--$1=${!1}: expected something like $3"
+}
+
+need_bucket() {
+  need bucket '[a-z0-9][-a-z0-9_.]{1,220}[a-z0-9]' my-bucket
 }
 
 # Words as a shell reads them.

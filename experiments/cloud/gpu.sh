@@ -3,6 +3,8 @@
 #
 #   experiments/cloud/gpu.sh [options] -- experiments.sop --flagfile=FILE --workdir=DIR ...
 #
+# DIR is any path, local or mounted.
+#
 #   --gpus=0,1         these GPUs alone; all by default
 #   --install          first installs the JAX wheel of --cuda and the requirements, by pip
 #   --cuda=13          or 12

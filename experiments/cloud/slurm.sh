@@ -15,8 +15,8 @@
 #   --python=python     of the environment to use, on the nodes
 #   --dry_run           prints the command and submits nothing
 #
-# Other options of sbatch go in by its variables, such as SBATCH_PARTITION and SBATCH_ACCOUNT. Submit from the folder of README.md,
-# on a file system that all nodes share.
+# Other options of sbatch go in by its variables, such as SBATCH_PARTITION and SBATCH_ACCOUNT. Submit from the folder of README.md.
+# It, the data and DIR lie on a file system that all nodes share.
 set -euo pipefail
 
 if [[ ${1-} == --in_job ]]; then # this file once more, as the batch script; Slurm has copied it away from common.sh

@@ -1,25 +1,27 @@
 #!/usr/bin/env bash
-# Creates a Cloud TPU VM or a pod slice, installs this commit on all its hosts, runs an experiment there, and deletes it.
+# Creates a Cloud TPU VM or a pod slice, installs this commit on all its hosts, mounts a Cloud Storage bucket on each, runs an
+# experiment there, and deletes the TPU.
 # After exit code 75 (interrupted, checkpoint saved) the experiment runs again; a spot slice that was preempted is created anew.
 # A TPU of this name that is there already is used, and not deleted.
 #
-#   experiments/cloud/tpu.sh --name=NAME --zone=ZONE --accelerator_type=v6e-16 [options] -- \
-#     experiments.sop --flagfile=FILE --workdir=gs://BUCKET/RUN ...
+#   experiments/cloud/tpu.sh --name=NAME --zone=ZONE --accelerator_type=v6e-16 --bucket=BUCKET [options] -- \
+#     experiments.sop --flagfile=FILE --workdir=/mnt/BUCKET/RUN ...
 #
+#   --bucket=BUCKET               its name alone; gcsfuse mounts it at /mnt/BUCKET, where --workdir must lie
 #   --project=PROJECT             gcloud's own by default
 #   --runtime_version=VERSION     v2-alpha-tpuv6e by default; `gcloud compute tpus tpu-vm versions list` lists them
 #   --queued                      waits in the queue for it (queued-resources)
 #   --spot                        spot capacity, queued too
 #   --git=URL                     installs a clone of this in place of the commit here (which comes by scp)
-#   --setup=COMMAND               runs on each host after installing, such as 'gcloud storage cp -r gs://BUCKET/sop .'
-#   --keep                        leaves the TPU there at the end; otherwise --workdir must be gs://
+#   --setup=COMMAND               runs on each host after installing, such as 'cp -r /mnt/BUCKET/sop .'
+#   --keep                        leaves the TPU there at the end; --bucket may then be left out, but not with --spot
 #   --max_restarts=100
 #   --dry_run                     prints the commands and runs nothing
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-name="" zone="" accelerator_type="" project="" runtime_version=v2-alpha-tpuv6e git="" setup="" max_restarts=100
+name="" zone="" accelerator_type="" bucket="" project="" runtime_version=v2-alpha-tpuv6e git="" setup="" max_restarts=100
 queued=false spot=false keep=false
-options="name zone accelerator_type project runtime_version git setup max_restarts" switches="queued spot keep"
+options="name zone accelerator_type bucket project runtime_version git setup max_restarts" switches="queued spot keep"
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$here/common.sh"
 parse "$@"
@@ -28,8 +30,16 @@ need zone '[a-z]+-[a-z]+[0-9]+-[a-z]' us-east5-b
 need accelerator_type 'v[0-9]+[a-z]*-[0-9]+' v6e-16
 need max_restarts '[0-9]+' 100
 if $spot; then queued=true; fi
-if ! $keep || $spot; then
-  [[ $workdir == gs://?* ]] || mistake "--workdir=$workdir goes away with the TPU: use gs://..."
+mount="" hold=""
+if [[ $bucket ]] || ! $keep || $spot; then
+  [[ $bucket ]] || mistake "--workdir=$workdir goes away with the TPU: use --bucket=BUCKET and /mnt/BUCKET/..."
+  need_bucket
+  under "/mnt/$bucket" || mistake "--workdir=$workdir goes away with the TPU: use /mnt/$bucket/..."
+  # By root, so that nothing can be written beneath it while it is not mounted; without a cache of metadata, so that each host sees
+  # what another wrote; with renaming of folders, which ends a checkpoint and which gcsfuse refuses by default.
+  mount="if ! mountpoint -q /mnt/$bucket; then sudo mkdir -p /mnt/$bucket && sudo gcsfuse --implicit-dirs --rename-dir-limit=200000 \
+--metadata-cache-ttl-secs=0 -o allow_other --uid=\$(id -u) --gid=\$(id -g) $bucket /mnt/$bucket; fi && "
+  hold=" 9</mnt/$bucket" # in use, or gcsfuse would unmount it at the SIGTERM of a shutdown, before the run has saved
 fi
 cd "$here/../.."
 
@@ -69,15 +79,21 @@ create() {
 }
 
 install() {
-  local source="mkdir -p rll_jax && tar -xzf rll_jax.tgz -C rll_jax"
+  local source="mkdir -p rll_jax && tar -xzf rll_jax.tgz -C rll_jax" fuse=""
+  local apt=https://packages.cloud.google.com/apt key=/usr/share/keyrings/cloud.google.asc
+  if [[ $bucket ]]; then # a new machine's own updates may hold apt's lock
+    fuse="if ! command -v gcsfuse >/dev/null; then curl -fsS $apt/doc/apt-key.gpg | sudo tee $key >/dev/null && \
+echo \"deb [signed-by=$key] $apt gcsfuse-\$(lsb_release -cs) main\" | sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null && \
+timeout 600 bash -c 'until sudo apt-get -qq update && sudo apt-get -qqy install gcsfuse; do sleep 10; done'; fi && "
+  fi
   if [[ $git ]]; then
     source="{ test -d rll_jax || git clone --depth=1 $(quote "$git") rll_jax; }"
   else
     run git archive --format=tar.gz --output="$archive" HEAD || return
     run gcloud compute tpus tpu-vm scp "$archive" "$name:rll_jax.tgz" "${where[@]}" --worker=all || return
   fi # uv brings a Python: the image's own may be older than 3.11
-  on_all "$source && cd rll_jax && python3 -m pip install -q --user uv && python3 -m uv venv -q --allow-existing --python=3.12 ~/venv && \
-python3 -m uv pip install -q --python ~/venv 'jax[tpu]' gcsfs -r requirements.txt${setup:+ && $setup}"
+  on_all "$fuse$mount$source && cd rll_jax && python3 -m pip install -q --user uv && python3 -m uv venv -q --allow-existing --python=3.12 ~/venv && \
+python3 -m uv pip install -q --python ~/venv 'jax[tpu]' -r requirements.txt${setup:+ && $setup}"
 }
 
 attempt() {
@@ -87,7 +103,7 @@ attempt() {
   fi
   if ! $installed; then install || return; fi
   installed=true
-  on_all "cd rll_jax && exec env JAX_PLATFORMS=tpu ~/venv/bin/python -m $(quote "${experiment[@]}") --multihost"
+  on_all "${mount}cd rll_jax && exec env JAX_PLATFORMS=tpu ~/venv/bin/python -m $(quote "${experiment[@]}") --multihost$hold"
 }
 
 for ((restarts = 0; ; restarts++)); do
