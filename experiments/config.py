@@ -135,8 +135,10 @@ class Config:
             raise ValueError(f"--index={self.index} goes with --dataset=folder, not {self.dataset}")
         if self.init_from and self.pretrained:
             raise ValueError(f"--init_from={self.init_from} and --pretrained={self.pretrained}: give one of them")
-        if self.profile_steps and not re.fullmatch(r"\d+:\d+", self.profile_steps):
-            raise ValueError(f"--profile_steps={self.profile_steps}: expected A:B, such as 10:15")
+        if self.profile_steps:
+            found = re.fullmatch(r"(\d+):(\d+)", self.profile_steps)
+            if not found or not 0 < int(found[1]) < int(found[2]):
+                raise ValueError(f"--profile_steps={self.profile_steps}: expected A:B with A below B, such as 10:15")
         given = [bool(self.coordinator_address), self.num_processes > 0, self.process_id >= 0]
         if any(given) and not (self.multihost and all(given)):
             raise ValueError("--coordinator_address, --num_processes and --process_id go together, with --multihost")

@@ -91,6 +91,8 @@ class Log:
         """Numbers; those that are not finite are left out of metrics.jsonl, arrays are histograms of 0 to 2 and of TensorBoard alone."""
         if self._file is None or (step, "recall@1" in values) in self._seen:
             return
+        if not self._board_lives():
+            raise OSError("TensorBoard's events cannot be written: is the disk full?")
         numbers = {name: value for name, value in values.items() if np.ndim(value) == 0}
         self._file.write(json.dumps({"step": step, **{name: value for name, value in numbers.items() if np.isfinite(value)}}) + "\n")
         self._file.flush()
@@ -115,13 +117,23 @@ class Log:
     def __exit__(self, *_):
         if self._file is not None:
             self._file.close()
-            self._board.close()
+            if self._board_lives():
+                self._board.close()
+
+    def _board_lives(self) -> bool:
+        """Whether its thread does: one that failed to write is dead, and everything given to it then waits for ever."""
+        worker = getattr(self._board.file_writer.event_writer, "_worker", None) if self._board.file_writer else None
+        return worker is None or worker.is_alive()
 
 
 def environment() -> str:
     """What ran: the command, the code's commit, versions and devices, as JSON."""
     root = pathlib.Path(__file__).parent.parent
-    git = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True) if (root / ".git").exists() else None
+    try:
+        git = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
+        commit = git.stdout.strip() if git.returncode == 0 and (root / ".git").exists() else ""
+    except OSError:  # no git
+        commit = ""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -129,7 +141,7 @@ def environment() -> str:
         except importlib.metadata.PackageNotFoundError:
             pass
     found = {
-        "command": sys.argv, "commit": git.stdout.strip() if git and git.returncode == 0 else "", "python": platform.python_version(),
+        "command": sys.argv, "commit": commit, "python": platform.python_version(),
         "packages": versions, "processes": jax.process_count(), "devices": [f"{d} ({d.device_kind})" for d in jax.devices()],
     }  # fmt: skip
     return json.dumps(found, indent=1)

@@ -5,6 +5,7 @@ import json
 import signal
 import sys
 import time
+import uuid
 
 import jax
 from jax.experimental import multihost_utils
@@ -35,7 +36,8 @@ def main(_) -> None:
         print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        gone = ("UNAVAILABLE", "DEADLINE", "ABORTED", "Gloo", "Connection", "coordination")
+        if jax.process_count() == 1 or not any(word in str(error) for word in gone):
             raise
         print(f"error: another process of this run has gone: {str(error).splitlines()[0][:300]}", file=sys.stderr, flush=True)
         sys.exit(RUN_AGAIN)
@@ -105,7 +107,7 @@ def _dry_run(prepared) -> None:
     if memory is not None:
         parts = {"arguments": memory.argument_size_in_bytes, "temporary": memory.temp_size_in_bytes, "results": memory.output_size_in_bytes}
         print("memory of each device: " + ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in parts.items()))
-    print("dry run: nothing was trained and nothing written")
+    print("dry run: nothing was trained, and nothing written into the workdir")
 
 
 def _restore(workdir, config, runner, state):
@@ -124,7 +126,7 @@ def _restore(workdir, config, runner, state):
         steps = ", ".join(str(step) for step, _ in damaged)
         raise logs.BadRun(f"none of the checkpoints of {workdir} can be read (steps {steps}): {damaged[0][1]}; remove {directory} to begin again")
     for step, reason in damaged:
-        aside = workdir / "damaged_checkpoints" / str(step)
+        aside = workdir / "damaged_checkpoints" / f"{step}-{uuid.uuid4().hex[:8]}"
         if jax.process_index() == 0:
             aside.parent.mkdir(exist_ok=True)
             (directory / str(step)).rename(aside)
@@ -136,7 +138,7 @@ def _restore(workdir, config, runner, state):
 def _run(prepared) -> None:
     config, workdir, runner, splits, batches, published, left_out = prepared
     first = jax.process_index() == 0
-    say = functools.partial(print, flush=True) if first else lambda *_: None
+    say = functools.partial(print, flush=True) if first else lambda *_, **__: None
     train_step, ks = runner.train(_train_step(config)), sources.find(config.dataset).ks
     rate_at = trained.schedule(config)
     embed = functools.partial(
@@ -153,9 +155,11 @@ def _run(prepared) -> None:
     if first:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = logs.locked(workdir)
-        (workdir / "flags.txt").write_text(config.as_flagfile())
-        (workdir / "environment.json").write_text(logs.environment())
-        (workdir / "data.json").write_text(json.dumps({split: setup.fingerprint(data) for split, data in splits.items()}))
+        prints = json.dumps({split: setup.fingerprint(data) for split, data in splits.items()})
+        environment = logs.environment()
+        for name, text in (("data.json", prints), ("environment.json", environment), ("flags.txt", config.as_flagfile())):
+            with config_lib.written_whole(workdir / name) as aside:
+                aside.write_text(text)
     multihost_utils.sync_global_devices("workdir")
     bad_images = logs.BadImages(workdir / "bad_images.txt", config.max_bad_images, left_out if first else [])
     if config.compilation_cache and not jax.config.jax_compilation_cache_dir:
@@ -165,23 +169,27 @@ def _run(prepared) -> None:
     if start:
         say(f"resuming {workdir} at step {start} of {config.steps}")
     with contextlib.ExitStack() as stack:
+        stack.enter_context(lock if first else contextlib.nullcontext())
         saved = stack.enter_context(checkpoint.Checkpoints(workdir / "checkpoints", keep=config.keep))
         best = stack.enter_context(checkpoint.Checkpoints(workdir / "best", keep=1)) if config.best else None
         log = stack.enter_context(logs.Log(workdir, start))
         log.text("options", config.as_flagfile())
-        log.text("environment", logs.environment())
-        stop = stack.enter_context(_told_to_stop())
+        log.text("environment", environment if first else "")
+        stop = stack.enter_context(_told_to_stop(config.log_every))
         best_score = max((line[config.best] for line in log.kept if config.best in line), default=-1.0)
 
         def evaluate_at(step):
             """The test images that could be read, and their embeddings."""
             nonlocal best_score
-            data, levels = embed_readable(functools.partial(embed, runner.here(state)), splits["test"], bad_images.found)
-            embeddings = np.asarray(models.concatenated(levels))
+            here = runner.here(state.replace(opt_state=()))  # not needed, and large
             try:
+                data, levels = embed_readable(functools.partial(embed, here), splits["test"], bad_images.found)
+                embeddings = np.asarray(models.concatenated(levels))
                 scores = metrics.retrieval_metrics(*evaluate.by_role(embeddings, data), ks=ks)
-            except ValueError as error:  # not finite, or all zero
-                raise logs.BadRun(f"step {step}: {error}; lower --learning_rate")
+            except logs.BadRun:
+                raise
+            except ValueError as error:
+                raise logs.BadRun(f"step {step}: {error}; where embeddings are not finite or all zero, lower --learning_rate")
             if config.best and config.best not in scores:
                 raise logs.BadRun(f"--best={config.best}: expected one of {', '.join(scores)}")
             log.write(step, scores)
@@ -191,6 +199,7 @@ def _run(prepared) -> None:
             if config.best and scores[config.best] > best_score:
                 best_score = scores[config.best]
                 best.save(step, runner.whole(state))
+                best.wait()  # before a checkpoint of this step counts: one that goes on would not save it again
             return data, levels
 
         # ---- The loop
@@ -198,44 +207,51 @@ def _run(prepared) -> None:
             total=config.steps, initial=start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 10, disable=not first
         ) as progress:
             evaluated = None
-            if start == 0:
-                evaluate_at(0)
+            scored = any(line["step"] == start and "recall@1" in line for line in log.kept)
+            if start % config.eval_every == 0 and start < config.steps and not scored:  # at 0, or told to stop before it
+                evaluate_at(start)
             loaded = pipeline.prefetch(
                 _batches(prepared, start, functools.partial(bad_images.found, splits["train"])), runner.place
             )
             since, waited = (start, time.time()), 0.0
+            profiled = tuple(map(int, config.profile_steps.split(":"))) if config.profile_steps else (0, 0)
+            longest_before = int(np.asarray(state.skipped)[1])
             for step in range(start + 1, config.steps + 1):
                 asked = time.time()
                 batch = next(loaded)
                 waited += time.time() - asked
-                with _profiled(config, workdir, step):
-                    state, measured = train_step(state, batch)
                 last = step == config.steps
+                if step == profiled[0]:
+                    jax.profiler.start_trace(str(workdir / "profile"))
+                state, measured = train_step(state, batch)
+                if start < profiled[0] <= step and (step == profiled[1] - 1 or last):
+                    jax.block_until_ready(state)
+                    jax.profiler.stop_trace()
                 if step % config.log_every == 0 or last:
                     values = {name: np.asarray(value).tolist() for name, value in measured.items()}
                     in_a_row, longest, skipped = np.asarray(state.skipped).tolist()
                     rate = (step - since[0]) * batches.batch_size / (time.time() - since[1])
-                    values |= {"learning_rate": float(rate_at(step - 1)), "images_per_second": rate, "seconds_waiting": waited}
+                    values |= {"learning_rate": float(rate_at(step - 1 - skipped)), "images_per_second": rate, "seconds_waiting": waited}
                     values |= {"skipped_steps": skipped} if skipped else {}
                     values |= _device_memory()
                     since, waited = (step, time.time()), 0.0
                     log.write(step, values)
-                    if max(in_a_row, longest) >= config.max_bad_steps:
+                    if in_a_row >= config.max_bad_steps or longest > max(longest_before, config.max_bad_steps - 1):
                         saved.wait()
                         what = [name for name, value in values.items() if not np.isfinite(value).all()] or ["batch statistics"]
                         raise logs.BadRun(
-                            f"{longest} steps in a row up to step {step} had something not finite ({', '.join(what)}) and changed nothing; "
+                            f"{max(in_a_row, longest)} steps in a row, until step {step}, had something not finite ({', '.join(what)}) and changed nothing; "
                             f"the last checkpoint is of step {saved.latest_step() or 0}; lower --learning_rate"
                         )
                     progress.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s", refresh=False)
                 progress.update()
-                stopping = stop(step)
+                stopping = not last and stop(step)
                 if (step % config.eval_every == 0 or last) and not stopping:
                     evaluated = evaluate_at(step)
                     since, waited = (step, time.time()), 0.0
                 if step % config.checkpoint_every == 0 or last or stopping:
                     saved.save(step, runner.whole(state))
-                if stopping and not last:
+                if stopping:
                     saved.wait()
                     say(f"told to stop: saved step {step} of {config.steps}; the same command goes on", file=sys.stderr)
                     sys.exit(RUN_AGAIN)
@@ -269,34 +285,24 @@ def _report(config, workdir, test, levels, ks) -> None:
 
 
 @contextlib.contextmanager
-def _told_to_stop():
-    """A function of the step: whether SIGTERM came, to any process; the second one ends this process at once."""
-    if jax.process_count() > 1:  # JAX's own watch, by which all processes stop at the same step
-        yield multihost_utils.reached_preemption_sync_point
-        return
+def _told_to_stop(every: int):
+    """A function of the step: whether SIGTERM has come, to any process (asked every so many steps); a second one ends a process at once."""
     told = []
 
     def note(*_):
         told.append(True)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
+    def stop(step):
+        if jax.process_count() == 1:
+            return bool(told)
+        return step % every == 0 and bool(multihost_utils.process_allgather(np.array(bool(told))).any())
+
     before = signal.signal(signal.SIGTERM, note)
     try:
-        yield lambda step: bool(told)
+        yield stop
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _profiled(config, workdir, step: int):
-    """Begins and ends the profile of --profile_steps around a step."""
-    first, last = map(int, config.profile_steps.split(":")) if config.profile_steps else (0, 0)
-    if config.profile_steps and step == first:
-        jax.profiler.start_trace(str(workdir / "profile"))
-    yield
-    if config.profile_steps and step == min(last - 1, config.steps) and step >= first:
-        jax.effects_barrier()
-        jax.profiler.stop_trace()
 
 
 def _device_memory() -> dict[str, float]:

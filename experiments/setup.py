@@ -50,7 +50,8 @@ def prepare(config) -> Setup:
         raise ValueError(
             f"--embed_chunk={config.embed_chunk} does not divide the {batch_size // runner.num_devices} images of each device"
         )
-    published = trained.read_pretrained(config) if config.pretrained or config.init_from else None
+    begun = any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))  # then its own weights are
+    published = trained.read_pretrained(config) if (config.pretrained or config.init_from) and not begun else None
     if jax.process_index():  # the first process prepares files; the others find them
         multihost_utils.sync_global_devices("data")
     splits, left_out = sources.open_usable(config)
@@ -61,6 +62,8 @@ def prepare(config) -> Setup:
         if left_out:
             print(f"{len(left_out)} images are left out, such as {left_out[0]}", flush=True)
     datasets.check_splits(splits["train"], splits["test"])
+    if len(splits["test"]) < jax.process_count():
+        raise ValueError(f"{len(splits['test'])} test images are fewer than the {jax.process_count()} processes")
     check_same_data(workdir, splits)
     batches = _sampler(splits["train"], config, runner.num_devices)
     sources.views(config).train(config.image_size)  # may lack a package
@@ -81,7 +84,10 @@ def check_same_data(workdir, splits) -> None:
     """Raises ValueError where the run in the workdir had other images: classes of its training might be searched now."""
     saved = workdir / "data.json"
     if saved.exists():
-        before = json.loads(saved.read_text())
+        try:
+            before = json.loads(saved.read_text())
+        except ValueError:
+            raise ValueError(f"{saved} is damaged: remove it if the images are those that the run began with")
         differing = [split for split, data in splits.items() if before.get(split) != fingerprint(data)]
         if differing:
             raise ValueError(
@@ -96,7 +102,7 @@ def _check_workdir(workdir: pathlib.Path, config) -> None:
         raise ValueError(f"--workdir={config.workdir}: expected a local folder")
     saved = workdir / "flags.txt"
     if not saved.exists():
-        if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        if workdir.exists() and (not workdir.is_dir() or any(not path.name.startswith(".") for path in workdir.iterdir())):
             raise ValueError(f"--workdir={workdir} is in use and holds no run to resume: choose another folder")
         return
     before = config_lib.from_flagfile(saved)

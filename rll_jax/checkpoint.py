@@ -56,8 +56,12 @@ class Checkpoints:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self.close()
+    def __exit__(self, kind, *_):
+        try:
+            self.close()
+        except OSError:
+            if kind is None:  # what is under way already says more
+                raise
 
 
 @contextlib.contextmanager

@@ -25,11 +25,12 @@ def embed_images(
     """
     devices = runner.num_devices // jax.process_count()
     batch_size = -(-batch_size // devices) * devices
-    each = -(-len(data) // jax.process_count())  # rows of a process
-    first = min(jax.process_index() * each, len(data))
+    bounds = [len(data) * i // jax.process_count() for i in range(jax.process_count() + 1)]  # of the processes' rows
+    first, stop = bounds[jax.process_index() :][:2]
+    each = max(np.diff(bounds))
     bad = np.zeros(each, bool)
     batches = pipeline.test_batches(
-        _Part(data, first, min(first + each, len(data))), view, batch_size=batch_size, threads=threads, processes=processes,
+        _Part(data, first, stop), view, batch_size=batch_size, threads=threads, processes=processes,
         on_bad=None if on_bad is None else lambda row: bad.__setitem__(row, True),
     )  # fmt: skip
     parts = [
@@ -37,12 +38,15 @@ def embed_images(
         for images in pipeline.prefetch(batches, runner.place_here)
     ]
     found = {level: np.concatenate([part[level] for part in parts])[:each] for level in parts[0]}
+    found = {level: e[: stop - first] for level, e in found.items()}
     if jax.process_count() > 1:
         padded = {level: np.pad(e, ((0, each - len(e)), (0, 0))) for level, e in found.items()}
-        found, bad = multihost_utils.process_allgather((padded, bad), tiled=True)
+        padded, bad = multihost_utils.process_allgather((padded, bad), tiled=True)
+        of_all = np.concatenate([each * i + np.arange(n) for i, n in enumerate(np.diff(bounds))])
+        found, bad = {level: e[of_all] for level, e in padded.items()}, bad[of_all]
     for row in np.flatnonzero(bad):
         on_bad(int(row))
-    return {level: e[: len(data)] for level, e in found.items()}
+    return found
 
 
 class _Part:

@@ -90,3 +90,22 @@ def test_one_of_two_is_killed_and_the_run_goes_on(of_one, tmp_path):
     (workdir / "flags.txt").write_text(options.replace("--steps=2000\n", f"--steps={stop}\n"))
     (first, out, err), (second, *_) = ends(start(workdir, f"--steps={stop}"))
     assert first == second == 0 and f"at step {step} of {stop}" in out, err
+
+
+@pytest.mark.slow
+def test_told_to_stop_all_stop_at_one_step(tmp_path):
+    """One of the two is told; both save the same step and say: run me again. And they do go on."""
+    workdir = tmp_path / "run"
+    processes = start(workdir, "--steps=3000", "--eval_every=3000", "--checkpoint_every=3000")
+    deadline = time.time() + 200
+    while time.time() < deadline and not ((workdir / "metrics.jsonl").exists() and '"step": 6,' in (workdir / "metrics.jsonl").read_text()):
+        assert processes[0].poll() is None
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGTERM)
+    (first, _, err), (second, _, err_of_second) = ends(processes, timeout=100)
+    assert first == second == 75 and "told to stop: saved step" in err, err_of_second
+    (saved,) = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
+    text = (workdir / "flags.txt").read_text().replace("--steps=3000\n", f"--steps={saved + 2}\n")
+    (workdir / "flags.txt").write_text(text)
+    (first, out, err), (second, *_) = ends(start(workdir, f"--steps={saved + 2}", "--eval_every=3000", "--checkpoint_every=3000"))
+    assert first == second == 0 and f"at step {saved} of {saved + 2}" in out, err

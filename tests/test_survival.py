@@ -15,7 +15,7 @@ import pytest
 
 from experiments import config, run as run_lib, trained
 from rll_jax import parallel, train
-from test_experiments import TINY, command, finished, refused, run, scores  # noqa: F401: a fixture
+from test_experiments import TINY, command, finished, refused, run, scores  # noqa: F401 (a fixture)
 
 STEPS = [*(a for a in TINY if "steps" not in a), "--steps=4000", "--eval_every=4000", "--checkpoint_every=500"]
 
@@ -74,7 +74,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(copy, finished):  # no
     result = run(*TINY, f"--workdir={copy}")
     assert result.returncode == 0 and "resuming" in result.stdout and "at step 9 of 12" in result.stdout, result.stderr
     assert "the checkpoint of step 12 cannot be read and was moved to" in result.stderr
-    assert (copy / "damaged_checkpoints/12").is_dir() and (copy / "checkpoints/12").is_dir()
+    assert list((copy / "damaged_checkpoints").glob("12-*")) and (copy / "checkpoints/12").is_dir()
     assert scores(copy) == scores(finished[1])
     for step in (9, 12):
         damage(copy / "checkpoints" / str(step))
@@ -115,9 +115,33 @@ def test_steps_that_are_not_finite_stop_a_run(tmp_path):
                  f"--workdir={tmp_path / 'run'}")  # fmt: skip
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(told) == 1 and ("steps in a row up to step" in told[0] and "lower --learning_rate" in told[0])
+    assert len(told) == 1 and ("steps in a row, until step" in told[0] and "lower --learning_rate" in told[0])
     lines = scores(tmp_path / "run")
     assert lines[-1]["skipped_steps"] >= 4
+
+
+def test_told_to_stop_where_it_would_evaluate(tmp_path):
+    """The evaluation of the very step is made when the run goes on."""
+    workdir = tmp_path / "run"
+    every = [*(a for a in TINY if "every" not in a and "steps" not in a), "--steps=2000", "--eval_every=1", "--checkpoint_every=5000", "--log_every=1"]
+    process = begin(*every, f"--workdir={workdir}")
+    wait_for_step(process, workdir, 3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    (saved,) = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
+    again = begin(*every, f"--workdir={workdir}")
+    wait_for_step(again, workdir, saved + 1)
+    again.kill()
+    again.communicate()
+    scored = [line["step"] for line in scores(workdir) if "recall@1" in line]
+    assert scored[: saved + 1] == list(range(saved + 1))
+
+
+def test_killed_before_its_flags_were_written(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.lock").touch()
+    (tmp_path / "run/.flags.txt.0.tmp").touch()
+    assert run(*TINY, "--steps=1", f"--workdir={tmp_path / 'run'}").returncode == 0
 
 
 def test_two_runs_in_one_workdir(tmp_path):
@@ -143,7 +167,7 @@ def test_init_from_takes_all_the_weights(finished, tmp_path):  # noqa: F811
 def test_a_dry_run_tells_and_writes_nothing(tmp_path):
     result = run(*TINY, "--dry_run", "--embed_chunk=2", f"--workdir={tmp_path / 'run'}", devices=8)
     assert result.returncode == 0, result.stderr
-    for text in ("5,352 parameters", "batch, image: (16, 16, 16, 3) uint8", "for 8 devices", "GFLOP on each", "temporary", "nothing written"):
+    for text in ("5,352 parameters", "batch, image: (16, 16, 16, 3) uint8", "for 8 devices", "GFLOP on each", "temporary", "nothing written into the workdir"):
         assert text in result.stdout
     assert not (tmp_path / "run").exists()
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rll_jax import backbones, images, models, views, weights
+from rll_jax import backbones, models, views, weights
 
 SHARED = pathlib.Path(__file__).parent.parent.parent / "shared" / "data"
 CAFFE = SHARED / "resnet50_v1_imagenet_fp16.npz"
