@@ -53,6 +53,7 @@ def _into(target, archive, file, members, name_of) -> list[pathlib.Path]:
         raise ValueError(f"{archive}: is empty")
     if there := [str(target / top) for top in tops if (target / top).exists()]:
         raise ValueError(f"{archive}: {', '.join(there[:3])} is there already: leave out --unpack, or move it away")
+    target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target, prefix=".unpacking.") as aside:
         keep = {"filter": "data"} if isinstance(file, tarfile.TarFile) else {}
         for member in tqdm.tqdm(members, desc=archive.name, unit="file", mininterval=1):
