@@ -224,7 +224,7 @@ def _run(prepared) -> None:
                 if step == profiled[0]:
                     jax.profiler.start_trace(str(workdir / "profile"))
                 state, measured = train_step(state, batch)
-                if start < profiled[0] <= step and (step == profiled[1] - 1 or last):
+                if start < profiled[0] <= step == min(profiled[1] - 1, config.steps):
                     jax.block_until_ready(state)
                     jax.profiler.stop_trace()
                 if step % config.log_every == 0 or last:
