@@ -64,7 +64,7 @@ def test_a_benchmark_is_prepared_in_a_local_folder(bucket, tmp_path):
 def test_mistakes(bucket, tmp_path, monkeypatch):
     arguments = [*SMALL, f"--data_dir={bucket}/data"]
     refused("expected a local folder", *arguments, f"--workdir={bucket}/run", name="folder")
-    refused("is not a local folder", *arguments, f"--workdir={tmp_path / 'run'}", "--cache=disk", name="folder")
+    refused("is written into --data_dir, a local folder, and it is", *arguments, f"--workdir={tmp_path / 'run'}", "--cache=disk", name="folder")
     refused("nothing: no such folder", *SMALL, f"--data_dir={bucket}/nothing", f"--workdir={tmp_path / 'run'}", name="folder")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     refused("cannot read s3://bucket/data: Could not connect", *arguments, f"--workdir={tmp_path / 'run'}", name="folder")
