@@ -8,12 +8,12 @@ import uuid
 
 from absl import flags, logging
 
-from experiments import sources
+from experiments import losses, sources
 from rll_jax import backbones, models
 
 # How a run is carried out, not what comes out of it: these may change when it is resumed.
 FREE_TO_CHANGE = (
-    "data_dir", "workdir", "threads", "worker_processes", "checkpoint_every", "keep", "log_every", "verify_images", "max_bad_images",
+    "data_dir", "workdir", "threads", "worker_processes", "checkpoint_every", "keep", "log_every", "report", "verify_images", "max_bad_images",
     "compilation_cache", "max_bad_steps", "profile_steps", "dry_run", "multihost", "coordinator_address", "num_processes", "process_id",
 )  # fmt: skip
 
@@ -31,6 +31,10 @@ class Config:
     index: str = _option("", "table of the folder's pictures, .csv or .parquet, with the columns path, label and, by option, split (folder)")
     test_share: float = _option(0.5, "share of the classes that is searched, where nothing else says which (folder)", low=0.01, high=0.99)
     split_seed: int = _option(0, "seed that draws them (folder)", low=0)
+    validation_share: float = _option(
+        0.0, "share of the training classes to search instead of the test classes, which are not looked at: to choose options by; the rest "
+        "trains", low=0, high=0.9
+    )  # fmt: skip
     image_key: str = _option("image", "feature that holds the picture (tfds)")
     label_key: str = _option("", "feature that holds the class (tfds); empty: label or class_id")
     workdir: str = _option("runs/run", "folder for everything the run writes; resumed if it holds the same run")
@@ -38,6 +42,9 @@ class Config:
     seed: int = _option(0, "seed of the parameters, the batches and the augmentation", low=0)
     classes_per_batch: int = _option(40, "P, classes of a batch", low=2)
     images_per_class: int = _option(4, "K, images of each", low=2)
+    loss: str = _option("ranked_list", "what is trained; the options down to --gallery_gradient are ranked_list's", choices=tuple(losses.LOSSES))
+    loss_options: str = _option("", "of another --loss, such as margin=0.1,mining=hard: the arguments of its function in rll_jax.losses_baseline")
+    proxy_lr_multiplier: float = _option(1.0, "of the rate of the proxies (proxy_anchor)", low=0)
     alpha: float = _option(1.2, "negatives' boundary", low=1e-6, high=2)
     margin: float = _option(0.4, "alpha - margin is the positives' boundary", low=0)
     temperature_pos: float = _option(0.0, "T_p of the positives' weights", low=0)
@@ -91,6 +98,7 @@ class Config:
     best: str = _option("recall@1", "score by which the best checkpoint is kept too, in best/; empty: none")
     max_bad_steps: int = _option(10, "steps in a row that may go without an update because something was not finite", low=1)
     log_every: int = _option(10, "steps between lines of metrics", low=1)
+    report: bool = _option(True, "write the page of pictures at the end")
     threads: int = _option(2, "threads that read and augment, in each process", low=1)
     worker_processes: int = _option(0, "processes beside this one that read and augment; 0: threads alone", low=0)
     cache: str = _option("none", "keep the decoded pictures, shrunk to what the views need, in memory or in --data_dir", choices=("none", "memory", "disk"))
@@ -120,6 +128,7 @@ class Config:
                 raise ValueError(f"--{field.name}={value}: expected {expected}")
         if not self.margin <= self.alpha:
             raise ValueError(f"--margin={self.margin} must not be above --alpha={self.alpha}")
+        losses.read_options(self.loss, self.loss_options)
         wrong = [level for level in self.level_names if level not in models.LEVELS]
         if wrong or len(set(self.level_names)) != len(self.level_names):
             raise ValueError(f"--levels={self.levels}: expected some of L,M,H, each once, with commas between")

@@ -14,9 +14,9 @@ import numpy as np
 import tqdm
 
 from experiments import config as config_lib
-from experiments import logs, setup, sources, trained
+from experiments import logs, losses, setup, sources, trained
 from experiments.evaluate import embed_readable, score_table
-from rll_jax import checkpoint, evaluate, images, loss, metrics, models, pipeline, train
+from rll_jax import checkpoint, evaluate, images, metrics, models, pipeline, train
 from rll_jax import views as views_lib
 
 RUN_AGAIN = 75  # the exit code of a run that was told to stop and has saved its state (EX_TEMPFAIL)
@@ -52,23 +52,15 @@ def _join_processes(config) -> None:
         raise ValueError(f"--multihost: cannot join the other processes: {str(error).splitlines()[0]}")
 
 
-def _train_step(config):
-    ranked_list_loss = functools.partial(
-        loss.ranked_list_loss,
-        alpha=config.alpha,
-        margin=config.margin,
-        temperature_pos=config.temperature_pos,
-        temperature_neg=config.temperature_neg,
-        balance=config.balance,
-        pair_term=config.pair_term,
-        query_weighting=config.query_weighting,
-        weight_gradient=config.weight_gradient,
-        gallery_gradient=config.gallery_gradient,
-    )
+def _train_step(config, train_labels):
     watch = functools.partial(train.watch_distances, alpha=config.alpha, margin=config.margin)
-    return functools.partial(
-        train.train_step, loss=ranked_list_loss, ema_decay=config.ema, embed_chunk=config.embed_chunk, watch=watch
-    )
+    loss = losses.make(config, train_labels)
+    return functools.partial(train.train_step, loss=loss, ema_decay=config.ema, embed_chunk=config.embed_chunk, watch=watch)
+
+
+def _fresh_state(prepared):
+    config, proxies = prepared.config, losses.num_proxies(prepared.config, prepared.splits["train"].labels)
+    return trained.make_state(config, prepared.runner, prepared.published, proxies)
 
 
 def _batches(prepared, start: int, on_bad=None):
@@ -92,10 +84,10 @@ def _batches(prepared, start: int, on_bad=None):
 def _dry_run(prepared) -> None:
     """Everything but the steps, and what one of them takes."""
     config, _, runner, splits, *_ = prepared
-    state = trained.make_state(config, runner, prepared.published)
+    state = _fresh_state(prepared)
     batch = next(_batches(prepared, 0))
     begun = time.time()
-    compiled = runner.train(_train_step(config)).lower(state, runner.place(batch)).compile()
+    compiled = runner.train(_train_step(config, splits["train"].labels)).lower(state, runner.place(batch)).compile()
     seconds, memory = time.time() - begun, compiled.memory_analysis()
     flops = (compiled.cost_analysis() or {}).get("flops", 0)
     count = sum(p.size for p in jax.tree.leaves(state.params))
@@ -139,7 +131,7 @@ def _run(prepared) -> None:
     config, workdir, runner, splits, batches, published, left_out = prepared
     first = jax.process_index() == 0
     say = functools.partial(print, flush=True) if first else lambda *_, **__: None
-    train_step, ks = runner.train(_train_step(config)), sources.find(config.dataset).ks
+    train_step, ks = runner.train(_train_step(config, splits["train"].labels)), sources.find(config.dataset).ks
     rate_at = trained.schedule(config)
     embed = functools.partial(
         evaluate.embed_images,
@@ -165,7 +157,7 @@ def _run(prepared) -> None:
     if config.compilation_cache and not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str((workdir / "compiled").absolute()))
         compilation_cache.reset_cache()  # the first compilation of a process decides whether there is one
-    state, start = _restore(workdir, config, runner, trained.make_state(config, runner, published))
+    state, start = _restore(workdir, config, runner, _fresh_state(prepared))
     if start:
         say(f"resuming {workdir} at step {start} of {config.steps}")
     with contextlib.ExitStack() as stack:
@@ -260,15 +252,20 @@ def _run(prepared) -> None:
 
     # ---- What is left to the user
     if first:
-        _report(config, workdir, *evaluated, ks)
+        _finish(config, workdir, *evaluated, ks)
     multihost_utils.sync_global_devices("done")
 
 
-def _report(config, workdir, test, levels, ks) -> None:
+def _finish(config, workdir, test, levels, ks) -> None:
+    table = score_table(levels, test, ks, clustering=False)
+    *_, final = table.values()
+    recalls = "  ".join(f"Recall@{k} {100 * final[f'recall@{k}']:.1f} %" for k in ks)
+    print(f"Recall@K on {len(np.unique(test.labels))} classes never trained on: {recalls}", flush=True)
+    if not config.report:
+        return
     from experiments import report  # more than a second to import
 
     print("writing the report ...", flush=True)
-    table = score_table(levels, test, ks, clustering=False)
     report.write(
         workdir / "report.html",
         title=f"Retrieval on unseen classes: {workdir.name}",
@@ -278,9 +275,6 @@ def _report(config, workdir, test, levels, ks) -> None:
         embeddings=np.asarray(models.concatenated(levels)),
         table=table,
     )
-    *_, final = table.values()
-    recalls = "  ".join(f"Recall@{k} {100 * final[f'recall@{k}']:.1f} %" for k in ks)
-    print(f"Recall@K on {len(np.unique(test.labels))} classes never trained on: {recalls}")
     print(f"report: {workdir / 'report.html'}")
 
 

@@ -196,4 +196,6 @@ def open_usable(config) -> tuple[dict[str, datasets.ImageSet], list[str]]:
             alone = set(sets[split].paths) - set(kept.paths) - {sets[split].paths[row] for row in of_split}
             left_out += [*of_split.values(), *(f"{path}: the last one of its class" for path in sorted(alone))]
             sets[split] = kept
+    if config.validation_share:
+        sets = datasets.hold_out(sets["train"], config.validation_share, config.split_seed)
     return sets, left_out

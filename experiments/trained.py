@@ -38,9 +38,11 @@ def make_optimizer(config) -> optax.GradientTransformation:
         steps.insert(0, optax.clip_by_global_norm(config.clip_gradient))
     if config.head_lr_multiplier != 1:
         steps.append(optax.masked(optax.scale(config.head_lr_multiplier), _where(lambda name: name.startswith(weights.HEADS))))
+    if config.proxy_lr_multiplier != 1:
+        steps.append(optax.masked(optax.scale(config.proxy_lr_multiplier), _where(lambda name: name == train.PROXIES)))
     if config.frozen_stages:
         stage_of = backbones.BACKBONES[config.backbone].stage_of
-        frozen = _where(lambda name: not name.startswith(weights.HEADS) and stage_of(name) <= config.frozen_stages)
+        frozen = _where(lambda name: not name.startswith((*weights.HEADS, train.PROXIES)) and stage_of(name) <= config.frozen_stages)
         steps.append(optax.masked(optax.set_to_zero(), frozen))  # last: decay moves them too
     return optax.chain(*steps)
 
@@ -58,21 +60,24 @@ def schedule(config) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, max(config.steps, warmup + 1))
 
 
-def make_state(config, runner: parallel.Runner, published: dict | None = None) -> train.TrainState:
+def make_state(config, runner: parallel.Runner, published: dict | None = None, proxies: int = 0) -> train.TrainState:
     """A fresh state, on all devices, with the weights of --pretrained where `read_pretrained` gave them."""
-    state = _create(config)
+    state = _create(config, proxies)
     if published is not None:
-        variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
+        params, batch_stats = jax.device_get((dict(state.params), state.batch_stats))
+        learnt = {name: params.pop(name) for name in (train.PROXIES,) if name in params}
+        variables = {"params": params, "batch_stats": batch_stats}
         new = weights.from_published(published, variables, heads=config.pretrained_head or bool(config.init_from))
+        params = {**new["params"], **learnt}
         # a copy for the average: steps donate both
-        ema = None if state.ema is None else jax.tree.map(np.copy, new["params"])
-        state = state.replace(params=new["params"], batch_stats=new["batch_stats"], ema=ema)
+        ema = None if state.ema is None else jax.tree.map(np.copy, params)
+        state = state.replace(params=params, batch_stats=new["batch_stats"], ema=ema)
     return runner.replicate(state)
 
 
-def _create(config) -> train.TrainState:
+def _create(config, proxies: int = 0) -> train.TrainState:
     return train.create_train_state(
-        make_model(config), make_optimizer(config), config.image_size, config.seed, with_ema=bool(config.ema)
+        make_model(config), make_optimizer(config), config.image_size, config.seed, with_ema=bool(config.ema), proxies=proxies
     )
 
 

@@ -104,6 +104,14 @@ def without(data: ImageSet, bad: Iterable[int]) -> ImageSet:
     return data.take(np.flatnonzero(kept))
 
 
+def hold_out(train: ImageSet, share: float, seed: int) -> dict[str, ImageSet]:
+    """{"train": ..., "test": ...} of a training set: a share of its classes, drawn by the seed, is test; at least one, and not all."""
+    classes = np.unique(train.labels)
+    held = np.random.default_rng(seed).permutation(classes)[: min(max(round(len(classes) * share), 1), len(classes) - 1)]
+    tested = np.isin(train.labels, held)
+    return {"train": train.take(np.flatnonzero(~tested)), "test": train.take(np.flatnonzero(tested))}
+
+
 def from_rows(root, rows: list[published.Row]) -> dict[str, ImageSet]:
     """{"train": ..., "test": ...} of image files under `root`, a local folder or a gs:// or s3:// address."""
     root = epath.Path(root)

@@ -6,7 +6,10 @@ from flax.training import train_state
 import jax
 import jax.numpy as jnp
 from jax import lax
+import numpy as np
 import optax
+
+PROXIES = "proxies"  # of a loss that learns some, among the parameters
 
 
 class TrainState(train_state.TrainState):
@@ -22,8 +25,11 @@ class TrainState(train_state.TrainState):
     ema: Any = None
 
 
-def create_train_state(model, optimizer, image_size: int, seed: int, *, with_ema: bool = False) -> TrainState:
-    """A fresh state of `model` for (B, image_size, image_size, 3) images; the same for the same seed."""
+def create_train_state(model, optimizer, image_size: int, seed: int, *, with_ema: bool = False, proxies: int = 0) -> TrainState:
+    """A fresh state of `model` for (B, image_size, image_size, 3) images; the same for the same seed.
+
+    With `proxies`, for a loss that learns so many of them, the parameters of an `EmbeddingNet` have {"proxies": {level: (proxies, D)}} too.
+    """
 
     @jax.jit
     def init():
@@ -32,6 +38,10 @@ def create_train_state(model, optimizer, image_size: int, seed: int, *, with_ema
 
     variables = init()
     params = variables["params"]
+    if proxies:
+        rng, scale = np.random.default_rng(seed), (2 / proxies) ** 0.5  # as the authors of Proxy Anchor begin
+        drawn = {level: scale * rng.normal(size=(proxies, model.embedding_dim)) for level in model.levels}
+        params = {**params, PROXIES: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), drawn)}
     return TrainState.create(
         apply_fn=model.apply,
         params=params,
@@ -51,7 +61,8 @@ def train_step(state: TrainState, batch, *, loss, axis_name=None, ema_decay=0.0,
       state: replicated over the axis.
       batch: {"image": (n, H, W, 3) uint8, "label": (n,) integer}: each device its own rows.
       loss: (embeddings, labels, *, axis_name) -> scalar, by the convention of `rll_jax.loss`: the mean over the axis of
-        the devices' values is the loss of the whole batch, each query ranking the rows of all devices.
+        the devices' values is the loss of the whole batch, each query ranking the rows of all devices. Where the state has proxies it is
+        given those of the level too, as `proxies`.
       axis_name: of pmap, shard_map or vmap, or None on one device.
       ema_decay: of the state's moving average, where it has one; smaller in the first steps, (1 + step) / (10 + step).
       embed_chunk: 0, or how many of this device's images to have in the network at a time, a divisor of n: all are embedded without a
@@ -69,8 +80,9 @@ def train_step(state: TrainState, batch, *, loss, axis_name=None, ema_decay=0.0,
         levels, updates = state.apply_fn(variables, images, train=True, mutable=["batch_stats"])
         return levels, updates.get("batch_stats", {})
 
-    def objective(levels):
-        losses = {level: loss(e, batch["label"], axis_name=axis_name) for level, e in levels.items()}
+    def objective(levels, params):
+        learnt = {level: {PROXIES: proxies} for level, proxies in params.get(PROXIES, {}).items()}
+        losses = {level: loss(e, batch["label"], axis_name=axis_name, **learnt.get(level, {})) for level, e in levels.items()}
         # a pair with NaN is neither near nor far: the loss alone would not show it
         losses = {level: jnp.where(jnp.isfinite(levels[level]).all(), value, jnp.nan) for level, value in losses.items()}
         seen = {} if watch is None else {level: watch(lax.stop_gradient(e), batch["label"], axis_name=axis_name) for level, e in levels.items()}
@@ -101,7 +113,7 @@ def _gradient(embed, objective, params, images):
 
     def of_params(params):
         levels, batch_stats = embed(params, images)
-        total, seen = objective(levels)
+        total, seen = objective(levels, params)
         return total, (seen, batch_stats)
 
     (total, (seen, batch_stats)), grads = jax.value_and_grad(of_params, has_aux=True)(params)
@@ -114,14 +126,14 @@ def _chunked_gradient(embed, objective, params, images, *, chunk):
     split = lambda e: e.reshape(-1, chunk, e.shape[-1])
     levels, batch_stats = lax.map(functools.partial(embed, params), chunks)
     levels = jax.tree.map(lambda e: e.reshape(-1, e.shape[-1]), levels)
-    (total, seen), of_levels = jax.value_and_grad(objective, has_aux=True)(levels)
+    (total, seen), (of_levels, grads) = jax.value_and_grad(objective, (0, 1), has_aux=True)(levels, params)
 
     def back(grads, of_chunk):
         images, of_levels = of_chunk
         _, pull, _ = jax.vjp(lambda params: embed(params, images), params, has_aux=True)
         return jax.tree.map(jnp.add, grads, *pull(of_levels)), None
 
-    grads, _ = lax.scan(back, jax.tree.map(jnp.zeros_like, params), (chunks, jax.tree.map(split, of_levels)))
+    grads, _ = lax.scan(back, grads, (chunks, jax.tree.map(split, of_levels)))
     return total, seen, jax.tree.map(lambda x: x.mean(axis=0), batch_stats), grads
 
 

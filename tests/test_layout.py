@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "_inputs": {"_pairs"},
     "_blocks": {"_pairs"},
     "loss": {"_blocks", "_inputs"},
+    "losses_baseline": {"_inputs", "_pairs"},
     "memory": {"_inputs"},
     "_ranks": set(),
     "metrics": {"_ranks"},
@@ -35,7 +36,7 @@ MAY_IMPORT = {
     "checkpoint": set(),
     "evaluate": {"models", "parallel", "pipeline"},
 }
-CORE = ("loss", "memory", "metrics", "sampler")
+CORE = ("loss", "losses_baseline", "memory", "metrics", "sampler")
 
 
 def imported(path):

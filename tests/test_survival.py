@@ -201,7 +201,7 @@ def test_the_step_lowers_for_machines_that_are_not_here(platform, options):
         trained.make_model(settings), trained.make_optimizer(settings), 32, 0, with_ema=True
     ))  # fmt: skip
     images = {"image": jax.ShapeDtypeStruct((64, 32, 32, 3), np.uint8), "label": jax.ShapeDtypeStruct((64,), np.int32)}
-    lowered = runner.train(run_lib._train_step(settings)).trace(state, images).lower(lowering_platforms=(platform,))
+    lowered = runner.train(run_lib._train_step(settings, np.arange(2))).trace(state, images).lower(lowering_platforms=(platform,))
     assert "all_gather" in lowered.as_text() and "all_reduce" in lowered.as_text()
 
 
