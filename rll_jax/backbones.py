@@ -198,6 +198,7 @@ def _ceil_max_pool(x, sides=None):
 
 BACKBONES = {
     "resnet_tiny": ResNetConfig((1, 1), width=8, small_images=True),  # for tests: seconds to compile, nothing learnt
+    "resnet_smaller": ResNetConfig((1, 1, 1), width=16, small_images=True, stem_pool=2),  # comparisons of many runs on a CPU
     "resnet_small": ResNetConfig((1, 1, 1), width=32, small_images=True, stem_pool=2),
     "resnet_medium": ResNetConfig((1, 1, 1), width=64, small_images=True, stem_pool=2),
     "resnet18_small": ResNetConfig((2, 2, 2, 2), small_images=True),
