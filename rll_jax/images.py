@@ -80,7 +80,7 @@ class Picture:
         where less than half of those go, each is then interpolated from its four neighbours. All else is as Pillow does it.
 
         Args:
-          nearest: move the box of a JPEG to the nearest pixels of the scale that it is read at, which is faster.
+          nearest: move the box to the nearest pixels, of the scale that a JPEG is read at, and interpolate all kinds as a JPEG: faster.
         """
         with self._named():
             return self._resized(size, Image.Resampling.BILINEAR, box, 2.0, nearest)
@@ -90,8 +90,10 @@ class Picture:
         across, down = (edges[2:] - edges[:2]) / size
         shrink = next((s for s in (8, 4, 2) if s * 7 / 8 <= min(across, down)), 1)
         pixels = self._jpeg(shrink)
-        if pixels is None:
+        if pixels is None and not nearest:
             return np.asarray(self.rgb().resize(size, resample, box=box, reducing_gap=reducing_gap))
+        if pixels is None:
+            pixels, shrink = np.asarray(self.rgb()), 1
         edges /= shrink
         if max(across, down) > 2 * shrink:
             box = (*edges[:2], *np.minimum(edges[2:], pixels.shape[1::-1]))

@@ -1,6 +1,7 @@
 """How a network looks at a picture: resized, cropped, augmented. A Pillow image or an `images.Picture` in, (H, W, 3) uint8 out."""
 import dataclasses
 import functools
+import math
 import os
 import threading
 from typing import Callable
@@ -36,7 +37,8 @@ class RandomResizedCrop:
     """A random window of the picture squeezed to a square, of area share `scale` and aspect `ratio`, resized to size x size; mirrored
     half of the time.
 
-    The train view of the 2020 recipes (resize to 256 x 256, then a crop of scale 0.5-1 and aspect 3/4-4/3), in one resize.
+    The train view of the 2020 recipes (resize to 256 x 256, then a crop of scale 0.5-1 and aspect 3/4-4/3), in one resize; of an
+    `images.Picture` its edges are whole pixels.
     """
 
     size: int
@@ -46,10 +48,10 @@ class RandomResizedCrop:
 
     def __call__(self, image: Image.Image | images.Picture, rng: np.random.Generator) -> np.ndarray:
         area = rng.uniform(*self.scale)
-        aspect = np.exp(rng.uniform(*np.log(self.ratio)))
+        aspect = math.exp(rng.uniform(*map(math.log, self.ratio)))
         # at an area near 1 no window of another aspect fits
-        aspect = np.clip(aspect, area, 1 / area)
-        width, height = np.sqrt(area * aspect), np.sqrt(area / aspect)
+        aspect = min(max(aspect, area), 1 / area)
+        width, height = math.sqrt(area * aspect), math.sqrt(area / aspect)
         left, top = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
         right, bottom = min(left + width, 1), min(top + height, 1)
         box = (left * image.width, top * image.height, right * image.width, bottom * image.height)
