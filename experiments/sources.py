@@ -124,7 +124,10 @@ def _open(config) -> dict[str, datasets.ImageSet]:
         return prepared_lib.open_prepared(config.data_dir)
     if not prepared.exists():
         prepare(*listing(config), prepared, config)
-    return prepared_lib.open_prepared(prepared)
+        return prepared_lib.open_prepared(prepared)
+    sets = prepared_lib.open_prepared(prepared)
+    _tell_differences(config.dataset, _rows(sets))
+    return sets
 
 
 @contextlib.contextmanager
@@ -151,9 +154,20 @@ def listing(config) -> published.Listing:
             return published.Listing(config.data_dir, folders.read_index(config.index, config.test_share, config.split_seed))
         return published.Listing(config.data_dir, folders.class_folders(config.data_dir, config.test_share, config.split_seed))
     found = published.read(config.dataset, config.data_dir)
-    for difference in published.differences(config.dataset, found.rows):
-        print(f"note: {difference}", file=sys.stderr)
+    _tell_differences(config.dataset, found.rows)
     return found
+
+
+def _tell_differences(dataset: str, rows) -> None:
+    for difference in published.differences(dataset, rows):
+        print(f"note: {difference}", file=sys.stderr)
+
+
+def _rows(sets) -> list[published.Row]:
+    train, test = sets["train"], sets["test"]
+    roles = [published.TEST] * len(test) if test.in_gallery is None else [(published.QUERY, published.GALLERY)[int(g)] for g in test.in_gallery]
+    columns = zip([*train.paths, *test.paths], [*train.labels, *test.labels], [published.TRAIN] * len(train) + roles)
+    return [published.Row(*row) for row in columns]
 
 
 def prepare(root, rows, directory, config) -> None:
@@ -177,10 +191,11 @@ def refuse_bad(bad: dict[str, dict[int, str]], sets: dict, config) -> None:
     if found and len(found) == total:
         raise ValueError(f"none of the {total} images{where} can be used, such as {found[0]}: are they in another folder?")
     if found and config.on_bad_image == "stop":
-        first = "; ".join(found[:10])
+        first, prepared = "; ".join(found[:10]), prepared_in(config.data_dir, config.dataset)
+        anew = f" and remove {prepared}, which is written anew" * (config.dataset in published.BENCHMARKS and prepared.exists())
         raise ValueError(
             f"{len(found)} of the {total} images{where} cannot be used: {first}{'; ...' * (len(found) > 10)}. "
-            "Mend them, or leave them out by --on_bad_image=skip"
+            f"Mend them{anew}, or leave them out by --on_bad_image=skip"
         )
 
 

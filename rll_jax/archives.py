@@ -1,4 +1,5 @@
 """Unpacking a published archive: nothing outside the target, nothing overwritten, whole or not at all."""
+import os
 import pathlib
 import stat
 import tarfile
@@ -51,7 +52,7 @@ def _into(target, archive, file, members, name_of) -> list[pathlib.Path]:
     tops = sorted({name.parts[0] for name in names if name.parts})
     if not tops:
         raise ValueError(f"{archive}: is empty")
-    if there := [str(target / top) for top in tops if (target / top).exists()]:
+    if there := [str(target / top) for top in tops if os.path.lexists(target / top)]:
         raise ValueError(f"{archive}: {', '.join(there[:3])} is there already: leave out --unpack, or move it away")
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target, prefix=".unpacking.") as aside:

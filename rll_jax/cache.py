@@ -36,7 +36,8 @@ def free_memory() -> int:
         lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
         limits.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
         group = pathlib.Path("/sys/fs/cgroup")
-        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        given_back = sum(int(line.split()[1]) for line in (group / "memory.stat").read_text().splitlines() if line.startswith("inactive_file "))
+        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()) + given_back)
     except (OSError, ValueError, StopIteration):  # no Linux, or no limit
         pass
     return max(min(limits, default=2**62), 0)

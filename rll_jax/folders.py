@@ -1,7 +1,6 @@
 """Anyone's own pictures: a folder for each class, or a table of paths and classes."""
 from concurrent import futures
 import csv
-import io
 import pathlib
 
 from etils import epath
@@ -89,8 +88,11 @@ def read_index(file, test_share: float = 0.5, seed: int = 0) -> list[Row]:
         seen[path] = where
         found.append((path, label, split, super_label))
     splits = {split for _, _, split, _ in found}
-    if not found or "" in splits and len(splits) > 1:
-        raise ValueError(f"{file}: " + ("some rows have a split and some have none" if found else "lists no image"))
+    if not found:
+        raise ValueError(f"{file}: lists no image")
+    if "" in splits and len(splits) > 1:
+        first = next(seen[path] for path, _, split, _ in found if not split)
+        raise ValueError(f"{file}, {first}: some rows have a split and some have none, this one among them")
     if "test" in splits and splits & {"query", "gallery"}:
         raise ValueError(f"{file}: has splits test and query or gallery: expected train and test, or train, query and gallery")
     trained, tested = ({row[1] for row in found if (row[2] == "train") == part and row[2]} for part in (True, False))
@@ -110,20 +112,22 @@ def _numbered(names: set[str]) -> dict[str, int]:
 
 
 def _csv_rows(file):
-    lines = list(published.lines(file))
-    try:
-        table = list(csv.reader(io.StringIO("\n".join(text for _, text in lines)), strict=True))
-    except csv.Error as error:
-        raise ValueError(f"{file}: not a table with commas: {error}")
-    if len(table) != len(lines):
-        raise ValueError(f"{file}: a quoted field goes over the end of its line")
-    head = [name.strip() for name in table[0]] if table else []
-    if not {"path", "label"} <= set(head) or len(set(head)) != len(head):
-        raise ValueError(f"{file}, line 1: expected a header with the columns path and label, found {','.join(head)!r:.120}")
-    for (at, _), cells in zip(lines[1:], table[1:], strict=True):
+    head = []
+    for at, text in published.lines(file):
+        try:
+            cells = [cell.strip() for cell in next(csv.reader([text], strict=True))]
+        except csv.Error as error:  # a quoted field that goes on in the next line, too
+            raise ValueError(f"{file}, line {at}: not a table with commas: {error}")
+        if not head:
+            head = cells
+            if not {"path", "label"} <= set(head) or len(set(head)) != len(head):
+                raise ValueError(f"{file}, line {at}: expected a header with the columns path and label, found {','.join(head)!r:.120}")
+            continue
         if len(cells) != len(head):
             raise ValueError(f"{file}, line {at}: expected {len(head)} fields, found {len(cells)}")
-        yield f"line {at}", dict(zip(head, (cell.strip() for cell in cells)))
+        yield f"line {at}", dict(zip(head, cells))
+    if not head:
+        raise ValueError(f"{file}, line 1: expected a header with the columns path and label, found nothing")
 
 
 def _parquet_rows(file):

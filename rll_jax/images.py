@@ -38,9 +38,10 @@ class Picture:
             image = self._open()
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than is safe to decode")
+            self._is_jpeg, self._stored = image.format == "JPEG" and image.mode in ("RGB", "L"), image.size
             # Pillow turns a TIFF by itself
-            turned = image.format != "TIFF" and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-            self.size = image.size[::-1] if turned else image.size
+            self._orientation = 1 if image.format == "TIFF" else image.getexif().get(_ORIENTATION, 1)
+            self.size = image.size[::-1] if self._orientation in (5, 6, 7, 8) else image.size
 
     @property
     def width(self) -> int:
@@ -53,6 +54,8 @@ class Picture:
     def rgb(self) -> Image.Image:
         """The whole picture."""
         with self._named():
+            if (pixels := self._jpeg(1)) is not None:
+                return Image.fromarray(pixels)
             image = self._open()
             image.load()
             if image.mode in ("F", "I"):  # of no range that all agree on
@@ -66,41 +69,54 @@ class Picture:
             return image.convert("RGB")
 
     def resize(self, size: tuple[int, int], resample, box=None, reducing_gap=None) -> Image.Image:
-        """As Pillow's `Image.resize`, to a few grey levels.
+        """As Pillow's `Image.resize`, to a few grey levels; see `resized`."""
+        with self._named():
+            return Image.fromarray(self._resized(size, resample, box, reducing_gap, False))
+
+    def resized(self, size: tuple[int, int], box=None, *, nearest: bool = False) -> np.ndarray:
+        """(height, width, 3) uint8: the box (left, top, right, bottom), by default all, resized to (width, height), bilinear.
 
         A JPEG is read at the smallest scale (1, 1/2, 1/4, 1/8) at which the box has seven eighths of `size` still, from its coefficients;
-        where less than half of those go, each is then interpolated from its four neighbours, whatever `resample`.
+        where less than half of those go, each is then interpolated from its four neighbours. All else is as Pillow does it.
+
+        Args:
+          nearest: move the box to the nearest pixels, of the scale that a JPEG is read at, and interpolate all kinds as a JPEG: faster.
         """
         with self._named():
-            return self._resize(size, resample, box, reducing_gap)
+            return self._resized(size, Image.Resampling.BILINEAR, box, 2.0, nearest)
 
-    def _resize(self, size, resample, box, reducing_gap):
-        left, top, right, bottom = box or (0, 0, *self.size)
-        across, down = (right - left) / size[0], (bottom - top) / size[1]
+    def _resized(self, size, resample, box, reducing_gap, nearest):
+        edges = np.array(box or (0, 0, *self.size), float)
+        across, down = (edges[2:] - edges[:2]) / size
         shrink = next((s for s in (8, 4, 2) if s * 7 / 8 <= min(across, down)), 1)
         pixels = self._jpeg(shrink)
+        if pixels is None and not nearest:
+            return np.asarray(self.rgb().resize(size, resample, box=box, reducing_gap=reducing_gap))
         if pixels is None:
-            return self.rgb().resize(size, resample, box=box, reducing_gap=reducing_gap)
+            pixels, shrink = np.asarray(self.rgb()), 1
+        edges /= shrink
         if max(across, down) > 2 * shrink:
-            box = (left / shrink, top / shrink, min(right / shrink, pixels.shape[1]), min(bottom / shrink, pixels.shape[0]))
-            return Image.fromarray(pixels).resize(size, resample, box=box, reducing_gap=reducing_gap)
+            box = (*edges[:2], *np.minimum(edges[2:], pixels.shape[1::-1]))
+            return np.asarray(Image.fromarray(pixels).resize(size, resample, box=box, reducing_gap=reducing_gap))
+        left, top, right, bottom = whole = edges.round().astype(int)
+        if right > left and bottom > top and (nearest or (edges == whole).all()):
+            return cv2.resize(pixels[top:bottom, left:right], size, interpolation=cv2.INTER_LINEAR)
         # centres of pixels: at half ones
-        x, y = (left + across / 2) / shrink - 0.5, (top + down / 2) / shrink - 0.5
-        to_source = np.array([[across / shrink, 0, x], [0, down / shrink, y]])
+        scale = (edges[2:] - edges[:2]) / size
+        to_source = np.column_stack([np.diag(scale), edges[:2] + scale / 2 - 0.5])
         how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-        return Image.fromarray(cv2.warpAffine(pixels, to_source, size, flags=how, borderMode=cv2.BORDER_REPLICATE))
+        return cv2.warpAffine(pixels, to_source, size, flags=how, borderMode=cv2.BORDER_REPLICATE)
 
     def _jpeg(self, shrink: int) -> np.ndarray | None:
-        """The pixels of a colour JPEG at 1/shrink, upright; None where it is something else, or not as it should be."""
-        image = self._open()
-        if image.format != "JPEG" or image.mode != "RGB":
+        """The pixels of a grey or colour JPEG at 1/shrink, upright; None where it is something else, or not as it should be."""
+        if not self._is_jpeg:
             return None
-        low = {"min_height": -(-image.height // shrink), "min_width": -(-image.width // shrink), "min_factor": shrink}
+        low = {"min_width": -(-self._stored[0] // shrink), "min_height": -(-self._stored[1] // shrink), "min_factor": shrink}
         try:
             pixels = simplejpeg.decode_jpeg(self._data, "RGB", **low)
         except ValueError:  # it refuses what Pillow mends, too
             return None
-        return _UPRIGHT[image.getexif().get(_ORIENTATION, 1)](pixels)
+        return pixels if self._orientation == 1 else np.ascontiguousarray(_UPRIGHT[self._orientation](pixels))
 
     def _open(self) -> Image.Image:
         return Image.open(io.BytesIO(self._data))

@@ -71,15 +71,7 @@ def read(name: str, directory) -> Listing:
     Raises:
       ValueError: files are missing (what to download), or metadata broken (which file and line).
     """
-    directory = epath.Path(directory)
-    listing = {"sop": _sop, "cub": _cub, "cars": _cars, "inshop": _inshop}[name](directory)
-    seen = {}
-    for row in listing.rows:
-        if seen.setdefault(row.path, row.label) != row.label or not inside(row.path):
-            raise ValueError(f"{listing.root}: the image {row.path!r} is of two classes, or outside the set")
-    if len(seen) < len(listing.rows):
-        raise ValueError(f"{listing.root}: {len(listing.rows) - len(seen)} images are listed twice")
-    return listing
+    return {"sop": _sop, "cub": _cub, "cars": _cars, "inshop": _inshop}[name](epath.Path(directory))
 
 
 def is_remote(path) -> bool:
@@ -157,25 +149,41 @@ def _find(directory, name: str, *files: str):
     raise ValueError(f"no {benchmark.title} in {directory} (looked for {' or '.join(files)}): {how}")
 
 
+class _Rows:
+    """The rows of a set; ValueError where an image is listed twice, or a class both trains and is tested."""
+
+    def __init__(self):
+        self.rows, self._seen, self._split_of = [], set(), {}
+
+    def add(self, where: str, path: str, label: int, split: str, super_label: int = 0) -> None:
+        if path in self._seen:
+            raise ValueError(f"{where}: {path} is listed twice")
+        self._seen.add(path)
+        before = self._split_of.setdefault(label, split)
+        if (before == TRAIN) != (split == TRAIN):
+            raise ValueError(f"{where}: class {label + 1} is of {split} here, and was of {before}")
+        self.rows.append(Row(path, label, split, super_label))
+
+
 def _sop(directory) -> Listing:
     root, header = _find(directory, "sop", "Ebay_train.txt"), ["image_id", "class_id", "super_class_id", "path"]
-    rows, split_of = [], {}
+    found, lines_of = _Rows(), {}
     for split in (TRAIN, TEST):
-        path = root / f"Ebay_{split}.txt"
+        path, before = root / f"Ebay_{split}.txt", len(found.rows)
         table = _fields(path, 4, "three numbers and a path")
         at, first = next(table, (1, []))
         if first != header:
             raise ValueError(f"{path}, line {at}: expected the header {' '.join(header)!r}, found {' '.join(first)!r}")
         for at, (*numbers, image) in table:
-            _, label, super_label = values = [number(x) for x in numbers]
+            key, label, super_label = values = [number(x) for x in numbers]
             if None in values or not inside(image):
                 raise ValueError(f"{path}, line {at}: expected three numbers and a path inside the set, found {[*numbers, image]}")
-            if split_of.setdefault(image, at) != at:
-                raise ValueError(f"{path}, line {at}: {image} is listed twice")
-            rows.append(Row(image, label - 1, split, super_label - 1))
-        if not rows or rows[-1].split != split:
+            if lines_of.setdefault((split, key), at) != at:
+                raise ValueError(f"{path}, line {at}: image {key} is listed twice")
+            found.add(f"{path}, line {at}", image, label - 1, split, super_label - 1)
+        if len(found.rows) == before:
             raise ValueError(f"{path} lists no image")
-    return Listing(root, rows)
+    return Listing(root, found.rows)
 
 
 def _cub(directory) -> Listing:
@@ -185,22 +193,24 @@ def _cub(directory) -> Listing:
     for file, ids, others in (("image_class_labels.txt", labels, paths), ("images.txt", paths, labels)):
         if absent := sorted(others.keys() - ids.keys()):
             raise ValueError(f"{root / file} has no line for {len(absent)} images, such as {absent[:5]}")
-    rows = []
-    for image, path in paths.items():
-        if labels[image] > _CUB_CLASSES:
-            raise ValueError(f"{root / 'image_class_labels.txt'}: image {image} is of class {labels[image]}, expected 1 to {_CUB_CLASSES}")
-        rows.append(Row(f"images/{path}", labels[image] - 1, _half(labels[image], _CUB_CLASSES)))
-    return Listing(root, rows)
+    found = _Rows()
+    for image, (at, path) in paths.items():
+        line, label = labels[image]
+        if label > _CUB_CLASSES:
+            raise ValueError(f"{root / 'image_class_labels.txt'}, line {line}: image {image} is of class {label}, expected 1 to {_CUB_CLASSES}")
+        found.add(f"{root / 'images.txt'}, line {at}", f"images/{path}", label - 1, _half(label, _CUB_CLASSES))
+    return Listing(root, found.rows)
 
 
-def _by_id(path, convert, expected) -> dict:
+def _by_id(path, convert, expected) -> dict[int, tuple]:
+    """{number of an image: (line, value)}."""
     found = {}
     for at, (key, text) in _fields(path, 2, expected):
         if number(key) is None or (value := convert(text)) is None:
             raise ValueError(f"{path}, line {at}: expected {expected}, found {key!r} and {text[:120]!r}")
         if number(key) in found:
             raise ValueError(f"{path}, line {at}: image {key} is listed twice")
-        found[number(key)] = value
+        found[number(key)] = at, value
     if not found:
         raise ValueError(f"{path} lists no image")
     return found
@@ -220,11 +230,11 @@ def _cars(directory) -> Listing:
         if not tested:
             raise ValueError(f"no cars_test_annos_withlabels.mat in {directory}: {BENCHMARKS['cars'].download} (those in the devkit are without labels)")
         tables = [(folder / "cars_train_annos.mat", "fname", "cars_train/"), (tested[0], "fname", "cars_test/")]
-    rows = []
+    found = _Rows()
     for file, column, prefix in tables:
-        for path, label in _annotations(file, column):
-            rows.append(Row(prefix + path, label - 1, _half(label, _CARS_CLASSES)))
-    return Listing(_image_root(directory, folder, rows), rows)
+        for at, (path, label) in enumerate(_annotations(file, column), start=1):
+            found.add(f"{file}, annotation {at}", prefix + path, label - 1, _half(label, _CARS_CLASSES))
+    return Listing(_image_root(directory, folder, found.rows), found.rows)
 
 
 # In a process of its own: scipy's reader crashes on some damaged files, and takes the memory that others claim.
@@ -266,19 +276,16 @@ def _inshop(directory) -> Listing:
     path = folder / "list_eval_partition.txt"
     head = list(lines(path))[:2]
     if len(head) < 2 or number(head[0][1].strip()) is None or head[1][1].split() != header:
-        raise ValueError(f"{path}: expected a number of images and then the header {' '.join(header)!r}, found {[text for _, text in head]}")
-    rows, seen = [], set()
+        raise ValueError(f"{path}, line {head[0][0] if head else 1}: expected a number of images and then the header {' '.join(header)!r}, found {[text for _, text in head]}")
+    found = _Rows()
     for at, (image, item, split) in _fields(path, 3, "a path, an item and train, query or gallery", skip=2):
         label = number(item.removeprefix("id_"))
         if not inside(image) or label is None or split not in (TRAIN, QUERY, GALLERY):
             raise ValueError(f"{path}, line {at}: expected a path inside the set, an item such as id_00000002 and train, query or gallery, found {[image, item, split]}")
-        if image in seen:
-            raise ValueError(f"{path}, line {at}: {image} is listed twice")
-        seen.add(image)
-        rows.append(Row(image, label - 1, split))
-    if len(rows) != number(head[0][1].strip()):
-        raise ValueError(f"{path}, line 1: says {head[0][1].strip()} images, {len(rows)} are listed")
-    return Listing(_image_root(directory, folder, rows), rows)
+        found.add(f"{path}, line {at}", image, label - 1, split)
+    if len(found.rows) != number(head[0][1].strip()):
+        raise ValueError(f"{path}, line {head[0][0]}: says {head[0][1].strip()} images, {len(found.rows)} are listed")
+    return Listing(_image_root(directory, folder, found.rows), found.rows)
 
 
 def _image_root(directory, folder, rows):

@@ -113,12 +113,13 @@ def test_a_parquet_table_is_the_same(tmp_path):
     ("path,label\na/../../x,1", "line 2: the path is "),
     ("path,label\na,1\n\na,1", "line 4: a was listed in line 2 already"),
     ("path,label,split\na,1,val", "line 2: the split is 'val', expected one of train, test, query, gallery"),
-    ("path,label,split\na,1,train\nb,1,", "some rows have a split and some have none"),
+    ("path,label,split\na,1,train\nb,1,", "line 3: some rows have a split and some have none"),
     ("path,label\na,1", "expected at least two classes"),
     ("path,label\na,1\n./a,1", "line 3: a was listed in line 2 already"),
     ("path,label,split\na,x,train\nb,x,test", "1 classes are in train and in test, such as x"),
     ("path,label,split\na,x,train\nb,y,test\nc,y,gallery", "has splits test and query or gallery"),
-    ('path,label\n"a,1\nb",2', "a quoted field goes over the end of its line|not a table"),
+    ('path,label\n"a,1\nb",2', "line 2: not a table with commas"),
+    ('path,label\na,1\nb,"2"x', "line 3: not a table with commas"),
     (b"path,label\n\xff,1", "line 2: not UTF-8"),
 ])  # fmt: skip
 def test_tables_that_cannot_be(text, error, tmp_path):

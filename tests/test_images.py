@@ -130,6 +130,18 @@ def test_a_jpeg_at_reduced_scale_is_the_whole_one_resized(shape):
             assert ours.shape == theirs.shape and np.abs(ours - theirs).mean() < 3
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_box_moved_to_the_nearest_pixels_moves_by_half_of_one(mode):
+    """Every pixel of the result lies, for some shift of half a pixel of the scale read, near what the box itself gives."""
+    data = encoded(photograph((640, 480)).convert(mode), "JPEG", quality=95)
+    picture, box = images.Picture(data, "x"), np.array([31.3, 17.8, 500.1, 460.9])
+    seen = picture.resized((200, 190), tuple(box), nearest=True).astype(int)
+    shifted = [picture.resized((200, 190), tuple(box + [x, y, x, y])).astype(int) for x in (-1, 0, 1) for y in (-1, 0, 1)]
+    assert ((seen >= np.min(shifted, 0) - 4) & (seen <= np.max(shifted, 0) + 4)).mean() > 0.99
+    whole = picture.resized((320, 240), nearest=True)
+    np.testing.assert_array_equal(whole, picture.resized((320, 240)))
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_turned_jpeg_is_upright_at_every_scale(orientation):
     exif = Image.Exif()
@@ -150,6 +162,13 @@ def test_a_turned_tiff_is_upright_once(orientation):
     picture = images.Picture(data, "x")
     assert picture.size == picture.rgb().size == ((96, 160) if orientation == 6 else (160, 96))
     assert picture.resize((16, 16), Image.Resampling.BILINEAR).size == (16, 16)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"progressive": True, "subsampling": 0}])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_whole_jpeg_is_pillows(mode, kwargs):
+    data = encoded(photograph((163, 97)).convert(mode), "JPEG", quality=90, **kwargs)
+    np.testing.assert_array_equal(images.decode(data, "x"), Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def test_deep_grey_with_a_transparent_value_keeps_its_picture():

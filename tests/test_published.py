@@ -71,6 +71,8 @@ def test_missing_says_what_to_download(name, tmp_path):
     (f"9 {'9' * 5000} 1 a.jpg", "line 3: expected three numbers"),
     ("9 9 1 chair_final/112_0.JPG", "line .*listed twice"),
     ("9 9 1 \udcff.jpg", "line 3: not UTF-8"),
+    ("9 1 1 new.jpg", "Ebay_test.txt, line 3: class 1 is of test here, and was of train"),
+    ("28 7 2 new.jpg", "Ebay_test.txt, line 3: image 28 is listed twice"),
 ])  # fmt: skip
 def test_sop_bad_line(tmp_path, line, text):
     index = make_sop(tmp_path) / "Ebay_test.txt"
@@ -90,12 +92,13 @@ def test_bom_blank_lines_and_endings_do_no_harm(tmp_path):
 
 
 @pytest.mark.parametrize("file, change, text", [
-    ("image_class_labels.txt", lambda t: t.replace("1 1\n", "1 201\n", 1), "image 1 is of class 201, expected 1 to 200"),
+    ("image_class_labels.txt", lambda t: t.replace("1 1\n", "1 201\n", 1), "image_class_labels.txt, line 1: image 1 is of class 201, expected 1 to 200"),
     ("image_class_labels.txt", lambda t: t.replace("7 2\n", "", 1), r"image_class_labels.txt has no line for 1 images, such as \[7\]"),
     ("image_class_labels.txt", lambda t: t + "99 3\n", r"images.txt has no line for 1 images, such as \[99\]"),
     ("image_class_labels.txt", lambda t: t + "3 3\n", "line 41: image 3 is listed twice"),
     ("images.txt", lambda t: t.replace("001.Some", "../001.Some", 1), "images.txt, line 1: expected a number and a path inside"),
     ("images.txt", lambda t: "", "images.txt lists no image"),
+    ("images.txt", lambda t: t.replace("_0001_1.jpg", "_0000_1.jpg", 1), "images.txt, line 2: images/001.* is listed twice"),
 ])  # fmt: skip
 def test_cub_broken(tmp_path, file, change, text):
     path = make_cub(tmp_path) / file
@@ -110,7 +113,7 @@ def test_cars_broken(tmp_path):
     for paths, labels, text in (
         (["car_ims/1.jpg", "../2.jpg"], [1, 2], "annotation 2: expected a path inside the set"),
         (["car_ims/1.jpg", "car_ims/2.jpg"], [1, 197], "annotation 2: .* a class 1 to 196"),
-        (["car_ims/1.jpg", "car_ims/1.jpg"], [1, 1], "listed twice"),
+        (["car_ims/1.jpg", "car_ims/1.jpg"], [1, 1], "annotation 2: car_ims/1.jpg is listed twice"),
     ):
         annotations(file, relative_im_path=paths, **{"class": labels})
         with pytest.raises(ValueError, match=text):
@@ -133,6 +136,8 @@ def test_cars_devkit_without_test_labels(tmp_path):
     (lambda t: t.replace("query", "probe", 1), "train, query or gallery, found"),
     (lambda t: t.replace(" id_00000001 ", " shirt ", 1), "line 3: expected .* an item such as id_00000002"),
     (lambda t: t.replace("img/WOMEN", "/img/WOMEN", 1), "line 3: expected a path inside the set"),
+    (lambda t: t.replace(" id_00000001 ", " id_00000008 ", 1), "line .*: class 8 is of query here, and was of train"),
+    (lambda t: "", "line 1: expected a number of images"),
 ])  # fmt: skip
 def test_inshop_broken(tmp_path, change, text):
     path = make_inshop(tmp_path) / "Eval/list_eval_partition.txt"
@@ -206,6 +211,13 @@ def test_unpack(kind, tmp_path):
     with pytest.raises(ValueError, match="is there already"):
         archives.unpack(archive, tmp_path)
     assert (tmp_path / "top.txt").read_text() == "mine"
+
+
+def test_unpack_replaces_no_link_to_nowhere(tmp_path):
+    (tmp_path / "top.txt").symlink_to("gone")
+    with pytest.raises(ValueError, match="is there already"):
+        archives.unpack(pack(tmp_path / "x.tgz", {"top.txt": b"t"}), tmp_path)
+    assert (tmp_path / "top.txt").is_symlink()
 
 
 @pytest.mark.parametrize("kind", ["x.zip", "x.tgz"])

@@ -1,11 +1,14 @@
 """Data of one's own, from the files to a report, by command."""
 import csv
+import dataclasses
 import json
+import shutil
 import tarfile
 
 import numpy as np
 import pytest
 
+from experiments import config, sources
 from published_trees import jpeg, make_cub, make_inshop, make_sop
 from test_experiments import TINY, refused, run, scores
 
@@ -68,6 +71,25 @@ def test_prepare_from_an_archive(tmp_path):
     refused("CUB_200_2011 is there already", "--dataset=cub", f"--source={source}", "--unpack", f"--data_dir={tmp_path / 'else'}", name="prepare")
     trained = run(*SMALL, f"--data_dir={out}", f"--workdir={tmp_path / 'run'}", name="cub")
     assert trained.returncode == 0, trained.stderr
+    assert "note: CUB-200-2011: train has 20 images of 5 classes; published are 5,864 of 100" in trained.stderr  # each time
+
+
+def test_pictures_mended_after_they_were_prepared(tmp_path, capsys):
+    """The prepared files hold them empty still: the refusal says so, and what differs from the published set is told each time."""
+    root = make_cub(tmp_path)
+    picture = root / "images/001.Some_Bird/Some_Bird_0000_1.jpg"
+    whole = picture.read_bytes()
+    picture.write_bytes(b"")
+    options = config.Config(dataset="cub", data_dir=str(tmp_path), on_bad_image="skip")
+    sets, left_out = sources.open_usable(options)
+    assert len(sets["train"]) == 19 and len(left_out) == 1
+    picture.write_bytes(whole)
+    capsys.readouterr()
+    with pytest.raises(ValueError, match=f"Mend them and remove {tmp_path}/prepared_cub, which is written anew, or leave"):
+        sources.open_usable(dataclasses.replace(options, on_bad_image="stop"))
+    assert capsys.readouterr().err.count("note: CUB-200-2011: train has 20 images") == 1
+    shutil.rmtree(tmp_path / "prepared_cub")
+    assert len(sources.open_usable(dataclasses.replace(options, on_bad_image="stop"))[0]["train"]) == 20
 
 
 def test_bad_images_stop_a_run_before_it_begins(folder, tmp_path):
