@@ -101,7 +101,9 @@ class GoogLeNetV2(nn.Module):
                 pool = F.max_pool2d if name == "5b" else F.avg_pool2d
                 parts = [self.unit(p + "1x1", x), *parts, self.unit(p + "pool_proj", pool(x, 3, 1, 1))]
             else:
-                parts.append(F.max_pool2d(x, 3, 2, ceil_mode=True))
+                # as Caffe rounds; of maps with odd sides, where Caffe's network has no pool of the convolutions' size, centred
+                height, width = x.shape[2:]
+                parts.append(F.max_pool2d(F.pad(x, (width % 2, 1, height % 2, 1), value=-torch.inf), 3, 2))
             x = torch.cat(parts, 1)
             if name in ("3c", "4e", "5b"):
                 ends.append(x)
