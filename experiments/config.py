@@ -18,6 +18,13 @@ FREE_TO_CHANGE = (
 )  # fmt: skip
 
 
+_STEMS = {
+    "7x7": {"small_images": False, "stem_pool": 1},
+    "3x3": {"small_images": True, "stem_pool": 1},
+    "3x3_pooled": {"small_images": True, "stem_pool": 2},
+}  # of a `ResNetConfig`
+
+
 def _option(default, help, **limits):
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
@@ -64,6 +71,12 @@ class Config:
     min_positives: int = _option(1, "of each image drawn (shuffle)", low=1)
     class_on_one_device: bool = _option(False, "keep a class's images together where devices share a batch; otherwise they are spread")
     backbone: str = _option("resnet_small", "network", choices=tuple(backbones.BACKBONES))
+    stem: str = _option(
+        "", "of a ResNet: 7x7 of stride 2 and a max pool, or for small images 3x3 of stride 1, as it is or with a 2x2 average pool; empty: "
+        "the network's own", choices=("", *_STEMS)
+    )  # fmt: skip
+    width: int = _option(0, "channels of a ResNet's first stage, doubled from stage to stage; 0: the network's own", low=0)
+    stage_sizes: str = _option("", "blocks of each stage of a ResNet, such as 2,2,2,2; empty: the network's own")
     pretrained: str = _option(
         "", "weights to start from: .safetensors, .pth or .npz in the names of torchvision and timm, another run's workdir, or a "
         "repository of the Hugging Face hub such as timm/resnet50.tv_in1k"
@@ -132,9 +145,14 @@ class Config:
         wrong = [level for level in self.level_names if level not in models.LEVELS]
         if wrong or len(set(self.level_names)) != len(self.level_names):
             raise ValueError(f"--levels={self.levels}: expected some of L,M,H, each once, with commas between")
-        stages = backbones.BACKBONES[self.backbone].num_ends
+        for name in ("decay_at", "remat", "stage_sizes"):
+            if not all(number.strip().isdecimal() for number in getattr(self, name).split(",") if getattr(self, name)):
+                raise ValueError(f"--{name}={getattr(self, name)}: expected numbers with commas between")
+        stages = self.network.num_ends
         if stages < len(models.LEVELS) - models.LEVELS.index(self.level_names[0]):
             raise ValueError(f"--levels={self.levels}: --backbone={self.backbone} has only {stages} stages")
+        if not set(self.numbers("remat")) <= set(range(1, stages + 1)):
+            raise ValueError(f"--remat={self.remat}: the stages of --backbone={self.backbone} are 1 to {stages}")
         if self.frozen_stages > stages or self.frozen_stages and not self.batch_norm.startswith("frozen"):
             raise ValueError(
                 f"--frozen_stages={self.frozen_stages}: expected at most the {stages} stages of --backbone={self.backbone}, and "
@@ -151,13 +169,23 @@ class Config:
         given = [bool(self.coordinator_address), self.num_processes > 0, self.process_id >= 0]
         if any(given) and not (self.multihost and all(given)):
             raise ValueError("--coordinator_address, --num_processes and --process_id go together, with --multihost")
-        for name in ("decay_at", "remat"):
-            if not all(number.strip().isdigit() for number in getattr(self, name).split(",") if getattr(self, name)):
-                raise ValueError(f"--{name}={getattr(self, name)}: expected numbers with commas between")
 
     @property
     def level_names(self) -> tuple[str, ...]:
         return tuple(sorted(self.levels.split(","), key=lambda name: (models.LEVELS + (name,)).index(name)))
+
+    @property
+    def network(self) -> backbones.ResNetConfig | backbones.GoogLeNetV2Config:
+        """--backbone, with --stem, --width and --stage_sizes."""
+        network = backbones.BACKBONES[self.backbone]
+        given = {"width": self.width, "stage_sizes": self.numbers("stage_sizes")}
+        changes = {name: value for name, value in given.items() if value} | _STEMS.get(self.stem, {})
+        if changes and not isinstance(network, backbones.ResNetConfig):
+            raise ValueError(f"--stem, --width and --stage_sizes are of ResNets, and --backbone={self.backbone} is none")
+        try:
+            return dataclasses.replace(network, **changes)
+        except ValueError as error:
+            raise ValueError(f"--{error}")
 
     def numbers(self, name: str) -> tuple[int, ...]:
         """Those of an option that holds them with commas between."""

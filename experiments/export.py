@@ -3,7 +3,8 @@
     python -m experiments.export --workdir=runs/emoji --out=model.safetensors
     python -m experiments.export --workdir=runs/emoji --out=model.stablehlo --format=stablehlo
 
-safetensors: the weights in torchvision's names and layout, the embedding layers as {L,M,H}_*; for a network in PyTorch.
+safetensors: the weights in torchvision's names and layout, the embedding layers as {L,M,H}_*, which take maps flattened channels
+first; for a network in PyTorch.
 stablehlo: `jax.export`ed function from (N, size, size, 3) uint8 images, any N, to (N, D) embeddings; for
 `jax.export.deserialize(open(FILE, "rb").read()).call(images)` and whatever else runs StableHLO, on CPU, CUDA or TPU.
 """

@@ -1,6 +1,7 @@
 """What every command starts from: the network of a config, and a run's checkpoint put back into it."""
 import functools
 import hashlib
+import logging
 import pathlib
 from typing import Any, Callable, NamedTuple
 
@@ -12,12 +13,12 @@ import optax
 
 from experiments import config as config_lib
 from experiments import sources
-from rll_jax import backbones, checkpoint, evaluate, models, parallel, train, weights
+from rll_jax import checkpoint, evaluate, models, parallel, train, weights
 
 
 def make_model(config) -> models.EmbeddingNet:
     return models.EmbeddingNet(
-        backbones.BACKBONES[config.backbone],
+        config.network,
         config.embedding_dim,
         config.level_names,
         dtype=jnp.dtype(config.dtype),
@@ -41,7 +42,7 @@ def make_optimizer(config) -> optax.GradientTransformation:
     if config.proxy_lr_multiplier != 1:
         steps.append(optax.masked(optax.scale(config.proxy_lr_multiplier), _where(lambda name: name == train.PROXIES)))
     if config.frozen_stages:
-        stage_of = backbones.BACKBONES[config.backbone].stage_of
+        stage_of = config.network.stage_of
         frozen = _where(lambda name: not name.startswith((*weights.HEADS, train.PROXIES)) and stage_of(name) <= config.frozen_stages)
         steps.append(optax.masked(optax.set_to_zero(), frozen))  # last: decay moves them too
     return optax.chain(*steps)
@@ -109,11 +110,13 @@ def _from_hub(name: str) -> str:
     try:
         import huggingface_hub
     except ImportError:
-        raise ValueError("names of the hub need huggingface_hub (pip install huggingface_hub); a file works without")
+        raise ValueError("no such folder, and names of the hub need huggingface_hub (pip install huggingface_hub); a file works without")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each of five attempts
     try:
         return huggingface_hub.hf_hub_download(name, "model.safetensors")
     except Exception as error:  # its many kinds: offline, no such repository, no such file
-        raise ValueError(f"cannot get model.safetensors of {name} from the hub: {str(error).splitlines()[0]}")
+        reason = " ".join(str(error).split())[:300] or repr(error)
+        raise ValueError(f"no such folder, and model.safetensors of {name} cannot be had from the hub: {reason}; a file works without")
 
 
 class Trained(NamedTuple):

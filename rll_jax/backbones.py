@@ -27,6 +27,9 @@ class ResNetConfig:
       stride_in_first: a bottleneck's stride in its first 1x1 convolution (v1: Caffe, Keras) instead of the 3x3 (v1.5:
         torchvision, timm).
       mean, std: of the RGB values 0-255 that the weights expect.
+
+    Raises:
+      ValueError: no stage, or sizes, a width or a pool below 1.
     """
 
     stage_sizes: tuple[int, ...]
@@ -38,6 +41,12 @@ class ResNetConfig:
     mean: tuple[float, ...] = _IMAGENET_MEAN
     std: tuple[float, ...] = _IMAGENET_STD
     bgr = False  # the order of the channels that published weights expect
+
+    def __post_init__(self):
+        if not self.stage_sizes or min(self.stage_sizes) < 1:
+            raise ValueError(f"stage_sizes={self.stage_sizes}: expected one or more blocks for each stage, such as (3, 4, 6, 3)")
+        if self.width < 1 or self.stem_pool < 1:
+            raise ValueError(f"width={self.width}, stem_pool={self.stem_pool}: expected at least 1")
 
     @property
     def num_ends(self) -> int:

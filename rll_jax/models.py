@@ -38,6 +38,9 @@ class EmbeddingNet(nn.Module):
       axis_name: the axis over which batch statistics are taken, or None.
       remat: stages (1, 2, ...) whose blocks are computed again for the gradient instead of kept.
       frozen_stages: how many of the first stages, and the stem, the gradient does not reach.
+
+    Raises:
+      ValueError: by `init` and `apply`: levels or a way of batch norm that do not exist, or stages that the backbone does not have.
     """
 
     backbone: Any
@@ -55,11 +58,24 @@ class EmbeddingNet(nn.Module):
 
         With `features` the backbone's maps at the ends of its stages instead, a list of (B, h, w, channels) of `dtype`.
         """
+        self._check()
         ends = self._ends(images, train)
         if features:
             return ends
         conv, norm = self._conv(), self._norm(train, frozen=False)
         return {level: self._head(level, ends[LEVELS.index(level) - len(LEVELS)], conv, norm) for level in self.levels}
+
+    def _check(self):
+        stages = self.backbone.num_ends
+        there = LEVELS[max(0, len(LEVELS) - stages) :]
+        if not self.levels or len(set(self.levels)) < len(self.levels) or not set(self.levels) <= set(there):
+            raise ValueError(f"levels={self.levels}: expected some of {', '.join(there)}, each once: the backbone has {stages} stages")
+        if self.batch_norm not in BATCH_NORMS:
+            raise ValueError(f"batch_norm={self.batch_norm!r}: expected one of {', '.join(BATCH_NORMS)}")
+        if not set(self.remat) <= set(range(1, stages + 1)) or not 0 <= self.frozen_stages <= stages:
+            raise ValueError(f"remat={self.remat}, frozen_stages={self.frozen_stages}: the backbone's stages are 1 to {stages}")
+        if self.embedding_dim < 1:
+            raise ValueError(f"embedding_dim={self.embedding_dim}: expected at least 1")
 
     def _ends(self, images, train):
         mean, std = (jnp.array(x).reshape(1, 1, 1, 3) for x in (self.backbone.mean, self.backbone.std))

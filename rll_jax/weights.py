@@ -4,6 +4,7 @@ Files are read as data and never executed: safetensors, .npz, and PyTorch's .pth
 """
 import os
 import pathlib
+import pickle
 
 import jax
 import numpy as np
@@ -11,12 +12,17 @@ import numpy as np
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 _CLASSIFIERS = ("fc", "last_linear", "classifier", "head")  # of the task that published weights were trained for
 HEADS = ("L_", "M_", "H_")  # names of the embedding layers of `models.EmbeddingNet` begin so
+_HEAD_CHANNELS = 128  # of the maps that the heads' L_dense and M_dense take flattened
+_LISTED = 20  # names of each kind in an error
 SUFFIXES = (".safetensors", ".npz", ".pth", ".pt")
 
 
 def to_published(variables: dict) -> dict[str, np.ndarray]:
-    """{"params": ..., "batch_stats": ...} of an `EmbeddingNet` -> {name: array} in PyTorch's layout, the heads under our names."""
-    return {name: _transposed(np.asarray(leaf)) for name, leaf in _named(variables)}
+    """{"params": ..., "batch_stats": ...} of an `EmbeddingNet` -> {name: array} in PyTorch's layout, the heads under our names.
+
+    L_dense and M_dense take a map that is flattened as PyTorch does it, channels first.
+    """
+    return {name: _transposed(name, np.asarray(leaf)) for name, leaf in _named(variables)}
 
 
 def from_published(weights: dict[str, np.ndarray], variables: dict, *, heads: bool) -> dict:
@@ -31,7 +37,7 @@ def from_published(weights: dict[str, np.ndarray], variables: dict, *, heads: bo
       ValueError: names that are missing or not expected, or shapes that differ (which).
     """
     weights = _without_conv_biases(weights)
-    wanted = {name: _transposed(np.asarray(leaf)).shape for name, leaf in _named(variables)}
+    wanted = {name: _transposed(name, np.asarray(leaf)).shape for name, leaf in _named(variables)}
     if not heads:
         wanted = {name: shape for name, shape in wanted.items() if not name.startswith(HEADS)}
         weights = {name: array for name, array in weights.items() if not name.startswith(HEADS)}
@@ -45,10 +51,10 @@ def from_published(weights: dict[str, np.ndarray], variables: dict, *, heads: bo
         ],
     }
     if any(wrong.values()):
-        parts = [f"{len(names)} {what} ({', '.join(names[:5])}{', ...' * (len(names) > 5)})" for what, names in wrong.items() if names]
+        parts = [f"{len(names)} {what} ({', '.join(names[:_LISTED])}{', ...' * (len(names) > _LISTED)})" for what, names in wrong.items() if names]
         raise ValueError(f"the weights are not of this network: {'; '.join(parts)}")
     leaves = [
-        _transposed(weights[name], back=True).astype(leaf.dtype) if name in wanted else leaf for name, leaf in _named(variables)
+        _transposed(name, weights[name], back=True).astype(leaf.dtype) if name in wanted else leaf for name, leaf in _named(variables)
     ]
     return jax.tree.unflatten(jax.tree.structure(variables), leaves)
 
@@ -56,8 +62,10 @@ def from_published(weights: dict[str, np.ndarray], variables: dict, *, heads: bo
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """{name: array} from .safetensors, .npz, .pth or .pt.
 
+    A .pth holds a state dict, or has one under "state_dict" or "model".
+
     Raises:
-      ValueError: no such file, another kind of file, a damaged one, or a .pth without torch to read it.
+      ValueError: no such file, another kind of file, a damaged one, a .pth that holds more than tensors or without torch to read it.
     """
     path = pathlib.Path(path)
     readers = {".safetensors": _read_safetensors, ".npz": _read_npz, ".pth": _read_torch, ".pt": _read_torch}
@@ -94,9 +102,17 @@ def _read_npz(path):
 def _read_torch(path):
     import torch
 
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    state = state.get("state_dict", state)
-    return {name: tensor.numpy() for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # whose text tells how to run it all the same
+        raise ValueError("it is damaged or holds more than tensors, which would have to be executed: save its state_dict() alone, or as .safetensors")
+    for key in ("state_dict", "model"):
+        state = state.get(key, state) if isinstance(state, dict) else {}
+    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)} if isinstance(state, dict) else {}
+    if not tensors:
+        raise ValueError('expected a state dict, or one under "state_dict" or "model"')
+    # numpy has no bfloat16
+    return {name: (t.float() if t.dtype == torch.bfloat16 else t).detach().numpy() for name, t in tensors.items()}
 
 
 def _named(variables):
@@ -130,8 +146,12 @@ def _without_conv_biases(weights):
     return weights
 
 
-def _transposed(array, back=False):
+def _transposed(name, array, back=False):
     """Flax's kernels, (h, w, in, out) and (in, out), to PyTorch's and back."""
     if array.ndim == 4:
         return array.transpose((2, 3, 1, 0) if back else (3, 2, 0, 1))
+    if name.endswith("_dense.weight"):  # of a flattened map: (h, w, channel) in Flax, (channel, h, w) in PyTorch
+        shape = (len(array), _HEAD_CHANNELS, -1) if back else (-1, _HEAD_CHANNELS, array.shape[1])
+        array = array.reshape(shape).transpose(2, 1, 0)
+        return array.reshape(-1, array.shape[2]) if back else array.reshape(len(array), -1)
     return array.T if array.ndim == 2 else array

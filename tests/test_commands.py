@@ -167,6 +167,28 @@ def test_pretrained_and_the_way_back(workdir, tmp_path):
             f"--workdir={tmp_path / 'other'}")  # fmt: skip
 
 
+def test_pytorch_loads_what_export_writes(workdir, tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from safetensors.torch import load_file
+
+    import torch_networks
+    from experiments import trained
+    from rll_jax import backbones, models
+
+    out = tmp_path / "model.safetensors"
+    assert run(f"--workdir={workdir}", f"--out={out}", name="export").returncode == 0
+    config = backbones.BACKBONES["resnet_tiny"]
+    theirs = torch_networks.EmbeddingResNet("MH", stages=config.stage_sizes, bottleneck=False, width=config.width, small_images=True)
+    theirs.load_state_dict(load_file(out))  # strict: every name, no other
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
+    x = (pixels.astype(np.float32) - np.float32(config.mean)) / np.float32(config.std)
+    with torch.no_grad():
+        found = theirs.eval()(torch.from_numpy(x.transpose(0, 3, 1, 2)))
+    ours = trained.load(workdir)
+    expected = models.concatenated(trained.make_model(ours.config).clone(axis_name=None).apply(ours.variables, pixels))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_stablehlo_runs_without_this_package(workdir, folder, tmp_path):
     out = tmp_path / "model.stablehlo"
     assert run(f"--workdir={workdir}", f"--out={out}", "--format=stablehlo", name="export").returncode == 0

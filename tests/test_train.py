@@ -7,7 +7,6 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import config, trained
 from rll_jax import backbones, checkpoint, evaluate, loss, models, parallel, train
 
 
@@ -290,23 +289,3 @@ def test_moving_average(batches):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.ema, expected)
     of_average = train.embed_step(state.replace(params=state.ema, ema=None), batches[0]["image"])["H"]
     np.testing.assert_array_equal(train.embed_step(state, batches[0]["image"])["H"], of_average)
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_the_heads_rate_and_the_decay(optimizer):
-    params = {"conv1": {"kernel": jnp.ones((2, 2))}, "bn1": {"scale": jnp.ones(2)}, "H_embedding": {"kernel": jnp.ones((2, 2))}}
-    options = dict(optimizer=optimizer, schedule="step", learning_rate=0.1, weight_decay=0.5)
-
-    def update(gradient, **more):
-        tx = trained.make_optimizer(config.Config(**options, **more))
-        updates, _ = tx.update(jax.tree.map(lambda p: gradient * jnp.ones_like(p), params), tx.init(params), params)
-        return {name: float(jax.tree.leaves(u)[0].ravel()[0]) for name, u in updates.items()}
-
-    plain, multiplied = update(1.0), update(1.0, head_lr_multiplier=10.0)
-    assert multiplied["conv1"] == plain["conv1"] and multiplied["H_embedding"] == pytest.approx(10 * plain["H_embedding"])
-    decayed, all_decayed = update(0.0), update(0.0, decay_norm_and_bias=True)
-    assert decayed["bn1"] == 0 and decayed["conv1"] == all_decayed["bn1"] == pytest.approx(-0.05)
-    frozen = update(1.0, frozen_stages=1, batch_norm="frozen", decay_norm_and_bias=True, head_lr_multiplier=10.0)
-    assert frozen == {"conv1": 0, "bn1": 0, "H_embedding": multiplied["H_embedding"]}
-    if optimizer == "sgd":
-        assert update(1.0, clip_gradient=1.0)["bn1"] == pytest.approx(-0.1 / np.sqrt(10))

@@ -1,14 +1,18 @@
 """Published weights: the same features as PyTorch's networks, files of each kind, and errors that say what is wrong."""
+import dataclasses
 import json
 import math
 import pathlib
 import re
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import config, trained
 from rll_jax import backbones, models, views, weights
 
 SHARED = pathlib.Path(__file__).parent.parent.parent / "shared" / "data"
@@ -52,19 +56,21 @@ def pair(name, torch_networks):
             module.bias.data.normal_(0, 0.1)
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
+        if isinstance(module, torch_networks.Block):  # small beside the shortcut, as in trained networks: rounding grows less with depth
+            getattr(module, f"bn{module.number}").weight.data.mul_(0.3)
     model = models.EmbeddingNet(config, 8)
     published = {key: value.numpy() for key, value in theirs.state_dict().items()}
     return model, weights.from_published(published, variables_of(model), heads=False), theirs
 
 
-@pytest.mark.parametrize("side", [64, 97])
+@pytest.mark.parametrize("sides", [(64, 64), (97, 75)])
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_features_are_pytorchs(name, train, side, torch_networks):
+def test_features_are_pytorchs(name, train, sides, torch_networks):
     import torch
 
     model, variables, theirs = pair(name, torch_networks)
-    pixels = np.random.default_rng(0).integers(0, 255, (4, side, side, 3), np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 255, (8, *sides, 3), np.uint8)
     x = (pixels[..., ::-1] if model.backbone.bgr else pixels).astype(np.float32)
     x = (x - np.float32(model.backbone.mean)) / np.float32(model.backbone.std)
     theirs.train(train)
@@ -123,12 +129,21 @@ def test_pth_is_read_without_running_it(torch_networks, tmp_path):
     again = weights.from_published(weights.read(tmp_path / "w.pth"), variables_of(model), heads=False)
     jax.tree.map(np.testing.assert_array_equal, again, variables)
 
+    tensors = {k: v.to(torch.bfloat16) if v.ndim == 4 else torch.nn.Parameter(v, v.is_floating_point()) for k, v in theirs.state_dict().items()}
+    torch.save({"model": tensors}, tmp_path / "of_train_loop.pt")  # bfloat16, gradients wanted
+    again = weights.from_published(weights.read(tmp_path / "of_train_loop.pt"), variables_of(model), heads=False)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8), again, variables)
+    for nothing in (torch.ones(2), {"epoch": 3}, {"state_dict": [1]}):
+        torch.save(nothing, tmp_path / "nothing.pth")
+        with pytest.raises(ValueError, match="nothing.pth: cannot be read as weights: expected a state dict"):
+            weights.read(tmp_path / "nothing.pth")
+
     class Evil:
         def __reduce__(self):
             return pathlib.Path.touch, (tmp_path / "run",)
 
     torch.save({"w": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match="evil.pth: cannot be read as weights"):
+    with pytest.raises(ValueError, match="evil.pth: cannot be read as weights: it is damaged or holds more than tensors"):
         weights.read(tmp_path / "evil.pth")
     assert not (tmp_path / "run").exists()
 
@@ -151,6 +166,72 @@ def test_errors(tmp_path):
     np.savez(tmp_path / "objects.npz", x=np.array([{}], object))
     with pytest.raises(ValueError, match="cannot be read as weights"):
         weights.read(tmp_path / "objects.npz")
+
+
+def test_a_pth_without_torch_says_how_to_convert(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (tmp_path / "w.pth").touch()
+    with pytest.raises(ValueError, match="w.pth: reading it needs torch; install it, or convert the file to .safetensors"):
+        weights.read(tmp_path / "w.pth")
+
+
+def test_names_of_the_hub(tmp_path, monkeypatch):
+    """Where its client is installed or not, and where the hub answers or not; the client itself is the test's."""
+    tiny = dict(backbone="resnet18", stage_sizes="1,1", width=4, embedding_dim=8, image_size=32)
+    options = config.Config(**tiny, pretrained="timm/resnet50.tv_in1k")
+    refuse = lambda text, options=options: pytest.raises(ValueError, match=f"--pretrained={options.pretrained}: {text}")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with refuse("no such folder, and names of the hub need huggingface_hub"):
+        trained.read_pretrained(options)
+    with refuse("expected a file .* or a hub name such as timm/", mistyped := dataclasses.replace(options, pretrained="resnet50")):
+        trained.read_pretrained(mistyped)
+    published = weights.to_published(variables_of(trained.make_model(options), 32))
+    weights.write_safetensors(tmp_path / "model.safetensors", {k: v for k, v in published.items() if not k.startswith("H_")} | {"fc.bias": np.ones(1000)})
+    asked = []
+    client = types.ModuleType("huggingface_hub")
+    client.hf_hub_download = lambda repository, file: asked.append((repository, file)) or str(tmp_path / file)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", client)
+    assert trained.read_pretrained(options)["fc.bias"].shape == (1000,)
+    assert asked == [("timm/resnet50.tv_in1k", "model.safetensors")]
+    with refuse(r"the weights are not of this network: .* unexpected \(layer2.0"):
+        trained.read_pretrained(dataclasses.replace(options, stage_sizes="1"))
+    for words in ("404 Client Error.\n\nRepository Not Found", ""):
+        def gone(*_):
+            raise OSError(words)
+
+        client.hf_hub_download = gone
+        with refuse("no such folder, and model.safetensors of timm/.* cannot be had from the hub: .*(404 Client Error. Repository Not|OSError)"):
+            trained.read_pretrained(options)
+
+
+def test_networks_that_cannot_be():
+    for wrong in (dict(stage_sizes=()), dict(stage_sizes=(1, 0)), dict(stage_sizes=(1,), width=0), dict(stage_sizes=(1,), stem_pool=0)):
+        with pytest.raises(ValueError, match="expected"):
+            backbones.ResNetConfig(**wrong)
+    tiny = backbones.BACKBONES["resnet_tiny"]
+    for wrong, text in (
+        (dict(levels=("X",)), "expected some of M, H, each once: the backbone has 2 stages"),
+        (dict(levels=("L", "H")), "expected some of M, H"),
+        (dict(levels=("H", "H")), "each once"),
+        (dict(levels=()), "each once"),
+        (dict(batch_norm="fixed"), "expected one of train, local, frozen"),
+        (dict(remat=(3,)), "stages are 1 to 2"),
+        (dict(frozen_stages=3), "stages are 1 to 2"),
+        (dict(embedding_dim=0), "expected at least 1"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            variables_of(models.EmbeddingNet(tiny, **wrong), 16)
+
+
+@pytest.mark.parametrize("given, expected", [
+    (dict(backbone="resnet_small"), backbones.BACKBONES["resnet_small"]),
+    (dict(backbone="resnet50", stem="3x3"), backbones.ResNetConfig((3, 4, 6, 3), True, small_images=True)),
+    (dict(backbone="resnet50", stem="3x3_pooled"), backbones.ResNetConfig((3, 4, 6, 3), True, small_images=True, stem_pool=2)),
+    (dict(backbone="resnet_small", stem="7x7"), backbones.ResNetConfig((1, 1, 1), width=32)),
+    (dict(backbone="resnet18", width=48, stage_sizes="1,2,1"), backbones.ResNetConfig((1, 2, 1), width=48)),
+])  # fmt: skip
+def test_stem_width_and_stages_are_free(given, expected):
+    assert trained.make_model(config.Config(**given)).backbone == expected
 
 
 @pytest.fixture(scope="module")

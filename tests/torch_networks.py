@@ -29,9 +29,11 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    def __init__(self, stages, bottleneck, width=64, stride_in_first=False):
+    def __init__(self, stages, bottleneck, width=64, stride_in_first=False, small_images=False):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
+        self.small_images = small_images
+        stem = (3, 1, 1) if small_images else (7, 2, 3)
+        self.conv1, self.bn1 = nn.Conv2d(3, width, *stem, bias=False), nn.BatchNorm2d(width)
         before = width
         for stage, blocks in enumerate(stages):
             made = []
@@ -43,12 +45,42 @@ class ResNet(nn.Module):
         self.stages = len(stages)
 
     def forward(self, x):
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = x if self.small_images else F.max_pool2d(x, 3, 2, 1)
         ends = []
         for stage in range(1, self.stages + 1):
             x = getattr(self, f"layer{stage}")(x)
             ends.append(x)
         return ends
+
+
+class EmbeddingResNet(ResNet):
+    """With the heads of `levels`, as section 2 of the reference has them; their sizes come with the weights."""
+
+    def __init__(self, levels, **options):
+        super().__init__(**options)
+        self.levels = levels
+        for level in levels:
+            if level != "H":
+                setattr(self, f"{level}_conv", nn.LazyConv2d(128, 1, bias=False))
+                setattr(self, f"{level}_bn1", nn.BatchNorm2d(128))
+                setattr(self, f"{level}_dense", nn.LazyLinear(1024, bias=False))
+                setattr(self, f"{level}_bn2", nn.BatchNorm1d(1024))
+            setattr(self, f"{level}_embedding", nn.LazyLinear(0, bias=False))
+
+    def forward(self, x):
+        """(B, levels * D): each level's embedding normalised, and all of them again."""
+        ends, embeddings = super().forward(x), []
+        for level in self.levels:
+            of = lambda name: getattr(self, f"{level}_{name}")
+            x = ends["LMH".index(level) - 3]
+            if level == "H":
+                x = x.mean((2, 3))
+            else:
+                x = F.relu(of("bn1")(of("conv")(F.avg_pool2d(x, 5, 3))))
+                x = F.relu(of("bn2")(of("dense")(x.flatten(1))))
+            embeddings.append(F.normalize(of("embedding")(x)))
+        return F.normalize(torch.cat(embeddings, 1))
 
 
 class GoogLeNetV2(nn.Module):
@@ -101,7 +133,9 @@ class GoogLeNetV2(nn.Module):
                 pool = F.max_pool2d if name == "5b" else F.avg_pool2d
                 parts = [self.unit(p + "1x1", x), *parts, self.unit(p + "pool_proj", pool(x, 3, 1, 1))]
             else:
-                parts.append(F.max_pool2d(x, 3, 2, ceil_mode=True))
+                # as Caffe rounds; of maps with odd sides, where Caffe's network has no pool of the convolutions' size, centred
+                height, width = x.shape[2:]
+                parts.append(F.max_pool2d(F.pad(x, (width % 2, 1, height % 2, 1), value=-torch.inf), 3, 2))
             x = torch.cat(parts, 1)
             if name in ("3c", "4e", "5b"):
                 ends.append(x)
