@@ -72,7 +72,8 @@ def make_state(config, runner: parallel.Runner, published: dict | None = None) -
 
 def _create(config) -> train.TrainState:
     return train.create_train_state(
-        make_model(config), make_optimizer(config), config.image_size, config.seed, with_ema=bool(config.ema)
+        make_model(config), make_optimizer(config), config.image_size, config.seed, with_ema=bool(config.ema),
+        memory_size=config.memory_size,
     )
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import config, run as run_lib, trained
+from experiments import config, run as run_lib, survival, trained
 from rll_jax import parallel, train
 from test_experiments import TINY, command, finished, refused, run, scores  # noqa: F401 (a fixture)
 
@@ -39,7 +39,7 @@ def test_told_to_stop_saves_and_says_so(tmp_path):
     wait_for_step(process, workdir, 5)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == run_lib.RUN_AGAIN == 75 and "Traceback" not in err
+    assert process.returncode == survival.RUN_AGAIN == 75 and "Traceback" not in err
     (saved,) = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
     assert f"told to stop: saved step {saved} of 4000" in err and saved % 500
     again = begin(*STEPS, f"--workdir={workdir}")
