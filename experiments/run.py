@@ -22,6 +22,12 @@ def main(_) -> None:
     """Runs the flags' experiment and exits with 2 and one line where they, the data or the workdir are at fault."""
     with config_lib.mistakes_in_one_line():
         config = config_lib.from_flags()
+    with survival.last_word() if config.multihost else contextlib.nullcontext():
+        _main(config)
+
+
+def _main(config) -> None:
+    with config_lib.mistakes_in_one_line():
         _join_processes(config)
         prepared = setup.prepare(config)
     try:

@@ -1,6 +1,7 @@
 """How a run ends early and goes on: being told to stop, and the last checkpoint that can be read."""
 import contextlib
 import signal
+import subprocess
 import sys
 import uuid
 
@@ -12,6 +13,25 @@ from experiments import logs
 from rll_jax import checkpoint
 
 RUN_AGAIN = 75  # the exit code of a run that was told to stop and has saved its state (EX_TEMPFAIL)
+
+_WATCH = """
+import signal, sys
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+if not sys.stdin.read():
+    sys.stderr.write(sys.argv[1])
+"""
+
+
+@contextlib.contextmanager
+def last_word():
+    """Has a process of its own say what happened where this one cannot: gloo and JAX's coordination abort it when another has gone."""
+    told = "error: this process was aborted, as happens where another process of this run has gone: the same command goes on from the last checkpoint\n"
+    watch = subprocess.Popen([sys.executable, "-ISc", _WATCH, told], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        watch.communicate(b"ended")
 
 
 def restore(workdir, config, runner, state):

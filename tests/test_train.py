@@ -24,15 +24,20 @@ def batches():
     ]
 
 
+def network(levels, **options):
+    """One block for one level, two for two: seconds to compile."""
+    return models.EmbeddingNet(backbones.ResNetConfig((1,) * len(levels), width=8, small_images=True), 8, levels, **options)
+
+
 @functools.cache
 def fresh(levels):
-    model = models.EmbeddingNet(backbones.BACKBONES["resnet_tiny"], 8, levels)
+    model = network(levels)
     # SGD, since Adam's first step has the size of the rate whatever the gradient
     return jax.device_get(train.create_train_state(model, optax.sgd(0.05, momentum=0.9), 16, seed=0))
 
 
 def make_state(axis_name, levels=("M", "H")):
-    model = models.EmbeddingNet(backbones.BACKBONES["resnet_tiny"], 8, levels, axis_name=axis_name)
+    model = network(levels, axis_name=axis_name)
     return jax.tree.map(jnp.array, fresh(levels)).replace(apply_fn=model.apply)  # arrays of its own: steps donate them
 
 
@@ -194,9 +199,10 @@ def gradients(images, backbone=backbones.BACKBONES["resnet_tiny"], **options):
 
     def objective(params):
         out, _ = model.apply(variables | {"params": params}, images, train=True, mutable=["batch_stats"])
-        return sum(loss.ranked_list_loss(e, np.arange(8) // 2) for e in out.values())
+        return sum(jnp.vdot(e, directions) for e in out.values())
 
-    return jax.grad(objective)(variables["params"])
+    directions = np.random.default_rng(1).normal(size=(8, 8))
+    return jax.jit(jax.grad(objective))(variables["params"])
 
 
 def test_remat_changes_no_gradient(batches):
@@ -216,11 +222,11 @@ def test_frozen_affine_stops_the_backbones_alone(batches):
 
 @pytest.mark.parametrize("kind", ["pmap", "shard_map", None])
 def test_chunks_make_the_same_update(kind, batches):
-    """With frozen statistics, on eight devices and on one; trained statistics are those of the chunks."""
+    """With frozen statistics, on eight devices and on one; trained statistics are the mean of the chunks'."""
     axis = parallel.AXIS if kind else None
 
     def run(chunk, batch_norm):
-        model = models.EmbeddingNet(backbones.BACKBONES["resnet_tiny"], 8, ("H",), axis_name=axis, batch_norm=batch_norm)
+        model = network(("H",), axis_name=axis, batch_norm=batch_norm)
         state = jax.tree.map(jnp.array, fresh(("H",))).replace(apply_fn=model.apply)
         one = functools.partial(step, embed_chunk=chunk)
         runner = parallel.make_runner(kind) if kind else None
@@ -230,7 +236,7 @@ def test_chunks_make_the_same_update(kind, batches):
     (whole, loss_of_whole), (chunked, loss_of_chunked) = run(0, "frozen"), run(3, "frozen")
     assert loss_of_chunked == pytest.approx(loss_of_whole, rel=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), chunked.params, whole.params)
-    if kind != "pmap":
+    if kind is None:
         trained_stats, _ = run(3, "train")
         assert np.isfinite(trained_stats.batch_stats["bn1"]["mean"]).all()
         assert not np.allclose(trained_stats.batch_stats["bn1"]["mean"], whole.batch_stats["bn1"]["mean"])
