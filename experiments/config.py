@@ -61,6 +61,10 @@ class Config:
     query_weighting: str = _option("uniform", "queries alike, or by the mass of their pairs' weights (released layers)", choices=("uniform", "mass"))
     weight_gradient: bool = _option(False, "differentiate the weights too, as other ports do")
     gallery_gradient: bool = _option(False, "move the gallery too, not the query alone (the paper's code)")
+    memory_size: int = _option(
+        0, "embeddings of each level kept from the last batches and ranked too, those of this batch among them (cross-batch memory); "
+        "0: the batch alone", low=0
+    )  # fmt: skip
     class_augment: bool = _option(False, "turn, mirror and recolour all images of a class in a batch alike")
     augment: str = _option("", "view of a training picture, and the test view that goes with it; empty: what is usual for the set", choices=("", *sources.VIEWS))
     sampling: str = _option(
@@ -142,6 +146,12 @@ class Config:
         if not self.margin <= self.alpha:
             raise ValueError(f"--margin={self.margin} must not be above --alpha={self.alpha}")
         losses.read_options(self.loss, self.loss_options)
+        if self.memory_size and self.loss != "ranked_list":
+            raise ValueError(f"--memory_size={self.memory_size} goes with --loss=ranked_list, not {self.loss}")
+        for name in ("gallery_gradient", "class_augment"):
+            if self.memory_size and getattr(self, name):
+                why = "what is remembered is constant" if name == "gallery_gradient" else "a class would look another way in each batch"
+                raise ValueError(f"--memory_size={self.memory_size} and --{name}: {why}; give one of them")
         wrong = [level for level in self.level_names if level not in models.LEVELS]
         if wrong or len(set(self.level_names)) != len(self.level_names):
             raise ValueError(f"--levels={self.levels}: expected some of L,M,H, each once, with commas between")

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import pathlib
 import platform
+import resource
 import subprocess
 import sys
 
@@ -87,8 +88,11 @@ class Log:
 
             self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
 
-    def write(self, step: int, values: dict) -> None:
-        """Numbers; those that are not finite are left out of metrics.jsonl, arrays are histograms of 0 to 2 and of TensorBoard alone."""
+    def write(self, step: int, values: dict, board: dict | None = None) -> None:
+        """Numbers; those that are not finite are left out of metrics.jsonl, arrays are histograms of 0 to 2.
+
+        Histograms and the numbers of `board` are for TensorBoard alone.
+        """
         if self._file is None or (step, "recall@1" in values) in self._seen:
             return
         if not self._board_lives():
@@ -96,7 +100,7 @@ class Log:
         numbers = {name: value for name, value in values.items() if np.ndim(value) == 0}
         self._file.write(json.dumps({"step": step, **{name: value for name, value in numbers.items() if np.isfinite(value)}}) + "\n")
         self._file.flush()
-        for name, value in numbers.items():
+        for name, value in {**numbers, **(board or {})}.items():
             self._board.add_scalar(name.replace("@", "_at_"), value, step)  # TensorBoard's names have no @
         for name in values.keys() - numbers.keys():
             self._histogram(name, np.asarray(values[name], float), step)
@@ -145,6 +149,12 @@ def environment() -> str:
         "packages": versions, "processes": jax.process_count(), "devices": [f"{d} ({d.device_kind})" for d in jax.devices()],
     }  # fmt: skip
     return json.dumps(found, indent=1)
+
+
+def device_mib() -> float:
+    """The most that the first device had in use; a CPU has no count of its own but the process's."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**20
 
 
 def _lines(path: pathlib.Path) -> list[str]:

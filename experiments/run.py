@@ -2,10 +2,8 @@
 import contextlib
 import functools
 import json
-import signal
 import sys
 import time
-import uuid
 
 import jax
 from jax.experimental import multihost_utils
@@ -14,18 +12,22 @@ import numpy as np
 import tqdm
 
 from experiments import config as config_lib
-from experiments import logs, losses, setup, sources, trained
+from experiments import logs, losses, setup, sources, survival, trained
 from experiments.evaluate import embed_readable, score_table
 from rll_jax import checkpoint, evaluate, images, metrics, models, pipeline, train
 from rll_jax import views as views_lib
-
-RUN_AGAIN = 75  # the exit code of a run that was told to stop and has saved its state (EX_TEMPFAIL)
 
 
 def main(_) -> None:
     """Runs the flags' experiment and exits with 2 and one line where they, the data or the workdir are at fault."""
     with config_lib.mistakes_in_one_line():
         config = config_lib.from_flags()
+    with survival.last_word() if config.multihost else contextlib.nullcontext():
+        _main(config)
+
+
+def _main(config) -> None:
+    with config_lib.mistakes_in_one_line():
         _join_processes(config)
         prepared = setup.prepare(config)
     try:
@@ -40,7 +42,7 @@ def main(_) -> None:
         if jax.process_count() == 1 or not any(word in str(error) for word in gone):
             raise
         print(f"error: another process of this run has gone: {str(error).splitlines()[0][:300]}", file=sys.stderr, flush=True)
-        sys.exit(RUN_AGAIN)
+        sys.exit(survival.RUN_AGAIN)
 
 
 def _join_processes(config) -> None:
@@ -102,41 +104,16 @@ def _dry_run(prepared) -> None:
     print("dry run: nothing was trained, and nothing written into the workdir")
 
 
-def _restore(workdir, config, runner, state):
-    """The state of the last checkpoint that can be read, and its step; 0 and the fresh state where there is none."""
-    directory, damaged = workdir / "checkpoints", []
-    restored, start = state, 0
-    if directory.is_dir():
-        with checkpoint.Checkpoints(directory, read_only=True) as saved:
-            for step in reversed(saved.all_steps()):
-                try:
-                    restored, start = runner.replicate(saved.restore(step, runner.whole(state))), step
-                    break
-                except Exception as error:  # orbax, tensorstore and json have their own for each kind of damage
-                    damaged.append((step, str(error).splitlines()[0] if str(error) else repr(error)))
-    if damaged and not start:
-        steps = ", ".join(str(step) for step, _ in damaged)
-        raise logs.BadRun(f"none of the checkpoints of {workdir} can be read (steps {steps}): {damaged[0][1]}; remove {directory} to begin again")
-    for step, reason in damaged:
-        aside = workdir / "damaged_checkpoints" / f"{step}-{uuid.uuid4().hex[:8]}"
-        if jax.process_index() == 0:
-            aside.parent.mkdir(exist_ok=True)
-            (directory / str(step)).rename(aside)
-            print(f"the checkpoint of step {step} cannot be read and was moved to {aside}: {reason[:300]}", file=sys.stderr, flush=True)
-    multihost_utils.sync_global_devices("restored")
-    return restored, start
-
-
 def _run(prepared) -> None:
     config, workdir, runner, splits, batches, published, left_out = prepared
     first = jax.process_index() == 0
     say = functools.partial(print, flush=True) if first else lambda *_, **__: None
     train_step, ks = runner.train(_train_step(config, splits["train"].labels)), sources.find(config.dataset).ks
     rate_at = trained.schedule(config)
+    embed_step = runner.embed(train.embed_step)
     embed = functools.partial(
         evaluate.embed_images,
         view=sources.views(config).test(config.image_size),
-        embed=runner.embed(train.embed_step),
         runner=runner,
         batch_size=config.eval_batch_size,
         threads=config.threads,
@@ -149,7 +126,8 @@ def _run(prepared) -> None:
         lock = logs.locked(workdir)
         prints = json.dumps({split: setup.fingerprint(data) for split, data in splits.items()})
         environment = logs.environment()
-        for name, text in (("data.json", prints), ("environment.json", environment), ("flags.txt", config.as_flagfile())):
+        # the flags first: without them the folder would look like anything else after a kill
+        for name, text in (("flags.txt", config.as_flagfile()), ("data.json", prints), ("environment.json", environment)):
             with config_lib.written_whole(workdir / name) as aside:
                 aside.write_text(text)
     multihost_utils.sync_global_devices("workdir")
@@ -157,7 +135,7 @@ def _run(prepared) -> None:
     if config.compilation_cache and not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str((workdir / "compiled").absolute()))
         compilation_cache.reset_cache()  # the first compilation of a process decides whether there is one
-    state, start = _restore(workdir, config, runner, _fresh_state(prepared))
+    state, start, best_score = survival.restore(workdir, config, runner, _fresh_state(prepared))
     if start:
         say(f"resuming {workdir} at step {start} of {config.steps}")
     with contextlib.ExitStack() as stack:
@@ -165,19 +143,31 @@ def _run(prepared) -> None:
         saved = stack.enter_context(checkpoint.Checkpoints(workdir / "checkpoints", keep=config.keep))
         best = stack.enter_context(checkpoint.Checkpoints(workdir / "best", keep=1)) if config.best else None
         log = stack.enter_context(logs.Log(workdir, start))
+        best_score = max([best_score, *(line[config.best] for line in log.kept if config.best in line)])
         log.text("options", config.as_flagfile())
         log.text("environment", environment if first else "")
-        stop = stack.enter_context(_told_to_stop(config.log_every))
-        best_score = max((line[config.best] for line in log.kept if config.best in line), default=-1.0)
+        stop = stack.enter_context(survival.told_to_stop(config.log_every))
+
+        def embed_unless_stopped(*args):
+            if jax.process_count() == 1 and stop(0):  # an evaluation may take longer than a machine is left; many processes end it together
+                raise _Stopped
+            return embed_step(*args)
+
+        def end_early(step):
+            saved.wait()
+            say(f"told to stop: saved step {step} of {config.steps}; the same command goes on", file=sys.stderr)
+            sys.exit(survival.RUN_AGAIN)
 
         def evaluate_at(step):
-            """The test images that could be read, and their embeddings."""
+            """The test images that could be read, and their embeddings; None where the run was told to stop."""
             nonlocal best_score
-            here = runner.here(state.replace(opt_state=()))  # not needed, and large
+            here = runner.here(state.replace(opt_state=(), memory=None))  # not needed, and large
             try:
-                data, levels = embed_readable(functools.partial(embed, here), splits["test"], bad_images.found)
+                data, levels = embed_readable(functools.partial(embed, here, embed=embed_unless_stopped), splits["test"], bad_images.found)
                 embeddings = np.asarray(models.concatenated(levels))
                 scores = metrics.retrieval_metrics(*evaluate.by_role(embeddings, data), ks=ks)
+            except _Stopped:
+                return None
             except logs.BadRun:
                 raise
             except ValueError as error:
@@ -201,7 +191,7 @@ def _run(prepared) -> None:
             evaluated = None
             scored = any(line["step"] == start and "recall@1" in line for line in log.kept)
             if start % config.eval_every == 0 and start < config.steps and not scored:  # at 0, or told to stop before it
-                evaluate_at(start)
+                evaluate_at(start) or end_early(start)
             loaded = pipeline.prefetch(
                 _batches(prepared, start, functools.partial(bad_images.found, splits["train"])), runner.place
             )
@@ -225,14 +215,14 @@ def _run(prepared) -> None:
                     rate = (step - since[0]) * batches.batch_size / (time.time() - since[1])
                     values |= {"learning_rate": float(rate_at(step - 1 - skipped)), "images_per_second": rate, "seconds_waiting": waited}
                     values |= {"skipped_steps": skipped} if skipped else {}
-                    values |= _device_memory()
                     since, waited = (step, time.time()), 0.0
-                    log.write(step, values)
+                    log.write(step, values, {"device_mib": logs.device_mib()})
                     if in_a_row >= config.max_bad_steps or longest > max(longest_before, config.max_bad_steps - 1):
                         saved.wait()
                         what = [name for name, value in values.items() if not np.isfinite(value).all()] or ["batch statistics"]
+                        until, what = (f"until step {step}", f" ({', '.join(what)})") if in_a_row else (f"before step {step}", "")
                         raise logs.BadRun(
-                            f"{max(in_a_row, longest)} steps in a row, until step {step}, had something not finite ({', '.join(what)}) and changed nothing; "
+                            f"{max(in_a_row, longest)} steps in a row, {until}, had something not finite{what} and changed nothing; "
                             f"the last checkpoint is of step {saved.latest_step() or 0}; lower --learning_rate"
                         )
                     progress.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s", refresh=False)
@@ -240,15 +230,14 @@ def _run(prepared) -> None:
                 stopping = not last and stop(step)
                 if (step % config.eval_every == 0 or last) and not stopping:
                     evaluated = evaluate_at(step)
+                    stopping = evaluated is None
                     since, waited = (step, time.time()), 0.0
                 if step % config.checkpoint_every == 0 or last or stopping:
-                    saved.save(step, runner.whole(state))
+                    saved.save(step, runner.whole(state), {"best_score": best_score})
                 if stopping:
-                    saved.wait()
-                    say(f"told to stop: saved step {step} of {config.steps}; the same command goes on", file=sys.stderr)
-                    sys.exit(RUN_AGAIN)
+                    end_early(step)
             if evaluated is None:  # the run had ended before: measured again for the report
-                evaluated = evaluate_at(config.steps)
+                evaluated = evaluate_at(config.steps) or end_early(config.steps)
 
     # ---- What is left to the user
     if first:
@@ -278,27 +267,5 @@ def _finish(config, workdir, test, levels, ks) -> None:
     print(f"report: {workdir / 'report.html'}")
 
 
-@contextlib.contextmanager
-def _told_to_stop(every: int):
-    """A function of the step: whether SIGTERM has come, to any process (asked every so many steps); a second one ends a process at once."""
-    told = []
-
-    def note(*_):
-        told.append(True)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def stop(step):
-        if jax.process_count() == 1:
-            return bool(told)
-        return step % every == 0 and bool(multihost_utils.process_allgather(np.array(bool(told))).any())
-
-    before = signal.signal(signal.SIGTERM, note)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _device_memory() -> dict[str, float]:
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return {"device_mib": stats["peak_bytes_in_use"] / 2**20} if "peak_bytes_in_use" in stats else {}
+class _Stopped(Exception):
+    """SIGTERM came in the middle of an evaluation."""

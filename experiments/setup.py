@@ -50,6 +50,10 @@ def prepare(config) -> Setup:
         raise ValueError(
             f"--embed_chunk={config.embed_chunk} does not divide the {batch_size // runner.num_devices} images of each device"
         )
+    if config.memory_size and (config.memory_size < batch_size or config.memory_size % runner.num_devices):
+        raise ValueError(
+            f"--memory_size={config.memory_size}: expected 0, or a multiple of the {runner.num_devices} devices and at least the {batch_size} images of a batch"
+        )
     begun = any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))  # then its own weights are
     published = trained.read_pretrained(config) if (config.pretrained or config.init_from) and not begun else None
     if jax.process_index():  # the first process prepares files; the others find them

@@ -78,7 +78,8 @@ def make_state(config, runner: parallel.Runner, published: dict | None = None, p
 
 def _create(config, proxies: int = 0) -> train.TrainState:
     return train.create_train_state(
-        make_model(config), make_optimizer(config), config.image_size, config.seed, with_ema=bool(config.ema), proxies=proxies
+        make_model(config), make_optimizer(config), config.image_size, config.seed, with_ema=bool(config.ema), proxies=proxies,
+        memory_size=config.memory_size,
     )
 
 

@@ -27,10 +27,14 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state) -> None:
+    def save(self, step: int, state, beside: dict | None = None) -> None:
+        """`beside`: numbers and texts that go with the arrays, for `beside`."""
         if step not in self._manager.all_steps():
             with _as_os_error():
-                self._manager.save(step, args=ocp.args.StandardSave(_arrays(state)))
+                self._manager.save(step, args=ocp.args.StandardSave(_arrays(state)), custom_metadata=beside)
+
+    def beside(self, step: int) -> dict:
+        return self._manager.metadata(step).custom_metadata or {}
 
     def restore(self, step: int, state):
         """The state saved at `step`, its arrays placed as those of `state`, whose values are not used."""
@@ -73,5 +77,6 @@ def _as_os_error():
 
 
 def _arrays(state) -> dict:
-    names = ("step", "params", "opt_state", "batch_stats", "skipped") + (("ema",) if state.ema is not None else ())
+    names = ("step", "params", "opt_state", "batch_stats", "skipped")
+    names += tuple(name for name in ("ema", "memory") if getattr(state, name) is not None)
     return {name: getattr(state, name) for name in names}

@@ -9,6 +9,8 @@ from jax import lax
 import numpy as np
 import optax
 
+from rll_jax import memory as memory_lib
+
 PROXIES = "proxies"  # of a loss that learns some, among the parameters
 
 
@@ -17,26 +19,28 @@ class TrainState(train_state.TrainState):
 
     Attributes:
       ema: a moving average of the parameters, or None.
+      memory: {level: `rll_jax.memory.CrossBatchMemory`}, which the losses rank, or None.
       skipped: (3,) int32: steps without an update because something was not finite: the last ones in a row, most in a row, all.
     """
 
     batch_stats: Any
     skipped: Any
     ema: Any = None
+    memory: Any = None
 
 
-def create_train_state(model, optimizer, image_size: int, seed: int, *, with_ema: bool = False, proxies: int = 0) -> TrainState:
+def create_train_state(
+    model, optimizer, image_size: int, seed: int, *, with_ema: bool = False, proxies: int = 0, memory_size: int = 0
+) -> TrainState:
     """A fresh state of `model` for (B, image_size, image_size, 3) images; the same for the same seed.
 
     With `proxies`, for a loss that learns so many of them, the parameters of an `EmbeddingNet` have {"proxies": {level: (proxies, D)}} too.
+
+    With `memory_size` an empty memory of so many rows for each level.
     """
-
-    @jax.jit
-    def init():
-        images = jnp.zeros((1, image_size, image_size, 3), jnp.float32)
-        return model.init(jax.random.key(seed), images, train=False)
-
-    variables = init()
+    images = jnp.zeros((1, image_size, image_size, 3), jnp.float32)
+    variables = jax.jit(lambda: model.init(jax.random.key(seed), images, train=False))()
+    levels = jax.eval_shape(lambda: model.apply(variables, images, train=False)) if memory_size else {}
     params = variables["params"]
     if proxies:
         rng, scale = np.random.default_rng(seed), (2 / proxies) ** 0.5  # as the authors of Proxy Anchor begin
@@ -49,6 +53,7 @@ def create_train_state(model, optimizer, image_size: int, seed: int, *, with_ema
         skipped=jnp.zeros(3, jnp.int32),
         tx=optimizer,
         ema=jax.tree.map(jnp.copy, params) if with_ema else None,  # a copy: steps donate both
+        memory={level: memory_lib.init(memory_size, e.shape[-1]) for level, e in levels.items()} or None,
     )
 
 
@@ -58,11 +63,12 @@ def train_step(state: TrainState, batch, *, loss, axis_name=None, ema_decay=0.0,
     Where the loss, the gradient or the batch statistics are not finite, only `step` and `skipped` of the state change.
 
     Args:
-      state: replicated over the axis.
+      state: replicated over the axis. Where it has a memory, this batch is stored in it (the rows of all devices, whose number divides
+        the memory's) and the loss ranks the memory instead of the batch alone, as constants.
       batch: {"image": (n, H, W, 3) uint8, "label": (n,) integer}: each device its own rows.
       loss: (embeddings, labels, *, axis_name) -> scalar, by the convention of `rll_jax.loss`: the mean over the axis of
-        the devices' values is the loss of the whole batch, each query ranking the rows of all devices. Where the state has proxies it is
-        given those of the level too, as `proxies`.
+        the devices' values is the loss of the whole batch, each query ranking the rows of all devices. With a memory it
+        gets gallery, gallery_labels and gallery_where too; where the state has proxies, those of the level, as `proxies`.
       axis_name: of pmap, shard_map or vmap, or None on one device.
       ema_decay: of the state's moving average, where it has one; smaller in the first steps, (1 + step) / (10 + step).
       embed_chunk: 0, or how many of this device's images to have in the network at a time, a divisor of n: all are embedded without a
@@ -81,15 +87,19 @@ def train_step(state: TrainState, batch, *, loss, axis_name=None, ema_decay=0.0,
         return levels, updates.get("batch_stats", {})
 
     def objective(levels, params):
-        learnt = {level: {PROXIES: proxies} for level, proxies in params.get(PROXIES, {}).items()}
-        losses = {level: loss(e, batch["label"], axis_name=axis_name, **learnt.get(level, {})) for level, e in levels.items()}
+        stored, given = state.memory, {level: {} for level in levels}
+        if stored is not None:
+            stored, given = _remember(stored, levels, batch["label"], axis_name)
+        for level, proxies in params.get(PROXIES, {}).items():
+            given[level] = given[level] | {PROXIES: proxies}
+        losses = {level: loss(e, batch["label"], axis_name=axis_name, **given[level]) for level, e in levels.items()}
         # a pair with NaN is neither near nor far: the loss alone would not show it
         losses = {level: jnp.where(jnp.isfinite(levels[level]).all(), value, jnp.nan) for level, value in losses.items()}
         seen = {} if watch is None else {level: watch(lax.stop_gradient(e), batch["label"], axis_name=axis_name) for level, e in levels.items()}
-        return sum(losses.values()), (losses, seen)
+        return sum(losses.values()), (losses, seen, stored)
 
     gradient = functools.partial(_chunked_gradient, chunk=embed_chunk) if embed_chunk else _gradient
-    total, (losses, seen), batch_stats, grads = gradient(embed, objective, params, batch["image"])
+    total, (losses, seen, stored), batch_stats, grads = gradient(embed, objective, params, batch["image"])
     if axis_name is not None:
         total, losses, seen, grads, batch_stats = lax.pmean((total, losses, seen, grads, batch_stats), axis_name)
     metrics = {"loss": total, "gradient_norm": optax.tree.norm(grads)}
@@ -98,7 +108,7 @@ def train_step(state: TrainState, batch, *, loss, axis_name=None, ema_decay=0.0,
     metrics |= {f"{name}_{level}": value for level, values in seen.items() for name, value in values.items()}
     # the statistics too: XLA's ReLU on CPUs makes NaN 0, and the loss is as if nothing had been
     finite = jnp.isfinite(total) & jnp.isfinite(metrics["gradient_norm"]) & jnp.isfinite(optax.tree.norm(batch_stats))
-    new = state.apply_gradients(grads=grads, batch_stats=batch_stats)
+    new = state.apply_gradients(grads=grads, batch_stats=batch_stats, memory=stored)
     if state.ema is not None:
         decay = jnp.minimum(ema_decay, (1 + new.step) / (10 + new.step))
         new = new.replace(ema=optax.incremental_update(new.params, state.ema, 1 - decay))
@@ -106,6 +116,25 @@ def train_step(state: TrainState, batch, *, loss, axis_name=None, ema_decay=0.0,
     in_a_row = jnp.where(finite, 0, state.skipped[0] + 1)
     skipped = jnp.stack([in_a_row, jnp.maximum(state.skipped[1], in_a_row), state.skipped[2] + ~finite])
     return kept.replace(step=new.step, skipped=skipped), metrics
+
+
+def _remember(memory, levels, labels, axis_name):
+    """The memory with the rows of all devices in it, the same on each, and the loss's gallery: this device's share of it."""
+    rows = {level: (e, labels) for level, e in lax.stop_gradient(levels).items()}
+    if axis_name is not None:
+        at, devices, n = lax.axis_index(axis_name), lax.axis_size(axis_name), len(labels)
+        if any(bank.valid.size % devices for bank in memory.values()):
+            raise ValueError(f"the rows of a memory must be a multiple of the {devices} devices: found {[b.valid.size for b in memory.values()]}")
+
+        def of_all(x):  # a sum with zeros, exact: what all_gather gives counts as another on each device
+            return lax.psum(lax.dynamic_update_slice_in_dim(jnp.zeros((n * devices, *x.shape[1:]), x.dtype), x, at * n, 0), axis_name)
+
+        rows = jax.tree.map(of_all, rows)
+    memory = {level: memory_lib.push(memory[level], *rows[level]) for level in rows}
+    galleries = {level: dict(gallery=bank.embeddings, gallery_labels=bank.labels, gallery_where=bank.valid) for level, bank in memory.items()}
+    if axis_name is not None:
+        galleries = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, at * (len(x) // devices), len(x) // devices), galleries)
+    return memory, galleries
 
 
 def _gradient(embed, objective, params, images):

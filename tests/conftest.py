@@ -1,12 +1,17 @@
 """Eight devices on any machine, before JAX starts, and the real data that some sessions have beside the project."""
 import os
 import pathlib
+import tempfile
 
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers' too
+    _COMPILED = tempfile.TemporaryDirectory()
+    os.environ["RLL_TESTS_COMPILED"] = _COMPILED.name
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "backbones": set(),
     "models": {"_inputs"},
     "weights": set(),
-    "train": set(),
+    "train": {"memory"},
     "parallel": set(),
     "checkpoint": set(),
     "evaluate": {"models", "parallel", "pipeline"},
