@@ -1,0 +1,102 @@
+"""--loss and its options; proxies that train with the network; classes held out to choose options by."""
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments import config, losses, sources, trained
+from rll_jax import loss, losses_baseline, parallel, train
+from test_train import network
+
+CLASSES = np.array([3, 7, 20, 21, 40, 41])
+LABELS = np.repeat(CLASSES, 4).astype(np.int32)
+
+
+def batch():
+    return {"image": np.random.default_rng(0).integers(0, 255, (24, 16, 16, 3), np.uint8), "label": LABELS}
+
+
+def make_state(axis_name=None, **options):
+    model = network(("M", "H"), axis_name=axis_name, **options)
+    return train.create_train_state(model, optax.sgd(0.05), 16, seed=0, proxies=6)
+
+
+def make_step(**options):
+    return functools.partial(train.train_step, loss=losses.make(config.Config(loss="proxy_anchor"), LABELS[::-1]), **options)
+
+
+def test_every_loss_is_its_function_with_its_options():
+    x, labels = np.random.default_rng(1).normal(size=(24, 8)).astype(np.float32), np.arange(24) // 4
+    cases = {
+        ("ranked_list", "", ("margin", 0.2), ("query_weighting", "mass")): loss.ranked_list_loss(x, labels, margin=0.2, query_weighting="mass"),
+        ("pml_ranked_list", "", ("temperature_neg", 4.0)): losses_baseline.pml_ranked_list_loss(x, labels, temperature_neg=4.0),
+        ("triplet", "margin=0.1,mining=hard"): losses_baseline.triplet_loss(x, labels, margin=0.1, mining="hard"),
+        ("multi_similarity", "epsilon=None"): losses_baseline.multi_similarity_loss(x, labels, epsilon=None),
+        ("n_pair", "scale=4, normalize=False"): losses_baseline.n_pair_loss(x, labels, scale=4, normalize=False),
+    }
+    for (name, text, *more), expected in cases.items():
+        of = losses.make(config.Config(loss=name, loss_options=text, **dict(more)), labels)
+        np.testing.assert_allclose(of(x, labels), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("options, text", [
+    ({"loss": "tripplet"}, "--loss=tripplet: expected one of ranked_list, "),
+    ({"loss": "triplet", "loss_options": "margn=1"}, "--loss_options=margn=1: expected NAME=VALUE,... of margin, mining, each once"),
+    ({"loss": "triplet", "loss_options": "margin=1,margin=2"}, "each once, found 'margin=2'"),
+    ({"loss": "triplet", "loss_options": "mining=hardest"}, "mining: found 'hardest', expected 'semihard', 'hard' or 'all'"),
+    ({"loss": "contrastive", "loss_options": "neg_margin=far"}, "--loss_options=neg_margin=far: "),
+    ({"loss": "contrastive", "loss_options": "where=1"}, "of pos_margin, neg_margin"),
+    ({"loss_options": "margin=0.2"}, "expected nothing, as --loss=ranked_list has flags of its own"),
+    ({"loss": "nt_xent", "memory_size": 64}, "--memory_size=64 goes with --loss=ranked_list"),
+])  # fmt: skip
+def test_mistakes(options, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        config.Config(**options)
+
+
+@functools.cache
+def of_one_device():
+    return jax.device_get(jax.jit(make_step())(make_state(), batch()))
+
+
+def test_proxies_train_with_the_network_and_eight_devices_equal_one():
+    state, metrics = of_one_device()
+    runner = parallel.make_runner("pmap")
+    start = runner.replicate(make_state(parallel.AXIS))
+    before = jax.device_get(start.params["proxies"])
+    many, of_many = runner.train(make_step())(start, runner.place(batch()))
+    assert before["H"].shape == (6, 8) and before["H"].std() == pytest.approx((2 / 6) ** 0.5, rel=0.3)
+    assert all(np.abs(state.params["proxies"][level] - before[level]).min(axis=1).all() for level in ("M", "H"))
+    np.testing.assert_allclose(of_many["loss"], metrics["loss"], rtol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), many.params, state.params)
+
+
+def test_proxies_in_chunks():
+    whole = jax.jit(make_step())(make_state(batch_norm="frozen"), batch())[0]
+    heads = ("M_", "H_", "proxies")  # the heads' batch norm takes the statistics of a chunk
+    chunked = jax.jit(make_step(embed_chunk=24))(make_state(batch_norm="frozen"), batch())[0]
+    assert any(name.startswith(heads) for name in whole.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), chunked.params, whole.params)
+
+
+def test_proxies_and_the_optimiser():
+    params = {"conv1": {"kernel": jnp.ones((2, 2))}, "proxies": {"H": jnp.ones((2, 2))}}
+    usual = dict(optimizer="sgd", schedule="step", learning_rate=0.1, weight_decay=0.0, batch_norm="frozen", frozen_stages=2)
+    tx = trained.make_optimizer(config.Config(proxy_lr_multiplier=100.0, **usual))
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert float(updates["proxies"]["H"][0, 0]) == pytest.approx(-10.0) and float(updates["conv1"]["kernel"][0, 0]) == 0
+
+
+def test_classes_held_out():
+    opened, _ = sources.open_usable(config.Config())
+    held, _ = sources.open_usable(config.Config(validation_share=0.25))
+    other, _ = sources.open_usable(config.Config(validation_share=0.25, split_seed=1))
+    classes = {name: np.unique(held[name].labels) for name in held}
+    assert len(classes["test"]) == round(0.25 * 718) and not np.intersect1d(classes["train"], classes["test"]).size
+    np.testing.assert_array_equal(np.union1d(classes["train"], classes["test"]), np.unique(opened["train"].labels))
+    assert len(held["train"]) + len(held["test"]) == len(opened["train"])
+    assert set(classes["test"]) != set(np.unique(other["test"].labels))
