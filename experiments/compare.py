@@ -12,7 +12,6 @@ in --out.
 """
 import dataclasses
 import json
-import os
 import pathlib
 import shlex
 import signal
@@ -179,7 +178,7 @@ def _plot(rows: list[dict], path: pathlib.Path) -> None:
         axes.set(xlabel=f"{label}, percent: mean, standard deviation, seeds")
         axes.grid(axis="x", alpha=0.3)
     figure.axes[0].set_yticks(places, [row["title"] for row in rows])
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format="png")
 
 
 def _about(base: dict, options, budget: str) -> str:
@@ -223,8 +222,7 @@ def main(_):
             with config_lib.written_whole(out / name) as aside:
                 aside.write_text(content)
         with config_lib.written_whole(out / "compare.png") as aside:
-            _plot(rows, aside.with_suffix(".png"))
-            os.replace(aside.with_suffix(".png"), aside)
+            _plot(rows, aside)
         print(text + f"written: {out / 'compare.md'}, compare.json and compare.png")
     sys.exit(1 if failed else 0)
 
