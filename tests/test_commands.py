@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from rll_jax import images, metrics, views
-from test_experiments import TINY, browse, refused, run
+from test_experiments import FEW as TINY, browse, pictures, refused, run  # noqa: F401 (a fixture)
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
+def workdir(tmp_path_factory, pictures):  # noqa: F811
     workdir = tmp_path_factory.mktemp("commands") / "run"
     small = [flag for flag in TINY if "steps" not in flag and "eval_every" not in flag]
     result = run(*small, "--steps=4", "--eval_every=4", "--levels=M,H", f"--workdir={workdir}")

@@ -14,11 +14,19 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import config, run as run_lib, survival, trained
-from rll_jax import checkpoint, parallel
-from test_experiments import ROOT, TINY, command, finished, refused, run, same_end, scores  # noqa: F401 (a fixture)
+from experiments import config, survival, trained
+from rll_jax import checkpoint
+from test_experiments import FEW as TINY, ROOT, command, pictures, refused, run, scores  # noqa: F401 (a fixture)
+
+pytestmark = pytest.mark.usefixtures("pictures")
 
 STEPS = [*(a for a in TINY if "steps" not in a), "--steps=4000", "--eval_every=4000", "--checkpoint_every=500"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, pictures):  # noqa: F811
+    workdir = tmp_path_factory.mktemp("small") / "run"
+    return run(*TINY, f"--workdir={workdir}"), workdir
 
 
 def wait_for_step(process, workdir, step):
@@ -32,6 +40,46 @@ def wait_for_step(process, workdir, step):
 
 def begin(*arguments):
     return subprocess.Popen(**command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def everything(workdir):
+    """All arrays of the last checkpoint."""
+    state = jax.eval_shape(functools.partial(trained._create, config.from_flagfile(workdir / "flags.txt")))
+    with checkpoint.Checkpoints(workdir / "checkpoints", read_only=True) as saved:
+        return saved.restore_some(saved.latest_step(), checkpoint._arrays(state))
+
+
+def same_end(workdir, other):
+    """Two runs that ended bit for bit alike: the metrics, the parameters, the optimiser, the average, the memory."""
+    assert scores(workdir) == scores(other)
+    found, expected = everything(workdir), everything(other)
+    assert {"params", "opt_state", "batch_stats", "ema", "memory", "step", "skipped"} == found.keys()
+    assert np.all(found["memory"]["H"].valid)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_flags_txt_repeats_the_run(finished, tmp_path):
+    result = run(f"--flagfile={finished[1] / 'flags.txt'}", f"--workdir={tmp_path / 'again'}")
+    assert result.returncode == 0, result.stderr
+    assert scores(tmp_path / "again") == scores(finished[1])
+
+
+def test_killed_and_given_again_ends_the_same(finished, tmp_path):
+    workdir = tmp_path / "killed"
+    for stop_at in (2, 5, 10):  # before the first checkpoint, and between later ones
+        process = subprocess.Popen(
+            **command(*TINY, f"--workdir={workdir}"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        metrics, deadline = workdir / "metrics.jsonl", time.time() + 200
+        while time.time() < deadline and process.poll() is None:
+            if metrics.exists() and f'"step": {stop_at}, "grad' in metrics.read_text():
+                break
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    result = run(*TINY, f"--workdir={workdir}")
+    assert result.returncode == 0 and "resuming" in result.stdout, result.stderr
+    same_end(workdir, finished[1])
 
 
 def test_told_to_stop_saves_and_says_so(tmp_path):
@@ -62,7 +110,7 @@ def test_a_second_sigterm_ends_at_once():
     assert ended.returncode == -signal.SIGTERM and ended.stdout == "noted\n", ended.stderr
 
 
-def test_told_to_stop_in_the_middle_of_an_evaluation(finished, tmp_path):  # noqa: F811
+def test_told_to_stop_in_the_middle_of_an_evaluation(finished, tmp_path):
     """It is not waited for: the step is saved, and evaluated when the run goes on."""
     code = (
         "import os, signal, sys; from absl import app; from experiments import config, evaluate, run\n"
@@ -84,7 +132,7 @@ def test_told_to_stop_in_the_middle_of_an_evaluation(finished, tmp_path):  # noq
 
 
 @pytest.fixture
-def copy(finished, tmp_path):  # noqa: F811
+def copy(finished, tmp_path):
     shutil.copytree(finished[1], tmp_path / "run")
     return tmp_path / "run"
 
@@ -97,7 +145,7 @@ def damage(directory):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(copy, finished):  # noqa: F811
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(copy, finished):
     steps = sorted(int(p.name) for p in (copy / "checkpoints").iterdir() if p.name.isdigit())
     assert steps == [9, 12]
     damage(copy / "checkpoints/12")
@@ -114,7 +162,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(copy, finished):  # no
     assert told.returncode == 2 and "error: none of the checkpoints of" in told.stderr and "Traceback" not in told.stderr
 
 
-def test_the_best_is_kept(finished, copy):  # noqa: F811
+def test_the_best_is_kept(finished, copy):
     lines = [line for line in scores(finished[1]) if "recall@1" in line]
     best = max(lines, key=lambda line: line["recall@1"])
     assert [p.name for p in (finished[1] / "best").iterdir() if p.name.isdigit()] == [str(best["step"])]
@@ -198,7 +246,7 @@ def test_two_runs_in_one_workdir(tmp_path):
     assert process.returncode == 130 and "interrupted: the same command goes on" in err and "Traceback" not in err
 
 
-def test_init_from_takes_all_the_weights(finished, tmp_path):  # noqa: F811
+def test_init_from_takes_all_the_weights(finished, tmp_path):
     result = run(*TINY, "--steps=1", "--learning_rate=1e-12", f"--init_from={finished[1]}", f"--workdir={tmp_path / 'run'}")
     assert result.returncode == 0, result.stderr
     first = next(line for line in scores(tmp_path / "run") if "recall@1" in line)
@@ -215,7 +263,7 @@ def test_a_dry_run_tells_and_writes_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_watched(finished):  # noqa: F811
+def test_what_is_watched(finished):
     lines = map(json.loads, (finished[1] / "metrics.jsonl").read_text().splitlines())
     line = next(line for line in lines if "loss" in line)
     assert {"nontrivial_positives_H", "nontrivial_negatives_H", "learning_rate", "seconds_waiting", "gradient_norm"} <= line.keys()
@@ -231,21 +279,6 @@ def test_a_profile(tmp_path):
     result = run(*TINY, "--profile_steps=3:5", f"--workdir={tmp_path / 'run'}")
     assert result.returncode == 0, result.stderr
     assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
-
-
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-@pytest.mark.parametrize("options", [{}, {"embed_chunk": 2, "batch_norm": "frozen", "memory_size": 2048, "dtype": "bfloat16"}])
-def test_the_step_lowers_for_machines_that_are_not_here(platform, options):
-    """The whole train step, with the loss over the axis of a pod of 256 chips: nothing in it is of CPUs alone."""
-    options = dict(backbone="resnet_tiny", image_size=32, embedding_dim=16, levels="M,H", optimizer="sgd", ema=0.9) | options
-    settings = config.Config(**options)
-    state = jax.eval_shape(functools.partial(trained._create, settings))
-    images = {"image": jax.ShapeDtypeStruct((1024, 32, 32, 3), np.uint8), "label": jax.ShapeDtypeStruct((1024,), np.int32)}
-    pod, whole, rows = jax.sharding.AbstractMesh((256,), (parallel.AXIS,)), jax.P(), jax.P(parallel.AXIS)
-    step = functools.partial(run_lib._train_step(settings, np.arange(2)), axis_name=parallel.AXIS)
-    mapped = jax.jit(jax.shard_map(step, mesh=pod, in_specs=(whole, rows), out_specs=(whole, whole)), donate_argnums=0)
-    text = mapped.trace(state, images).lower(lowering_platforms=(platform,)).as_text()
-    assert "all_gather" in text and "all_reduce" in text and "tensor<1024x16xf32>" in text  # a query's gallery is the pod's
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from experiments import config, trained
 from rll_jax import backbones, checkpoint, evaluate, loss, models, parallel, train
 
 
@@ -252,30 +253,6 @@ def test_a_step_that_is_not_finite_changes_nothing(batches):
         assert same == (batch is broken)
         counted.append(state.skipped.tolist())
     assert counted == [[0, 0, 0], [1, 1, 1], [2, 2, 2], [0, 2, 2], [1, 2, 3]] and int(state.step) == 5
-
-
-@pytest.mark.parametrize("axis", [None, "batch"])
-def test_watched_distances(axis):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(48, 5)).astype(np.float32)
-    x, labels = x / np.linalg.norm(x, axis=1, keepdims=True), np.repeat(np.arange(12), 4)
-    order = rng.permutation(48)
-    x, labels = x[order], labels[order]
-    watch = functools.partial(train.watch_distances, alpha=1.2, margin=0.4, axis_name=axis)
-    if axis is None:
-        found = watch(x, labels)
-    else:
-        split = lambda a: a.reshape(8, 6, *a.shape[1:])
-        found = jax.tree.map(lambda a: np.asarray(a).mean(axis=0), jax.pmap(watch, axis)(split(x), split(labels)))
-    distance = np.linalg.norm(x[:, None].astype(float) - x, axis=2)
-    same = (labels[:, None] == labels) & ~np.eye(48, dtype=bool)
-    other = labels[:, None] != labels
-    scale = 1 if axis is None else 8  # means over the devices, each with an eighth of the pairs
-    assert found["nontrivial_positives"] == pytest.approx((distance[same] > 0.8).mean(), rel=1e-5)
-    assert found["nontrivial_negatives"] == pytest.approx((distance[other] < 1.2).mean(), rel=1e-2)
-    for name, pairs in (("positive", same), ("negative", other)):
-        expected, _ = np.histogram(distance[pairs], bins=40, range=(0, 2))
-        np.testing.assert_allclose(found[f"{name}_distances"] * scale, expected, atol=2)
 
 
 @pytest.mark.parametrize("backbone", [backbones.BACKBONES["resnet_tiny"], backbones.GoogLeNetV2Config(width=1 / 32)])
