@@ -145,7 +145,7 @@ def plot(simulations, runs, temperatures, path) -> None:
         for row, mark in zip(runs, "*PXD" * len(runs)):
             axes.plot(row["effective_dimension"], row["differentiated"][t]["pairs"], mark, ms=12, mec="black", color=f"C{number}", zorder=3)
     published = [max(found["pairs"] for found in row["published"].values()) for row in simulations]
-    axes.plot(at, published, "--", color="black", label="published gradient, all T")
+    axes.plot(at, published, "--", color="black", zorder=4, label="published gradient, all T")
     for row, mark in zip(runs, "*PXD" * len(runs)):
         axes.plot([], [], mark, ms=12, mec="black", mfc="none", linestyle="none", label=row["title"].replace(", level", ",\nlevel"))
     axes.set_xscale("log", base=2)
