@@ -124,6 +124,15 @@ def test_search_by_a_folder(workdir, folder, tmp_path):
     assert (tmp_path / "page.html").read_text().count('class="query"') == 3
 
 
+def test_gradient_question_of_a_run(workdir, tmp_path):
+    small = ["--classes=10", "--batches=1", "--ranks=4", "--temperatures=10", f"--out={tmp_path}"]
+    result = run(*small, f"--workdir={workdir}", name="gradient_question")
+    assert result.returncode == 0, result.stderr
+    (found,) = json.loads((tmp_path / "gradient_question.json").read_text())["runs"]
+    assert found["title"].endswith("run, level H, step 4") and found["title"] in result.stdout
+    assert 1 < found["effective_dimension"] < 16 and found["published"]["10"]["pairs"] == 0
+
+
 def test_mistakes(workdir, folder, tmp_path):
     (tmp_path / "there.npz").touch()
     (tmp_path / "none").mkdir()
