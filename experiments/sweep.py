@@ -7,7 +7,6 @@ contain commas have semicolons between: '--sweep=levels=H;L,M,H'. The same comma
 --commands prints the commands of the runs that are left, for a cluster; the same without it then makes the table of means and standard
 deviations (n - 1), on stdout, in sweep.md and in sweep.json.
 """
-import dataclasses
 import itertools
 import json
 import pathlib

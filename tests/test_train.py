@@ -7,7 +7,6 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import config, trained
 from rll_jax import backbones, checkpoint, evaluate, loss, models, parallel, train
 
 
