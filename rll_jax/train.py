@@ -111,7 +111,8 @@ def train_step(state: TrainState, batch, *, loss, axis_name=None, ema_decay=0.0,
     new = state.apply_gradients(grads=grads, batch_stats=batch_stats, memory=stored)
     if state.ema is not None:
         decay = jnp.minimum(ema_decay, (1 + new.step) / (10 + new.step))
-        new = new.replace(ema=optax.incremental_update(new.params, state.ema, 1 - decay))
+        # by the difference, which keeps what does not move (frozen stages) to the bit
+        new = new.replace(ema=jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, new.params))
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
     in_a_row = jnp.where(finite, 0, state.skipped[0] + 1)
     skipped = jnp.stack([in_a_row, jnp.maximum(state.skipped[1], in_a_row), state.skipped[2] + ~finite])
