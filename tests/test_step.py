@@ -104,14 +104,9 @@ def test_the_step_lowers_for_machines_that_are_not_here(platform, options):
     settings = config.Config(**options)
     state = jax.eval_shape(functools.partial(trained._create, settings))
     images = {"image": jax.ShapeDtypeStruct((1024, 32, 32, 3), np.uint8), "label": jax.ShapeDtypeStruct((1024,), np.int32)}
-<<<<<<< HEAD
-    pod, whole, rows = jax.sharding.AbstractMesh((256,), (parallel.AXIS,)), jax.P(), jax.P(parallel.AXIS)
-    step = functools.partial(run._train_step(settings, np.arange(2)), axis_name=parallel.AXIS)
-=======
     pod = jax.sharding.AbstractMesh((256,), (parallel.AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
     whole, rows = jax.P(), jax.P(parallel.AXIS)
-    step = functools.partial(run._train_step(settings), axis_name=parallel.AXIS)
->>>>>>> issue7
+    step = functools.partial(run._train_step(settings, np.arange(2)), axis_name=parallel.AXIS)
     mapped = jax.jit(jax.shard_map(step, mesh=pod, in_specs=(whole, rows), out_specs=(whole, whole)), donate_argnums=0)
     text = mapped.trace(state, images).lower(lowering_platforms=(platform,)).as_text()
     assert "all_gather" in text and "all_reduce" in text and "tensor<1024x16xf32>" in text  # a query's gallery is the pod's
