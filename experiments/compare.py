@@ -227,13 +227,18 @@ def main(_):
     sys.exit(1 if failed else 0)
 
 
+def define_flags(flag_values=flags.FLAGS) -> None:
+    config_lib.define_flags(workdir="runs/compare", flag_values=flag_values)
+    own = {"flag_values": flag_values}
+    flags.DEFINE_string("only", "", f"entries, with commas between ({', '.join(ENTRIES)}); empty: all", **own)
+    flags.DEFINE_string("rates", "2e-3,6e-3,2e-2", "learning rates tried for each entry", **own)
+    flags.DEFINE_float("tuning_share", 0.3, "of the training classes, searched when tuning", lower_bound=0.01, upper_bound=0.9, **own)
+    flags.DEFINE_integer("tuning_steps", 0, "of a run of the tuning; 0: as many as of the others", lower_bound=0, **own)
+    flags.DEFINE_integer("seeds", 5, "runs of each entry, of the seeds from --seed on", lower_bound=1, **own)
+    flags.DEFINE_string("out", "", "folder for the table and the plot; empty: the workdir", **own)
+    runs_lib.define_flags(flag_values)
+
+
 if __name__ == "__main__":
-    config_lib.define_flags(workdir="runs/compare")
-    flags.DEFINE_string("only", "", f"entries, with commas between ({', '.join(ENTRIES)}); empty: all")
-    flags.DEFINE_string("rates", "2e-3,6e-3,2e-2", "learning rates tried for each entry")
-    flags.DEFINE_float("tuning_share", 0.3, "of the training classes, searched when tuning", lower_bound=0.01, upper_bound=0.9)
-    flags.DEFINE_integer("tuning_steps", 0, "of a run of the tuning; 0: as many as of the others", lower_bound=0)
-    flags.DEFINE_integer("seeds", 5, "runs of each entry, of the seeds from --seed on", lower_bound=1)
-    flags.DEFINE_string("out", "", "folder for the table and the plot; empty: the workdir")
-    runs_lib.define_flags()
+    define_flags()
     app.run(main, flags_parser=config_lib.parse_flags)

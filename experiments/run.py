@@ -247,24 +247,24 @@ def _run(prepared) -> None:
 
 def _finish(config, workdir, test, levels, ks) -> None:
     table = score_table(levels, test, ks, clustering=False)
+    if config.report:
+        from experiments import report  # more than a second to import
+
+        print("writing the report ...", flush=True)
+        report.write(
+            workdir / "report.html",
+            title=f"Retrieval on unseen classes: {workdir.name}",
+            lines=[json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()],
+            config=config,
+            test=test,
+            embeddings=np.asarray(models.concatenated(levels)),
+            table=table,
+        )
     *_, final = table.values()
     recalls = "  ".join(f"Recall@{k} {100 * final[f'recall@{k}']:.1f} %" for k in ks)
-    print(f"Recall@K on {len(np.unique(test.labels))} classes never trained on: {recalls}", flush=True)
-    if not config.report:
-        return
-    from experiments import report  # more than a second to import
-
-    print("writing the report ...", flush=True)
-    report.write(
-        workdir / "report.html",
-        title=f"Retrieval on unseen classes: {workdir.name}",
-        lines=[json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()],
-        config=config,
-        test=test,
-        embeddings=np.asarray(models.concatenated(levels)),
-        table=table,
-    )
-    print(f"report: {workdir / 'report.html'}")
+    print(f"Recall@K on {len(np.unique(test.labels))} classes never trained on: {recalls}")
+    if config.report:
+        print(f"report: {workdir / 'report.html'}")
 
 
 class _Stopped(Exception):

@@ -21,10 +21,10 @@ FIELDS = tuple(field.name for field in dataclasses.fields(config_lib.Config))
 _USUAL = {"backbone": "resnet50", "image_size": 224}  # where the set is not the emoji and nothing is said, as in its own command
 
 
-def define_flags() -> None:
+def define_flags(flag_values=flags.FLAGS) -> None:
     """Those of every command that has many runs."""
-    flags.DEFINE_bool("keep_going", False, "go on after a run that fails, and list it in the table")
-    flags.DEFINE_integer("jobs", 1, "runs at a time, each on its share of the CPU cores", lower_bound=1)
+    flags.DEFINE_bool("keep_going", False, "go on after a run that fails, and list it in the table", flag_values=flag_values)
+    flags.DEFINE_integer("jobs", 1, "runs at a time, each on its share of the CPU cores", lower_bound=1, flag_values=flag_values)
 
 
 def base_options() -> dict:

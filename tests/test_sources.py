@@ -155,7 +155,7 @@ def test_frozen_stages_stay(folder, tmp_path):
     """The weights that a run ends with, beside those that it began with."""
     from experiments import trained
 
-    common = [*SMALL, f"--data_dir={folder}", "--batch_norm=frozen", "--learning_rate=0.1", "--weight_decay=0.5", "--steps=4", "--warmup=0"]
+    common = [*SMALL, f"--data_dir={folder}", "--ema=0", "--batch_norm=frozen", "--learning_rate=0.1", "--weight_decay=0.5", "--steps=4", "--warmup=0"]
     result = run(*common, f"--workdir={tmp_path / 'first'}", name="folder")
     assert result.returncode == 0, result.stderr
     result = run(
