@@ -3,7 +3,6 @@ import os
 import pathlib
 import re
 
-import numpy as np
 import pytest
 
 nbformat = pytest.importorskip("nbformat", reason="needs nbclient and ipykernel: pip install -r requirements-dev.txt")
@@ -48,12 +47,12 @@ def test_shows_that_training_helps(committed):
 
 
 def test_its_cells_make_what_it_shows(committed):
-    """Whole, with five steps of training: all that does not depend on their number comes out as committed."""
+    """Whole, with three steps of training: all that does not depend on their number comes out as committed."""
     pytest.importorskip("ipykernel", reason="pip install -r requirements-dev.txt")
     nbclient = pytest.importorskip("nbclient", reason="pip install -r requirements-dev.txt")
     notebook = nbformat.read(TOUR, as_version=4)
     client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(TOUR.parent)}})
-    quick = {"STEPS": "5", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
+    quick = {"STEPS": "3", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
     client.execute(env=os.environ | quick)
     made = code_cells(notebook)
     assert [pictures(cell) for cell in made] == [pictures(cell) for cell in committed]
@@ -62,7 +61,8 @@ def test_its_cells_make_what_it_shows(committed):
         if re.search(r"\b(STEPS|history|after)\b", cell.source) and "batches" not in cell.source:
             continue
         assert NUMBER.sub("#", text(cell)).split() == NUMBER.sub("#", text(shown)).split()
-        numbers = [[float(x) for x in NUMBER.findall(text(of))] for of in (cell, shown)]
-        np.testing.assert_allclose(*numbers, atol=0.11)  # the last digit of a percentage
-        same += bool(numbers[0])
+        pairs = list(zip(NUMBER.findall(text(cell)), NUMBER.findall(text(shown)), strict=True))
+        # other devices round otherwise: two in the last digit
+        assert not [(x, y) for x, y in pairs if abs(float(x) - float(y)) > 2.5 * 10 ** -len(y.partition(".")[2]) * ("." in y)]
+        same += bool(pairs)
     assert same >= 12
