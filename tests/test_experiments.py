@@ -10,7 +10,7 @@ from absl import flags
 import numpy as np
 import pytest
 
-from experiments import config
+from experiments import compare, config
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = [
