@@ -61,7 +61,7 @@ def read_options(name: str, text: str) -> dict:
             options[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             options[key] = value
-    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (((2, 2), float), ((2,), int), ((2, 2), float))]
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (((2, 2), np.float32), ((2,), np.int32), ((2, 2), np.float32))]
     try:
         jax.eval_shape(functools.partial(function, **options), *arrays[: 3 if name == _WITH_PROXIES else 2])
     except (ValueError, TypeError) as error:

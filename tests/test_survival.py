@@ -110,6 +110,7 @@ def test_a_second_sigterm_ends_at_once():
     assert ended.returncode == -signal.SIGTERM and ended.stdout == "noted\n", ended.stderr
 
 
+@pytest.mark.slow
 def test_told_to_stop_in_the_middle_of_an_evaluation(finished, tmp_path):
     """It is not waited for: the step is saved, and evaluated when the run goes on."""
     code = (
@@ -201,6 +202,7 @@ def test_steps_that_are_not_finite_stop_a_run(tmp_path):
     assert lines[-1]["skipped_steps"] >= 4
 
 
+@pytest.mark.slow
 def test_told_to_stop_where_it_would_evaluate(tmp_path):
     """The evaluation of the very step is made when the run goes on."""
     workdir = tmp_path / "run"
@@ -218,6 +220,7 @@ def test_told_to_stop_where_it_would_evaluate(tmp_path):
     assert scored[: saved + 1] == list(range(saved + 1))
 
 
+@pytest.mark.slow
 def test_killed_while_it_wrote_its_first_files(tmp_path):
     """After the first of them; and a cut-off one lies there."""
     code = (
