@@ -4,8 +4,9 @@
 
 Takes all options of an experiment, of the set that --dataset names, but for those of the loss. Equal terms: the network, the batches, the
 steps, the optimiser and the budget of tuning are the same for all. That budget is one run for each of --rates, with --tuning_steps steps,
-that searches --tuning_share of the training classes, which it does not train on; the best rate then trains on all training classes, once
-for each of --seeds, and only these runs look at the test classes. Everything else of a loss is as published, see ENTRIES.
+that searches --tuning_share of the training classes, which it does not train on; while the best of them is the lowest or the highest, one
+more beyond it by the same factor, --more_rates at most. The best then trains on all training classes, once for each of --seeds, and only
+these runs look at the test classes. Everything else of a loss is as its paper or its library has it, see ENTRIES.
 
 The same command goes on where it stopped, also with more seeds. It ends in compare.md, compare.json and compare.png in --workdir, or
 in --out.
@@ -48,7 +49,7 @@ ENTRIES = {
     "rll_t0": Entry("... T_n = 0", {"temperature_neg": 0.0}),
     "rll_t5": Entry("... T_n = 5", {"temperature_neg": 5.0}),
     "rll_t20": Entry("... T_n = 20", {"temperature_neg": 20.0}),
-    "rll_lmh": Entry("... levels L, M and H", {"levels": "L,M,H"}),
+    "rll_lmh": Entry("... levels L, M and H: three times the dimensions", {"levels": "L,M,H"}),
     "pml_rll": Entry("pytorch-metric-learning 2.9's RankedListLoss", _other("pml_ranked_list")),
     "contrastive": Entry("Contrastive", _other("contrastive")),
     "triplet_semihard": Entry("Triplet, semi-hard", _other("triplet", mining="semihard")),
@@ -56,11 +57,11 @@ ENTRIES = {
     "lifted": Entry("Lifted structure", _other("lifted_structure")),
     "n_pair": Entry("N-pair, cosines times 10", _other("n_pair", scale=10.0)),
     "multi_similarity": Entry("Multi-similarity", _other("multi_similarity")),
-    "proxy_anchor": Entry("Proxy anchor", _other("proxy_anchor")),
+    "proxy_anchor": Entry("Proxy anchor, proxies at 100 times the rate", _other("proxy_anchor") | {"proxy_lr_multiplier": 100.0}),
     "nt_xent": Entry("NT-Xent", _other("nt_xent")),
     "sup_con": Entry("SupCon", _other("sup_con")),
 }
-_VARIED = tuple(sorted({name for entry in ENTRIES.values() for name in entry.options if name != "levels"} | {"proxy_lr_multiplier"}))
+_VARIED = tuple(sorted({name for entry in ENTRIES.values() for name in entry.options if name != "levels"}))
 _SCORES = ("recall@1", "map@r")
 
 
@@ -94,10 +95,26 @@ def _runs_to_tune(base: dict, names: list[str], rates: list[float], share: float
     }
 
 
-def _chosen(tuned: dict, names: list[str]) -> dict[str, float]:
-    """The rate of each that has one, by Recall@1; the lower one where two are alike."""
-    found = {key: scores["recall@1"] for key, run in tuned.items() if (scores := runs_lib.scores(run))}
-    return {name: max((key for key in found if key[0] == name), key=lambda key: (found[key], -key[1]))[1] for name in names if any(key[0] == name for key in found)}
+def _tuned(base: dict, names: list[str], options, execute) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """The best rate of each that has one, by Recall@1 (the lower where two are alike), and the rates tried for each."""
+    first = sorted(_rates(options.rates))
+    factor = (first[-1] / first[0]) ** (1 / (len(first) - 1)) if len(first) > 1 else 3.0
+    tried = {name: list(first) for name in names}
+    for _ in range(options.more_rates + 1):
+        runs = {}
+        for name, rates in tried.items():
+            runs |= _runs_to_tune(base, [name], rates, options.tuning_share, options.tuning_steps)
+        execute(list(runs.values()))
+        found = {key: scores["recall@1"] for key, run in runs.items() if (scores := runs_lib.scores(run))}
+        best = {name: max((rate for n, rate in found if n == name), key=lambda rate: (found[name, rate], -rate), default=None) for name in names}
+        at_an_end = {name: rate for name, rate in best.items() if rate in (min(tried[name]), max(tried[name]))}
+        growing = {name: rate for name, rate in at_an_end.items() if len(tried[name]) < len(first) + options.more_rates}
+        for name, rate in growing.items():
+            beyond = rate / factor if rate == min(tried[name]) else rate * factor
+            tried[name].append(float(f"{beyond:.1g}"))
+        if not growing:
+            break
+    return {name: rate for name, rate in best.items() if rate is not None}, tried
 
 
 def _runs_to_compare(base: dict, rates: dict[str, float], seeds: int) -> dict[tuple[str, int], config_lib.Config]:
@@ -105,7 +122,7 @@ def _runs_to_compare(base: dict, rates: dict[str, float], seeds: int) -> dict[tu
     folder = pathlib.Path(base["workdir"]) / "runs"
     return {
         (name, seed): config_lib.Config(
-            **base | ENTRIES[name].options | {"learning_rate": rate, "seed": seed, "workdir": str(folder / name / f"seed={seed}")}
+            **base | ENTRIES[name].options | {"learning_rate": rate, "seed": seed, "workdir": str(folder / name / f"rate={rate:g},seed={seed}")}
         )
         for seed in range(base["seed"], base["seed"] + seeds)
         for name, rate in rates.items()
@@ -113,18 +130,19 @@ def _runs_to_compare(base: dict, rates: dict[str, float], seeds: int) -> dict[tu
 
 
 # ---- The table and the plot
-def _rows(compared: dict, rates: dict[str, float]) -> list[dict]:
+def _rows(compared: dict, rates: dict[str, float], names: list[str]) -> list[dict]:
     """A dict for each entry; differences to the first are paired by seed."""
-    found = {key: scores for key, run in compared.items() if (scores := runs_lib.scores(run))}
-    rows = []
-    for name, rate in rates.items():
-        of_seeds = {seed: found[key] for key in found for seed in key[1:] if key[0] == name}
-        row = {"name": name, "title": ENTRIES[name].title, "learning_rate": rate, "seeds": list(of_seeds)}
+    found = {name: {} for name in names}
+    for (name, seed), run in compared.items():
+        if scores := runs_lib.scores(run):
+            found[name][seed] = scores
+    rows, first = [], found[names[0]]
+    for name, of_seeds in found.items():
+        row = {"name": name, "title": ENTRIES[name].title, "learning_rate": rates.get(name), "seeds": list(of_seeds)}
         for score in _SCORES:
-            values = {seed: 100 * scores[score] for seed, scores in of_seeds.items()}
-            first = {seed: 100 * found[key][score] for key in found for seed in key[1:] if key[0] == next(iter(rates))}
-            paired = [values[seed] - first[seed] for seed in values if seed in first]
-            row[score] = {**_summary(list(values.values())), "difference": _summary(paired)}
+            values = [100 * scores[score] for scores in of_seeds.values()]
+            paired = [100 * (scores[score] - first[seed][score]) for seed, scores in of_seeds.items() if seed in first]
+            row[score] = {**_summary(values), "difference": _summary(paired)}
         rows.append(row)
     return rows
 
@@ -138,22 +156,31 @@ def _summary(values: list[float]) -> dict:
     return {"values": values, "mean": statistics.fmean(values) if values else None, "std": std, "half": half}
 
 
-def _as_markdown(rows: list[dict], about: str) -> str:
+def _as_markdown(rows: list[dict], about: str, untrained: dict[str, float] | None = None) -> str:
     first = rows[0]["title"]
     lines = [
         f"# {len(rows)} losses on equal terms\n",
         about,
         f"Percent, mean ± standard deviation over seeds. The difference is to “{first}”, paired by seed, ± half of its 95 % interval: one that "
-        "reaches over 0 is noise, as far as so many seeds tell.\n",
+        "reaches over 0 is noise, as far as so many seeds tell. The intervals are each for itself, and leave out the noise of tuning.\n",
         "| loss | rate | Recall@1 | difference | MAP@R | difference | seeds |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        cells = [row["title"], f"{row['learning_rate']:g}"]
+        cells = [row["title"], "failed" if row["learning_rate"] is None else f"{row['learning_rate']:g}"]
         for score in _SCORES:
             cells += [_cell(row[score], "std"), _cell(row[score]["difference"], "half", "+") if row is not rows[0] else ""]
         lines.append(f"| {' | '.join([*cells, str(len(row['seeds']))])} |")
+    if untrained:
+        lines.append(f"| the network before its first step | | {100 * untrained['recall@1']:.1f} | | {100 * untrained['map@r']:.1f} | | 1 |")
     return "\n".join(lines) + "\n"
+
+
+def _untrained(run: config_lib.Config) -> dict[str, float] | None:
+    """The scores of its first line, before any step."""
+    written = pathlib.Path(run.workdir, "metrics.jsonl")
+    first = json.loads(written.open().readline()) if written.exists() else {}
+    return first if first.get("step") == 0 and "recall@1" in first else None
 
 
 def _cell(summary, spread, sign=""):
@@ -183,8 +210,7 @@ def _plot(rows: list[dict], path: pathlib.Path) -> None:
 
 def _about(base: dict, options, budget: str) -> str:
     environment = json.loads(logs.environment())
-    given = [argument for argument in sys.argv[1:]]
-    command = shlex.join(["python", "-m", "experiments.compare", *given])
+    command = shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]])
     what = f"{base['dataset']}, {base['backbone']}, {base['image_size']} px, {base['levels']} of {base['embedding_dim']} dimensions, batches of "
     what += f"{base['classes_per_batch']} x {base['images_per_class']}, {base['steps']} steps of {base['optimizer']}"
     return (
@@ -205,18 +231,26 @@ def main(_):
         out = pathlib.Path(options.out or base["workdir"])
         if options.out and not out.is_dir():
             raise ValueError(f"--out={options.out}: no such folder")
-        tuned = _runs_to_tune(base, names, rates, options.tuning_share, options.tuning_steps)
-        _runs_to_compare(base, dict.fromkeys(names, rates[0]), options.seeds)  # refused before the first run begins, if at all
-        terms = {"rates": options.rates, "tuning_share": options.tuning_share, "tuning_steps": options.tuning_steps}
+        # refused before the first run begins, if at all
+        _runs_to_tune(base, names, rates, options.tuning_share, options.tuning_steps)
+        _runs_to_compare(base, dict.fromkeys(names, rates[0]), options.seeds)
+        terms = {name: str(options[name].value) for name in ("rates", "more_rates", "tuning_share", "tuning_steps")}
         runs_lib.claim("compare", base | terms, [("seeds", options.seeds), ("only", options.only)])
-        failed = runs_lib.execute_all(list(tuned.values()), keep_going=options.keep_going, jobs=options.jobs)
-        chosen = _chosen(tuned, names)
+        failed = {}
+
+        def execute(runs):
+            failed.update(runs_lib.execute_all(runs, keep_going=options.keep_going, jobs=options.jobs))
+
+        chosen, tried = _tuned(base, names, options, execute)
         compared = _runs_to_compare(base, chosen, options.seeds)
-        failed |= runs_lib.execute_all(list(compared.values()), keep_going=options.keep_going, jobs=options.jobs)
+        execute(list(compared.values()))
         steps = options.tuning_steps or base["steps"]
-        budget = f"{len(rates)} rates ({options.rates}), a run of {steps} steps each, on {options.tuning_share:.0%} of the training classes held out"
-        rows = _rows(compared, chosen)
-        text = _as_markdown(rows, _about(base, options, budget))
+        budget = (
+            f"rates {options.rates}, and up to {options.more_rates} more while the best is at an end ({max(map(len, tried.values()))} at most were "
+            f"tried), a run of {steps} steps each, of one seed, on {options.tuning_share:.0%} of the training classes held out"
+        )
+        rows = _rows(compared, chosen, names)
+        text = _as_markdown(rows, _about(base, options, budget), next(filter(None, map(_untrained, compared.values())), None))
         contents = {"compare.md": text, "compare.json": json.dumps(rows, indent=1) + "\n"}
         for name, content in contents.items():
             with config_lib.written_whole(out / name) as aside:
@@ -232,6 +266,7 @@ def define_flags(flag_values=flags.FLAGS) -> None:
     own = {"flag_values": flag_values}
     flags.DEFINE_string("only", "", f"entries, with commas between ({', '.join(ENTRIES)}); empty: all", **own)
     flags.DEFINE_string("rates", "2e-3,6e-3,2e-2", "learning rates tried for each entry", **own)
+    flags.DEFINE_integer("more_rates", 3, "beyond those, while the best is at an end", lower_bound=0, **own)
     flags.DEFINE_float("tuning_share", 0.3, "of the training classes, searched when tuning", lower_bound=0.01, upper_bound=0.9, **own)
     flags.DEFINE_integer("tuning_steps", 0, "of a run of the tuning; 0: as many as of the others", lower_bound=0, **own)
     flags.DEFINE_integer("seeds", 5, "runs of each entry, of the seeds from --seed on", lower_bound=1, **own)

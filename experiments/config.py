@@ -49,14 +49,14 @@ class Config:
     seed: int = _option(0, "seed of the parameters, the batches and the augmentation", low=0)
     classes_per_batch: int = _option(40, "P, classes of a batch", low=2)
     images_per_class: int = _option(4, "K, images of each", low=2)
-    loss: str = _option("ranked_list", "what is trained; the options down to --gallery_gradient are ranked_list's", choices=tuple(losses.LOSSES))
+    loss: str = _option("ranked_list", "what is trained; the options from --alpha to --gallery_gradient are of ranked_list, and others have --loss_options", choices=tuple(losses.LOSSES))
     loss_options: str = _option("", "of another --loss, such as margin=0.1,mining=hard: the arguments of its function in rll_jax.losses_baseline")
     proxy_lr_multiplier: float = _option(1.0, "of the rate of the proxies (proxy_anchor)", low=0)
     alpha: float = _option(1.2, "negatives' boundary", low=1e-6, high=2)
     margin: float = _option(0.4, "alpha - margin is the positives' boundary", low=0)
     temperature_pos: float = _option(0.0, "T_p of the positives' weights", low=0)
     temperature_neg: float = _option(10.0, "T_n of the negatives' weights", low=0)
-    balance: float = _option(0.5, "lambda: share of the negative term", low=0, high=1)
+    balance: float = _option(0.5, "share of the negative term: lambda / (1 + lambda) of the CVPR paper", low=0, high=1)
     pair_term: str = _option("distance", "the hinge of a pair: on the distance, or on half of its square (2019 layer)", choices=("distance", "squared"))
     query_weighting: str = _option("uniform", "queries alike, or by the mass of their pairs' weights (released layers)", choices=("uniform", "mass"))
     weight_gradient: bool = _option(False, "differentiate the weights too, as other ports do")
@@ -146,6 +146,8 @@ class Config:
         if not self.margin <= self.alpha:
             raise ValueError(f"--margin={self.margin} must not be above --alpha={self.alpha}")
         losses.read_options(self.loss, self.loss_options)
+        if unused := losses.ignored(self, {field.name: field.default for field in dataclasses.fields(self)}):
+            raise ValueError(f"--{unused[0]} does nothing with --loss={self.loss}: leave it out")
         if self.memory_size and self.loss != "ranked_list":
             raise ValueError(f"--memory_size={self.memory_size} goes with --loss=ranked_list, not {self.loss}")
         for name in ("gallery_gradient", "class_augment"):

@@ -1,7 +1,7 @@
 """The loss of a run, from its options."""
-import ast
 import functools
 import inspect
+import math
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ LOSSES = {  # by the name for --loss: the function, and the options of a run tha
 }
 _WITH_PROXIES = "proxy_anchor"
 _NOT_OPTIONS = ("where", "axis_name")
+_MAY_BE_NONE = ("epsilon",)
 
 
 def make(config, train_labels):
@@ -41,6 +42,14 @@ def make(config, train_labels):
     return with_proxies
 
 
+def ignored(config, usual) -> list[str]:
+    """Options of the run that are not the usual ones, and that its loss does not take."""
+    _, fields = LOSSES[config.loss]
+    own = fields + (("proxy_lr_multiplier",) if config.loss == _WITH_PROXIES else ())
+    taken = (*_VARIANT, "proxy_lr_multiplier")
+    return [name for name in taken if name not in own and getattr(config, name) != usual[name]]
+
+
 def num_proxies(config, train_labels) -> int:
     """One for each class of the training images, or 0."""
     return len(np.unique(train_labels)) if config.loss == _WITH_PROXIES else 0
@@ -50,20 +59,34 @@ def read_options(name: str, text: str) -> dict:
     """{argument: value} of --loss_options; raises ValueError where the loss has no such option, or does not take that value."""
     function, fields = LOSSES[name]
     known = inspect.signature(function).parameters.values()
-    known = [p.name for p in known if p.kind is p.KEYWORD_ONLY and p.name not in _NOT_OPTIONS and not fields]
+    usual = {p.name: p.default for p in known if p.kind is p.KEYWORD_ONLY and p.name not in _NOT_OPTIONS and not fields}
     options = {}
     for part in filter(None, text.split(",")):
         key, equals, value = (word.strip() for word in part.partition("="))
-        if not equals or key not in known or key in options:
-            expected = f"NAME=VALUE,... of {', '.join(known)}, each once" if known else f"nothing, as --loss={name} has flags of its own"
+        if not equals or key not in usual or key in options:
+            expected = f"NAME=VALUE,... of {', '.join(usual)}, each once" if usual else f"nothing, as --loss={name} has flags of its own"
             raise ValueError(f"--loss_options={text}: expected {expected}, found {part!r}")
-        try:
-            options[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[key] = value
+        options[key] = _value(usual[key], key, value, f"--loss_options={text}")
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (((2, 2), np.float32), ((2,), np.int32), ((2, 2), np.float32))]
     try:
         jax.eval_shape(functools.partial(function, **options), *arrays[: 3 if name == _WITH_PROXIES else 2])
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"--loss_options={text}: {str(error).splitlines()[0]}")
     return options
+
+
+def _value(usual, key, text, where):
+    """The text as a value of the kind of the usual one."""
+    if isinstance(usual, str):
+        return text
+    words = {"true": True, "false": False} if isinstance(usual, bool) else {"none": None} if key in _MAY_BE_NONE else {}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        value = math.nan if isinstance(usual, bool) else float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        expected = "true or false" if isinstance(usual, bool) else "a number" + " or none" * bool(words)
+        raise ValueError(f"{where}: {key}: expected {expected}, found {text!r}")
+    return value

@@ -1,5 +1,6 @@
 """Many runs of experiments, each a process of its own, that go on where they stopped: what sweeps and comparisons are made of."""
 from concurrent import futures
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -28,8 +29,10 @@ def define_flags(flag_values=flags.FLAGS) -> None:
 
 
 def base_options() -> dict:
-    """{option: value} of the flags, those of the data set's own command where nothing is said."""
+    """{option: value} of the flags, those of the data set's own command where nothing is said; raises ValueError for --dry_run."""
     options = flags.FLAGS
+    if options.dry_run:
+        raise ValueError("--dry_run is of one run: give it to the data set's own command")
     base = {name: options[name].value for name in FIELDS}
     return base | {name: value for name, value in _USUAL.items() if base["dataset"] != "emoji" and not options[name].present}
 
@@ -38,7 +41,7 @@ def claim(kind: str, base: dict, given: list[tuple[str, object]], swept: tuple[s
     """Writes KIND.flags, which repeats the command; raises ValueError where the folder holds another such or anything else.
 
     Args:
-      base: the options that all runs share, but for those in `swept`.
+      base: the options that all runs share, but for those in `swept`, and what else must not change.
       given: other flags of the command, which may change when it goes on.
     """
     folder = pathlib.Path(base["workdir"])
@@ -48,7 +51,7 @@ def claim(kind: str, base: dict, given: list[tuple[str, object]], swept: tuple[s
         there = dict(line.removeprefix("--").partition("=")[::2] for line in path.read_text().splitlines())
         differing = [
             f"--{name}={there.get(name, '(swept)')} there, {here.get(name, '(swept)')} here"
-            for name in FIELDS
+            for name in {**dict.fromkeys(FIELDS), **here}
             if there.get(name) != here.get(name) and name not in config_lib.FREE_TO_CHANGE
         ]
         if differing:
@@ -88,10 +91,10 @@ def execute_all(runs: list[config_lib.Config], *, keep_going: bool, jobs: int = 
     the runs' folders, unless the environment says where.
     """
     failed, live, over = {}, set(), threading.Event()
-    cores = sorted(os.sched_getaffinity(0))
-    shares = queue.SimpleQueue()
-    for share in [cores[i::jobs] or cores for i in range(jobs)]:
-        shares.put(share)
+    divided = jobs > 1 and hasattr(os, "sched_setaffinity")  # Linux alone has it
+    cores, shares = sorted(os.sched_getaffinity(0)) if divided else [], queue.SimpleQueue()
+    for i in range(jobs):
+        shares.put(cores[i::jobs] or cores)
 
     def one(number, run):
         if over.is_set():
@@ -101,8 +104,9 @@ def execute_all(runs: list[config_lib.Config], *, keep_going: bool, jobs: int = 
             print(f"{at}: running, see {log}", flush=True)
             share = shares.get()
             try:
-                os.sched_setaffinity(0, share)  # of this thread, and of the process that it begins
-                code = _execute(run, log, live)
+                if divided:
+                    os.sched_setaffinity(0, share)  # of this thread, and of the process that it begins
+                code = _execute(run, log, live, over)
             finally:
                 shares.put(share)
         if over.is_set():
@@ -130,12 +134,17 @@ def execute_all(runs: list[config_lib.Config], *, keep_going: bool, jobs: int = 
     finally:
         over.set()
         for process in list(live):
-            os.killpg(process.pid, signal.SIGTERM)  # the processes that read for it too
+            _end(process)
         pool.shutdown(cancel_futures=True)
     return failed
 
 
-def _execute(run: config_lib.Config, log: pathlib.Path, live: set) -> int:
+def _end(process) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.killpg(process.pid, signal.SIGTERM)  # the processes that read for it too
+
+
+def _execute(run: config_lib.Config, log: pathlib.Path, live: set, over: threading.Event) -> int:
     """The run's exit code; it goes on from its last checkpoint by itself."""
     log.parent.mkdir(parents=True, exist_ok=True)
     shared = {"JAX_COMPILATION_CACHE_DIR": str(log.parents[1] / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
@@ -147,6 +156,8 @@ def _execute(run: config_lib.Config, log: pathlib.Path, live: set) -> int:
             raise ValueError(f"{name(run)} is being run by another process: wait for that, or end it")
         process = subprocess.Popen(command(run), stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, env=environment)
         live.add(process)
+        if over.is_set():  # between its beginning and this
+            _end(process)
         try:
             return process.wait()
         finally:

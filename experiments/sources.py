@@ -202,6 +202,8 @@ def refuse_bad(bad: dict[str, dict[int, str]], sets: dict, config) -> None:
 def open_usable(config) -> tuple[dict[str, datasets.ImageSet], list[str]]:
     """The sets without the pictures that cannot be used, and what is wrong with those; raises as `open_sets` and `refuse_bad`."""
     sets = open_sets(config)
+    if config.validation_share:
+        sets = datasets.hold_out(sets["train"], config.validation_share, config.split_seed)
     bad = {split: datasets.find_bad(data, full=config.verify_images == "full", threads=config.threads) for split, data in sets.items()}
     refuse_bad(bad, sets, config)
     left_out = []
@@ -211,6 +213,4 @@ def open_usable(config) -> tuple[dict[str, datasets.ImageSet], list[str]]:
             alone = set(sets[split].paths) - set(kept.paths) - {sets[split].paths[row] for row in of_split}
             left_out += [*of_split.values(), *(f"{path}: the last one of its class" for path in sorted(alone))]
             sets[split] = kept
-    if config.validation_share:
-        sets = datasets.hold_out(sets["train"], config.validation_share, config.split_seed)
     return sets, left_out

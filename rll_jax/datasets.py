@@ -105,9 +105,16 @@ def without(data: ImageSet, bad: Iterable[int]) -> ImageSet:
 
 
 def hold_out(train: ImageSet, share: float, seed: int) -> dict[str, ImageSet]:
-    """{"train": ..., "test": ...} of a training set: a share of its classes, drawn by the seed, is test; at least one, and not all."""
-    classes = np.unique(train.labels)
-    held = np.random.default_rng(seed).permutation(classes)[: min(max(round(len(classes) * share), 1), len(classes) - 1)]
+    """{"train": ..., "test": ...} of a training set: a share of its classes of two images or more, drawn by the seed, is test.
+
+    Raises:
+      ValueError: fewer than two such classes.
+    """
+    classes, counts = np.unique(train.labels, return_counts=True)
+    many = classes[counts > 1]
+    if len(many) < 2:
+        raise ValueError(f"classes cannot be held out: expected at least two of two images or more, found {len(many)}")
+    held = np.random.default_rng(seed).permutation(many)[: min(max(round(len(classes) * share), 1), len(many) - 1)]
     tested = np.isin(train.labels, held)
     return {"train": train.take(np.flatnonzero(~tested)), "test": train.take(np.flatnonzero(tested))}
 

@@ -1,4 +1,4 @@
-"""The losses that Ranked List Loss is compared with, as pytorch-metric-learning (PML) 2.9 computes them: value and gradient to 1e-5.
+"""The losses that Ranked List Loss is compared with, as pytorch-metric-learning (PML) 2.9 computes them: to 1e-6 in float64.
 
 Each takes (embeddings (N, D) floating, labels (N,) integer) first and by keyword its own options, and
 
@@ -114,6 +114,7 @@ def multi_similarity_loss(embeddings, labels, *, alpha=2.0, beta=50.0, base=0.5,
 
     The mean is over all rows. PML: MultiSimilarityLoss, with MultiSimilarityMiner(epsilon) or without.
     """
+    _positive(alpha=alpha, beta=beta)
     x, same, other, valid = _batch(embeddings, labels, where, axis_name)
     s = _pairs.dot(x, x, ((1,), (1,)))
     if epsilon is not None:
@@ -130,13 +131,17 @@ def proxy_anchor_loss(embeddings, labels, proxies, *, margin=0.1, alpha=32.0, wh
     """Proxy anchor loss (Kim et al., CVPR 2020, equation 4), on cosine similarities.
 
     Args:
-      labels: (N,) of 0 to C - 1.
+      labels: (N,) of 0 to C - 1; a row of any other is a negative of all proxies.
       proxies: (C, D) floating, to be trained; the same on all devices. PML's and the authors' begin as normal with variance 2 / C.
       margin, alpha: the paper's delta and alpha.
 
     PML: ProxyAnchorLoss.
     """
     x, _, _, valid = _batch(embeddings, labels, where, axis_name)
+    if not hasattr(proxies, "dtype") or not jnp.issubdtype(proxies.dtype, jnp.floating):
+        raise TypeError(f"proxies must be a floating array: found {getattr(proxies, 'dtype', type(proxies).__name__)}")
+    if proxies.ndim != 2 or proxies.shape[1] != x.shape[1] or not proxies.shape[0]:
+        raise ValueError(f"proxies must go with embeddings: found shape {proxies.shape}, expected (C, {x.shape[1]})")
     labels = _gathered(jnp.asarray(labels), axis_name)
     s = _pairs.dot(x, _inputs.normalize_rows(proxies.astype(x.dtype)), ((1,), (1,)))
     own = labels[:, None] == jnp.arange(proxies.shape[0])
@@ -151,6 +156,7 @@ def nt_xent_loss(embeddings, labels, *, temperature=0.07, where=None, axis_name=
 
     The mean over the ordered positive pairs of the cross entropy of that positive among it and the query's negatives. PML: NTXentLoss.
     """
+    _positive(temperature=temperature)
     x, same, other, _ = _batch(embeddings, labels, where, axis_name)
     s = _pairs.dot(x, x, ((1,), (1,))) / temperature
     usable = same & other.any(axis=1)[:, None]
@@ -163,6 +169,7 @@ def sup_con_loss(embeddings, labels, *, temperature=0.1, where=None, axis_name=N
     Per query the mean over its positives of -log softmax over all others; the mean over the queries for which that is above 0. A batch
     of one class is 0. PML: SupConLoss.
     """
+    _positive(temperature=temperature)
     x, same, other, _ = _batch(embeddings, labels, where, axis_name)
     s = _pairs.dot(x, x, ((1,), (1,))) / temperature
     log_total = _log_sum_exp(s, same | other)[:, None]
@@ -193,6 +200,12 @@ def pml_ranked_list_loss(
     return _mean((1 - balance) * positive + balance * negative, valid)
 
 
+def _positive(**values):
+    for name, value in values.items():
+        if not isinstance(value, jax.core.Tracer) and not value > 0:
+            raise ValueError(f"{name} out of range: found {value}, expected {name} > 0")
+
+
 def _batch(embeddings, labels, where, axis_name, normalize=True):
     """All devices' rows; which pairs are positive (not a row with itself) and negative, (N, N); which rows are valid, (N,)."""
     _inputs.check_rows("embeddings", embeddings, "labels", labels, "where", where)
@@ -212,8 +225,11 @@ def _gathered(x, axis_name):
 
 
 def _distances(x):
-    d2 = jnp.maximum(2 - 2 * _pairs.dot(x, x, ((1,), (1,))), 0)
-    apart = d2 > 4 * jnp.finfo(x.dtype).eps  # nearer ones are rounding: no direction
+    x = x - lax.stop_gradient(jnp.mean(x, axis=0))  # rows that are near each other keep their digits
+    size = jnp.sum(x * x, axis=1)
+    both = size[:, None] + size[None, :]
+    d2 = jnp.maximum(both - 2 * _pairs.dot(x, x, ((1,), (1,))), 0)
+    apart = d2 > 4 * jnp.finfo(x.dtype).eps * both  # nearer ones are rounding: no direction
     return jnp.where(apart, jnp.sqrt(jnp.where(apart, d2, 1)), 0)
 
 

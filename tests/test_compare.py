@@ -2,11 +2,13 @@
 import json
 import pathlib
 import statistics
+import types
 
 import pytest
 from scipy import stats
 
-from experiments import compare, config, runs
+from experiments import compare, config
+from experiments import runs as runs_lib
 from test_experiments import TINY, refused, run
 
 BASE = {**vars(config.Config()), "workdir": "w", "report": False, "steps": 20}
@@ -28,19 +30,34 @@ def test_equal_terms():
     for (name, value), run in [*tuned.items(), *compared.items()]:
         of_tuning = (name, value) in tuned
         free = {*compare.ENTRIES[name].options, "learning_rate", "seed", "workdir"} | ({"validation_share", "steps"} if of_tuning else set())
-        assert all(getattr(run, field) == BASE[field] for field in runs.FIELDS if field not in free)
+        assert all(getattr(run, field) == BASE[field] for field in runs_lib.FIELDS if field not in free)
         assert (run.validation_share, run.steps) == ((0.3, 10) if of_tuning else (0, 20))
     assert len({run.workdir for run in [*tuned.values(), *compared.values()]}) == 7 * len(names)
     assert [seed for _, seed in compared][: len(names)] == [0] * len(names)
 
 
-def test_the_best_rate_is_chosen(tmp_path):
-    tuned = compare._runs_to_tune(BASE | {"workdir": str(tmp_path)}, ["rll", "sup_con", "lifted"], [1e-3, 3e-3, 1e-2], 0.3, 0)
-    for (name, rate), run in tuned.items():
-        if name != "lifted":
-            write_scores(run, {("rll", 3e-3): 0.6}.get((name, rate), 0.5), step=7 if (name, rate) == ("rll", 1e-2) else None)
-    # the lower of two that are alike; one whose runs failed is left out
-    assert compare._chosen(tuned, ["rll", "sup_con", "lifted"]) == {"rll": 3e-3, "sup_con": 1e-3}
+def test_rates_are_tried_until_the_best_is_not_at_an_end(tmp_path):
+    options = types.SimpleNamespace(rates="1e-3,3e-3,9e-3", more_rates=2, tuning_share=0.3, tuning_steps=0)
+    recalls = {
+        "rll": {3e-3: 0.6},  # in the middle
+        "sup_con": {9e-3: 0.6, 3e-2: 0.7, 9e-2: 0.8},  # ever better
+        "lifted": {1e-3: 0.6, 3e-4: 0.55},
+        "n_pair": {3e-3: 0.5, 1e-3: 0.5},  # the lower of two that are alike
+    }
+    told = []
+
+    def execute(runs):
+        for one in runs:
+            name, rate = pathlib.Path(one.workdir).parent.name, one.learning_rate
+            if name in recalls and runs_lib.scores(one) is None:
+                told.append((name, rate))
+                write_scores(one, recalls[name].get(rate, 0.1))
+
+    names = [*recalls, "contrastive"]  # whose runs all fail
+    chosen, tried = compare._tuned(BASE | {"workdir": str(tmp_path)}, names, options, execute)
+    assert chosen == {"rll": 3e-3, "sup_con": 9e-2, "lifted": 1e-3, "n_pair": 1e-3}
+    assert tried["rll"] == [1e-3, 3e-3, 9e-3] and tried["lifted"] == [1e-3, 3e-3, 9e-3, 3e-4]
+    assert len(tried["sup_con"]) == 5 and len(told) == len(set(told))
 
 
 def test_the_table_is_of_the_runs_scores(tmp_path):
@@ -48,7 +65,7 @@ def test_the_table_is_of_the_runs_scores(tmp_path):
     compared = compare._runs_to_compare(BASE | {"workdir": str(tmp_path)}, {"rll": 1e-2, "triplet_hard": 1e-3}, 3)
     for (name, seed), one in compared.items():
         write_scores(one, found[name][seed])
-    first, second = compare._rows(compared, {"rll": 1e-2, "triplet_hard": 1e-3})
+    first, second, third = compare._rows(compared, {"rll": 1e-2, "triplet_hard": 1e-3}, ["rll", "triplet_hard", "lifted"])
     assert first["recall@1"]["mean"] == pytest.approx(52) and first["recall@1"]["std"] == pytest.approx(2)
     differences = [-3, -2, -3]  # by seed
     found = second["recall@1"]["difference"]
@@ -56,8 +73,10 @@ def test_the_table_is_of_the_runs_scores(tmp_path):
     low, high = stats.t.interval(0.95, 2, statistics.fmean(differences), statistics.stdev(differences) / 3**0.5)
     assert (found["mean"] - found["half"], found["mean"] + found["half"]) == pytest.approx((low, high))
     assert second["map@r"]["mean"] == pytest.approx(24.667, abs=1e-3)
-    line = compare._as_markdown([first, second], "").splitlines()[-1]
-    assert line == "| Triplet, batch-hard | 0.001 | 49.3 ± 2.5 | -2.7 ± 1.4 | 24.7 ± 1.3 | -1.3 ± 0.7 | 3 |"
+    text = compare._as_markdown([first, second, third], "", compare._untrained(compared["rll", 0])).splitlines()
+    assert text[-3] == "| Triplet, batch-hard | 0.001 | 49.3 ± 2.5 | -2.7 ± 1.4 | 24.7 ± 1.3 | -1.3 ± 0.7 | 3 |"
+    assert text[-2] == "| Lifted structure | failed | - | - | - | - | 0 |"
+    assert text[-1] == "| the network before its first step | | 1.0 | | 1.0 | | 1 |"
 
 
 @pytest.mark.parametrize("arguments, text", [
@@ -66,16 +85,26 @@ def test_the_table_is_of_the_runs_scores(tmp_path):
     (["--margin=0.2", "--query_weighting=mass"], "--query_weighting is for the comparison to choose"),
     (["--out=/no/such/folder"], "--out=/no/such/folder: no such folder"),
     (["--classes_per_batch=1"], "--classes_per_batch=1"),
+    (["--dry_run"], "--dry_run is of one run"),
 ])  # fmt: skip
 def test_mistakes_before_anything_is_written(arguments, text, tmp_path):
     refused(text, *arguments, f"--workdir={tmp_path / 'compare'}", name="compare")
     assert not (tmp_path / "compare").exists()
 
 
+def test_another_comparison_in_the_folder_is_refused(tmp_path):
+    base = BASE | {"workdir": str(tmp_path), "tuning_share": "0.3"}
+    runs_lib.claim("compare", base, [("seeds", 3)])
+    runs_lib.claim("compare", base | {"threads": 7}, [("seeds", 5)])
+    for changed, text in (({"tuning_share": "0.5"}, "--tuning_share=0.3 there, 0.5 here"), ({"steps": 9}, "--steps=20 there, 9 here")):
+        with pytest.raises(ValueError, match=text):
+            runs_lib.claim("compare", base | changed, [("seeds", 3)])
+
+
 @pytest.mark.slow
 def test_the_command_goes_on_with_more_seeds(tmp_path):
     tiny = [flag for flag in TINY if not flag.startswith(("--memory", "--steps"))]
-    given = [*tiny, "--steps=4", "--only=rll_lmh,pml_rll,proxy_anchor", "--rates=1e-3,1e-2", "--jobs=2", f"--workdir={tmp_path / 'compare'}"]
+    given = [*tiny, "--steps=4", "--only=rll_lmh,pml_rll,proxy_anchor", "--rates=1e-3,1e-2", "--more_rates=0", "--jobs=2", f"--workdir={tmp_path / 'compare'}"]
     given = [flag.replace("resnet_tiny", "resnet_smaller") for flag in given]
     result = run(*given, "--seeds=1", name="compare")
     assert result.returncode == 0, result.stderr

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from experiments import config, losses, sources, trained
-from rll_jax import loss, losses_baseline, parallel, train
+from rll_jax import datasets, loss, losses_baseline, parallel, train
 from test_step import Linear
 
 CLASSES = np.array([3, 7, 20, 21, 40, 41])
@@ -38,8 +38,8 @@ def test_every_loss_is_its_function_with_its_options():
         ("ranked_list", "", ("margin", 0.2), ("query_weighting", "mass")): loss.ranked_list_loss(x, labels, margin=0.2, query_weighting="mass"),
         ("pml_ranked_list", "", ("temperature_neg", 4.0)): losses_baseline.pml_ranked_list_loss(x, labels, temperature_neg=4.0),
         ("triplet", "margin=0.1,mining=hard"): losses_baseline.triplet_loss(x, labels, margin=0.1, mining="hard"),
-        ("multi_similarity", "epsilon=None"): losses_baseline.multi_similarity_loss(x, labels, epsilon=None),
-        ("n_pair", "scale=4, normalize=False"): losses_baseline.n_pair_loss(x, labels, scale=4, normalize=False),
+        ("multi_similarity", "epsilon=none"): losses_baseline.multi_similarity_loss(x, labels, epsilon=None),
+        ("n_pair", "scale=4, normalize=false"): losses_baseline.n_pair_loss(x, labels, scale=4, normalize=False),
     }
     for (name, text, *more), expected in cases.items():
         of = losses.make(config.Config(loss=name, loss_options=text, **dict(more)), labels)
@@ -51,7 +51,12 @@ def test_every_loss_is_its_function_with_its_options():
     ({"loss": "triplet", "loss_options": "margn=1"}, "--loss_options=margn=1: expected NAME=VALUE,... of margin, mining, each once"),
     ({"loss": "triplet", "loss_options": "margin=1,margin=2"}, "each once, found 'margin=2'"),
     ({"loss": "triplet", "loss_options": "mining=hardest"}, "mining: found 'hardest', expected 'semihard', 'hard' or 'all'"),
-    ({"loss": "contrastive", "loss_options": "neg_margin=far"}, "--loss_options=neg_margin=far: "),
+    ({"loss": "contrastive", "loss_options": "neg_margin=far"}, "neg_margin: expected a number, found 'far'"),
+    ({"loss": "nt_xent", "loss_options": "temperature=0"}, "temperature out of range: found 0.0, expected temperature > 0"),
+    ({"loss": "n_pair", "loss_options": "normalize=1"}, "normalize: expected true or false, found '1'"),
+    ({"loss": "multi_similarity", "loss_options": "epsilon=inf"}, "epsilon: expected a number or none, found 'inf'"),
+    ({"loss": "triplet", "query_weighting": "mass"}, "--query_weighting does nothing with --loss=triplet"),
+    ({"loss": "sup_con", "proxy_lr_multiplier": 10.0}, "--proxy_lr_multiplier does nothing with --loss=sup_con"),
     ({"loss": "contrastive", "loss_options": "where=1"}, "of pos_margin, neg_margin"),
     ({"loss_options": "margin=0.2"}, "expected nothing, as --loss=ranked_list has flags of its own"),
     ({"loss": "nt_xent", "memory_size": 64}, "--memory_size=64 goes with --loss=ranked_list"),
@@ -87,7 +92,7 @@ def test_proxies_in_chunks():
 def test_proxies_and_the_optimiser():
     params = {"conv1": {"kernel": jnp.ones((2, 2))}, "proxies": {"H": jnp.ones((2, 2))}}
     usual = dict(optimizer="sgd", schedule="step", learning_rate=0.1, weight_decay=0.0, batch_norm="frozen", frozen_stages=2)
-    tx = trained.make_optimizer(config.Config(proxy_lr_multiplier=100.0, **usual))
+    tx = trained.make_optimizer(config.Config(loss="proxy_anchor", proxy_lr_multiplier=100.0, **usual))
     updates, _ = tx.update(params, tx.init(params), params)
     assert float(updates["proxies"]["H"][0, 0]) == pytest.approx(-10.0) and float(updates["conv1"]["kernel"][0, 0]) == 0
 
@@ -101,3 +106,15 @@ def test_classes_held_out():
     np.testing.assert_array_equal(np.union1d(classes["train"], classes["test"]), np.unique(opened["train"].labels))
     assert len(held["train"]) + len(held["test"]) == len(opened["train"])
     assert set(classes["test"]) != set(np.unique(other["test"].labels))
+
+
+def test_what_cannot_be_held_out():
+    def labelled(*labels):
+        labels = np.array(labels)
+        return datasets.ImageSet(None, np.arange(len(labels)), labels, labels.astype(str), labels)
+
+    for seed in range(4):
+        held = datasets.hold_out(labelled(1, 1, 2, 3, 4, 4), 0.5, seed)["test"]
+        assert set(held.labels) in ({1}, {4})  # of two images
+    with pytest.raises(ValueError, match="at least two of two images or more, found 1"):
+        datasets.hold_out(labelled(1, 1, 2), 0.5, 0)

@@ -154,6 +154,18 @@ def test_finite_at_copies_and_in_one_class(loss):
     assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("name", ["contrastive", "triplet, semihard", "triplet, all", "lifted", "pml's ranked list"])
+def test_rows_near_each_other_keep_their_digits(name):
+    """A network that is about to collapse, or has just begun."""
+    x, labels = batch("even")
+    x = (x[:1] + 3e-3 * x).astype(np.float32)
+    value, gradient = value_and_gradient(LOSSES[name], x, labels)
+    with jax.enable_x64(True):
+        expected, of_expected = value_and_gradient(LOSSES[name], x.astype(np.float64), labels)
+    np.testing.assert_allclose(value, expected, rtol=1e-3)
+    np.testing.assert_allclose(gradient, of_expected, atol=1e-2 * np.abs(of_expected).max())
+
+
 @of_each
 def test_low_precision_is_worked_on_in_float32(loss):
     x, labels = batch("clustered", dtype=np.float32)
@@ -229,5 +241,8 @@ def test_bad_input():
         baselines.triplet_loss(x, labels, mining="hardest")
     with pytest.raises(TypeError, match="embeddings must be floating"):
         baselines.contrastive_loss(x.astype(int), labels)
+    for wrong, kind in (([[1.0] * 8], TypeError), (np.ones((9, 8), int), TypeError), (np.ones((9, 4), np.float32), ValueError)):
+        with pytest.raises(kind, match="proxies must"):
+            baselines.proxy_anchor_loss(x, labels, wrong)
     with pytest.raises(ValueError, match="labels must go with embeddings"):
         baselines.nt_xent_loss(x, labels[:-1])
