@@ -95,6 +95,10 @@ class Config:
     )  # fmt: skip
     dtype: str = _option("float32", "of the convolutions", choices=("float32", "bfloat16"))
     frozen_stages: int = _option(0, "first stages of the network, and the stem, that stay as they are; needs a frozen --batch_norm", low=0)
+    frozen_views: int = _option(
+        0, "views of each training picture that --frozen_stages see, once, before the first step: what they make of them is kept in --data_dir "
+        "and read at every step after; 0: they see a new view at each step", low=0
+    )  # fmt: skip
     remat: str = _option("", "stages computed again for the gradient to save memory, such as 1,2")
     image_size: int = _option(32, "side of the pictures that the network sees, pixels", low=8)
     optimizer: str = _option("adamw", "optimiser; sgd has momentum 0.9", choices=("adamw", "sgd"))
@@ -170,6 +174,12 @@ class Config:
                 f"--frozen_stages={self.frozen_stages}: expected at most the {stages} stages of --backbone={self.backbone}, and "
                 "--batch_norm=frozen or frozen_affine"
             )
+        if self.frozen_views:
+            if not self.frozen_stages:
+                raise ValueError(f"--frozen_views={self.frozen_views} keeps what frozen stages make of a picture: give --frozen_stages too")
+            for name in ("class_augment", "worker_processes", "dry_run", "multihost"):
+                if getattr(self, name):
+                    raise ValueError(f"--frozen_views={self.frozen_views} and --{name} do not go together: leave one of them out")
         if self.index and self.dataset != "folder":
             raise ValueError(f"--index={self.index} goes with --dataset=folder, not {self.dataset}")
         if self.init_from and self.pretrained:

@@ -63,7 +63,7 @@ def update(workdir: str, trained, folder: str) -> Index:
     root = pathlib.Path(folder)
     stamps = _scan(root)
     name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
-    directory = pathlib.Path(workdir) / "index" / f"{name}-{trained_lib.identity(trained)}"
+    directory = pathlib.Path(workdir) / "index" / f"{name}-{trained_lib.identity(trained.variables)}"
     directory.mkdir(parents=True, exist_ok=True)
     known = {}
     for path in directory.glob("*.npz"):

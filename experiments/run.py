@@ -65,13 +65,13 @@ def _fresh_state(prepared):
     return trained.make_state(config, prepared.runner, prepared.published, proxies)
 
 
-def _batches(prepared, start: int, on_bad=None):
+def _batches(prepared, given, start: int, on_bad=None):
     """Those from step `start` on, this process's share of each."""
     config = prepared.config
     return pipeline.train_batches(
-        prepared.splits["train"],
+        given.data,
         prepared.batches,
-        sources.views(config).train(config.image_size),
+        given.view,
         views_lib.ClassTransform() if config.class_augment else None,
         start=start,
         stop=config.steps,
@@ -86,8 +86,8 @@ def _batches(prepared, start: int, on_bad=None):
 def _dry_run(prepared) -> None:
     """Everything but the steps, and what one of them takes."""
     config, _, runner, splits, *_ = prepared
-    state = _fresh_state(prepared)
-    batch = next(_batches(prepared, 0))
+    state, given = setup.seen(prepared, _fresh_state(prepared))
+    batch = next(_batches(prepared, given["train"], 0))
     begun = time.time()
     compiled = runner.train(_train_step(config, splits["train"].labels)).lower(state, runner.place(batch)).compile()
     seconds, memory = time.time() - begun, compiled.memory_analysis()
@@ -113,7 +113,6 @@ def _run(prepared) -> None:
     embed_step = runner.embed(train.embed_step)
     embed = functools.partial(
         evaluate.embed_images,
-        view=sources.views(config).test(config.image_size),
         runner=runner,
         batch_size=config.eval_batch_size,
         threads=config.threads,
@@ -138,6 +137,10 @@ def _run(prepared) -> None:
     state, start, best_score = survival.restore(workdir, config, runner, _fresh_state(prepared))
     if start:
         say(f"resuming {workdir} at step {start} of {config.steps}")
+    try:
+        state, given = setup.seen(prepared, state)
+    except ValueError as error:
+        raise logs.BadRun(error)
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock if first else contextlib.nullcontext())
         saved = stack.enter_context(checkpoint.Checkpoints(workdir / "checkpoints", keep=config.keep))
@@ -163,7 +166,9 @@ def _run(prepared) -> None:
             nonlocal best_score
             here = runner.here(state.replace(opt_state=(), memory=None))  # not needed, and large
             try:
-                data, levels = embed_readable(functools.partial(embed, here, embed=embed_unless_stopped), splits["test"], bad_images.found)
+                data, levels = embed_readable(
+                    lambda data, on_bad: embed(here, *given["test"], embed=embed_unless_stopped, on_bad=on_bad), splits["test"], bad_images.found
+                )
                 embeddings = np.asarray(models.concatenated(levels))
                 scores = metrics.retrieval_metrics(*evaluate.by_role(embeddings, data), ks=ks)
             except _Stopped:
@@ -193,7 +198,7 @@ def _run(prepared) -> None:
             if start % config.eval_every == 0 and start < config.steps and not scored:  # at 0, or told to stop before it
                 evaluate_at(start) or end_early(start)
             loaded = pipeline.prefetch(
-                _batches(prepared, start, functools.partial(bad_images.found, splits["train"])), runner.place
+                _batches(prepared, given["train"], start, functools.partial(bad_images.found, splits["train"])), runner.place
             )
             since, waited = (start, time.time()), 0.0
             profiled = tuple(map(int, config.profile_steps.split(":"))) if config.profile_steps else (0, 0)

@@ -1,9 +1,10 @@
 """Everything about a run that can be refused, checked before anything is written but a benchmark's prepared files."""
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
@@ -11,7 +12,7 @@ import numpy as np
 
 from experiments import config as config_lib
 from experiments import sources, trained
-from rll_jax import cache, datasets, parallel, sampler
+from rll_jax import cache, datasets, evaluate, frozen, parallel, sampler, train
 from rll_jax.published import is_remote
 
 
@@ -50,6 +51,8 @@ def prepare(config) -> Setup:
         raise ValueError(
             f"--embed_chunk={config.embed_chunk} does not divide the {batch_size // runner.num_devices} images of each device"
         )
+    if config.frozen_views and (not config.data_dir or is_remote(config.data_dir)):
+        raise ValueError(f"--frozen_views={config.frozen_views} writes into --data_dir, a local folder, and it is {config.data_dir!r}: use a local copy")
     if config.memory_size and (config.memory_size < batch_size or config.memory_size % runner.num_devices):
         raise ValueError(
             f"--memory_size={config.memory_size}: expected 0, or a multiple of the {runner.num_devices} devices and at least the {batch_size} images of a batch"
@@ -74,6 +77,44 @@ def prepare(config) -> Setup:
     splits = cached(splits, config)
     multihost_utils.sync_global_devices("checked")  # before any writes into a workdir that others look at
     return Setup(config, workdir, runner, splits, batches, published, left_out)
+
+
+class Seen(NamedTuple):
+    """What the network is given of a split: `view(data.picture(row))`, of the train split with a generator as its second argument."""
+
+    data: Any
+    view: Callable
+
+
+def seen(prepared: Setup, state) -> tuple[train.TrainState, dict[str, Seen]]:
+    """The state as steps take it and what they are given: pictures, or what the state's frozen stages have made of them (--frozen_views).
+
+    Raises:
+      ValueError: there is no room for that (how much is needed).
+    """
+    config, splits, runner = prepared.config, prepared.splits, prepared.runner
+    views = sources.views(config)
+    of_train, of_test = views.train(config.image_size), views.test(config.image_size)
+    if not config.frozen_views:
+        return state, {"train": Seen(splits["train"], of_train), "test": Seen(splits["test"], of_test)}
+    rest, here = frozen.rest_of(trained.make_model(config), config.image_size), runner.here(state.replace(opt_state=(), memory=None))
+    chosen = {name: [tree[name] for tree in (state.params, state.batch_stats) if name in tree] for name in state.params if trained.is_frozen(config, name)}
+    weights = trained.identity(chosen)
+    embed = functools.partial(
+        evaluate.embed_images, here, view=lambda drawn: drawn, embed=runner.embed(frozen.step(rest)), runner=runner,
+        batch_size=config.eval_batch_size, threads=config.threads,
+    )  # fmt: skip
+    found = {}
+    for split, number, view, read in (
+        ("train", config.frozen_views, of_train, frozen.any_view),
+        ("test", 1, lambda picture, rng: of_test(picture), frozen.first_view),
+    ):
+        what = (split, number, cache.digest(splits[split]), weights, config.augment, config.image_size, config.dtype, rest.given)
+        path = pathlib.Path(config.data_dir, f"frozen_{split}_{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.npy")
+        if not path.exists():
+            frozen.write(path, splits[split], view, number, rest, embed)
+        found[split] = Seen(frozen.Kept(path, splits[split].labels), read)
+    return state.replace(apply_fn=rest.apply), found
 
 
 def fingerprint(data: datasets.ImageSet) -> str:

@@ -42,10 +42,13 @@ def make_optimizer(config) -> optax.GradientTransformation:
     if config.proxy_lr_multiplier != 1:
         steps.append(optax.masked(optax.scale(config.proxy_lr_multiplier), _where(lambda name: name == train.PROXIES)))
     if config.frozen_stages:
-        stage_of = config.network.stage_of
-        frozen = _where(lambda name: not name.startswith((*weights.HEADS, train.PROXIES)) and stage_of(name) <= config.frozen_stages)
-        steps.append(optax.masked(optax.set_to_zero(), frozen))  # last: decay moves them too
+        steps.append(optax.masked(optax.set_to_zero(), _where(functools.partial(is_frozen, config))))  # last: decay moves them too
     return optax.chain(*steps)
+
+
+def is_frozen(config, module: str) -> bool:
+    """Whether a module of the network, by its name, is one that --frozen_stages keeps as it is."""
+    return not module.startswith((*weights.HEADS, train.PROXIES)) and config.network.stage_of(module) <= config.frozen_stages
 
 
 def _where(chosen: Callable[[str], bool]) -> Callable:
@@ -186,9 +189,9 @@ def load(workdir: str, step: int | None = None, best: bool = False) -> Trained:
     return Trained(config, step, embed, {"params": state.params, "batch_stats": state.batch_stats})
 
 
-def identity(trained: Trained) -> str:
-    """A digest of the weights."""
+def identity(variables) -> str:
+    """A digest of weights."""
     digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(jax.device_get(trained.variables)):
+    for leaf in jax.tree.leaves(jax.device_get(variables)):
         digest.update(np.ascontiguousarray(leaf))
     return digest.hexdigest()[:16]

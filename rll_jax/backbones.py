@@ -57,19 +57,12 @@ class ResNetConfig:
         return int(module[len("layer") :].split("_")[0]) if module.startswith("layer") else 0
 
     def ends(self, x, conv, norm, remat=(), frozen=0) -> list:
-        """The maps at the ends of the stages.
+        """The maps at the ends of the stages, of images or, by {stage: map}, of the ends of some first stages, the last of which goes on.
 
         Blocks of the stages in `remat` (from 1) are computed again for the gradient, which does not reach the first `frozen` ones.
         """
-        kernel, strides, pad = (3, 1, 1) if self.small_images else (7, 2, 3)
-        x = conv(self.width, (kernel, kernel), (strides, strides), padding=[(pad, pad)] * 2, name="conv1")(x)
-        x = nn.relu(norm(name="bn1")(x))
-        if self.small_images:
-            x = nn.avg_pool(x, (self.stem_pool,) * 2, (self.stem_pool,) * 2)
-        else:
-            x = nn.max_pool(x, (3, 3), (2, 2), padding=[(1, 1)] * 2)
-        ends = []
-        for stage, blocks in enumerate(self.stage_sizes, start=1):
+        ends, x = _given_ends(x) if isinstance(x, dict) else ([], self._stem(x, conv, norm))
+        for stage, blocks in enumerate(self.stage_sizes[len(ends) :], start=len(ends) + 1):
             block_class = nn.remat(ResNetBlock) if stage in remat else ResNetBlock
             for block in range(blocks):
                 strides = 2 if stage > 1 and block == 0 else 1
@@ -77,6 +70,20 @@ class ResNetConfig:
             x = lax.stop_gradient(x) if stage <= frozen else x
             ends.append(x)
         return ends
+
+    def _stem(self, x, conv, norm):
+        kernel, strides, pad = (3, 1, 1) if self.small_images else (7, 2, 3)
+        x = conv(self.width, (kernel, kernel), (strides, strides), padding=[(pad, pad)] * 2, name="conv1")(x)
+        x = nn.relu(norm(name="bn1")(x))
+        if self.small_images:
+            return nn.avg_pool(x, (self.stem_pool,) * 2, (self.stem_pool,) * 2)
+        return nn.max_pool(x, (3, 3), (2, 2), padding=[(1, 1)] * 2)
+
+
+def _given_ends(maps: dict) -> tuple[list, Any]:
+    """Those of the stages up to the last given, None where not given, and that last one."""
+    last = max(maps)
+    return [maps.get(stage) for stage in range(1, last + 1)], maps[last]
 
 
 class ResNetBlock(nn.Module):
@@ -140,14 +147,13 @@ class GoogLeNetV2Config:
         return 1 + sum(order.index(end) < order.index(module[len("inception_") :]) for end in _INCEPTION_ENDS)
 
     def ends(self, x, conv, norm, remat=(), frozen=0) -> list:
-        """The maps at the ends of inception 3c, 4e and 5b: stages 1, 2, 3 for `remat` and `frozen`, with all blocks since the one before."""
-        x = _ConvUnit(self._channels(64), 7, 2, conv, norm, name="conv1_7x7_s2")(x)
-        x = _ceil_max_pool(x)
-        x = _ConvUnit(self._channels(64), 1, 1, conv, norm, name="conv2_3x3_reduce")(x)
-        x = _ConvUnit(self._channels(192), 3, 1, conv, norm, name="conv2_3x3")(x)
-        x = _ceil_max_pool(x)
-        ends = []
+        """The maps at the ends of inception 3c, 4e and 5b: stages 1, 2, 3 for `x`, `remat` and `frozen`, with all blocks since the one
+        before; see `ResNetConfig.ends`."""
+        ends, x = _given_ends(x) if isinstance(x, dict) else ([], self._stem(x, conv, norm))
+        there = len(ends)
         for name, channels in _INCEPTIONS.items():
+            if self.stage_of(f"inception_{name}") <= there:
+                continue
             block_class = nn.remat(_Inception) if len(ends) + 1 in remat else _Inception
             channels = tuple(map(self._channels, channels))
             x = block_class(channels, name == "5b", conv, norm, name=f"inception_{name}")(x)
@@ -155,6 +161,13 @@ class GoogLeNetV2Config:
                 x = lax.stop_gradient(x) if len(ends) < frozen else x
                 ends.append(x)
         return ends
+
+    def _stem(self, x, conv, norm):
+        x = _ConvUnit(self._channels(64), 7, 2, conv, norm, name="conv1_7x7_s2")(x)
+        x = _ceil_max_pool(x)
+        x = _ConvUnit(self._channels(64), 1, 1, conv, norm, name="conv2_3x3_reduce")(x)
+        x = _ConvUnit(self._channels(192), 3, 1, conv, norm, name="conv2_3x3")(x)
+        return _ceil_max_pool(x)
 
     def _channels(self, published: int) -> int:
         return round(self.width * published)

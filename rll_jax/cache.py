@@ -59,7 +59,7 @@ def on_disk(data: ImageSet, short_side: int, directory, name: str) -> ImageSet:
     """
     from array_record.python import array_record_data_source
 
-    path = _file(data, short_side, directory, name)
+    path = pathlib.Path(directory) / f"cache_{name}_{short_side}_{digest(data)}.arrayrecord"  # another for other pictures, or another size
     if not path.exists():
         try:
             _write(data, short_side, path)
@@ -69,13 +69,12 @@ def on_disk(data: ImageSet, short_side: int, directory, name: str) -> ImageSet:
     return dataclasses.replace(data, read=_Records(records), positions=np.arange(len(data)))
 
 
-def _file(data, short_side, directory, name) -> pathlib.Path:
-    """Of another name for other pictures, or another size."""
-    digest = hashlib.sha256("\n".join(data.paths.tolist()).encode(errors="surrogateescape"))
+def digest(data: ImageSet) -> str:
+    """Of which files, as far as they are known, in which order."""
+    files = hashlib.sha256("\n".join(data.paths.tolist()).encode(errors="surrogateescape"))
     for column in (data.sizes, data.changed):
-        digest.update(b"" if column is None else np.ascontiguousarray(column))
-    digest = digest.hexdigest()[:16]
-    return pathlib.Path(directory) / f"cache_{name}_{short_side}_{digest}.arrayrecord"
+        files.update(b"" if column is None else np.ascontiguousarray(column))
+    return files.hexdigest()[:16]
 
 
 def _write(data, short_side, path) -> None:

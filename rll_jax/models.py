@@ -5,6 +5,7 @@ bias), M and L from the ends of the two stages before it (pool, 1x1 convolution,
 without bias). Each embedding is L2-normalised.
 """
 import functools
+import math
 from typing import Any
 
 from flax import linen as nn
@@ -38,6 +39,8 @@ class EmbeddingNet(nn.Module):
       axis_name: the axis over which batch statistics are taken, or None.
       remat: stages (1, 2, ...) whose blocks are computed again for the gradient instead of kept.
       frozen_stages: how many of the first stages, and the stem, the gradient does not reach.
+      given: ((stage, (h, w, channels)), ...): instead of images, (B, values) of the maps at the ends of these stages, one after the other,
+        as `rll_jax.frozen` keeps them; stages before the last of them are not computed.
 
     Raises:
       ValueError: by `init` and `apply`: levels or a way of batch norm that do not exist, or stages that the backbone does not have.
@@ -51,6 +54,7 @@ class EmbeddingNet(nn.Module):
     axis_name: str | None = None
     remat: tuple[int, ...] = ()
     frozen_stages: int = 0
+    given: tuple = ()
 
     @nn.compact
     def __call__(self, images, *, train=False, features=False):
@@ -78,11 +82,19 @@ class EmbeddingNet(nn.Module):
             raise ValueError(f"embedding_dim={self.embedding_dim}: expected at least 1")
 
     def _ends(self, images, train):
-        mean, std = (jnp.array(x).reshape(1, 1, 1, 3) for x in (self.backbone.mean, self.backbone.std))
-        x = images[..., ::-1] if self.backbone.bgr else images
-        x = ((x.astype(jnp.float32) - mean) / std).astype(self.dtype)
+        x = self._given(images) if self.given else self._normalized(images)
         norm = self._norm(train, frozen=self.batch_norm.startswith("frozen"))
         return self.backbone.ends(x, self._conv(), norm, self.remat, self.frozen_stages)
+
+    def _normalized(self, images):
+        mean, std = (jnp.array(x).reshape(1, 1, 1, 3) for x in (self.backbone.mean, self.backbone.std))
+        x = images[..., ::-1] if self.backbone.bgr else images
+        return ((x.astype(jnp.float32) - mean) / std).astype(self.dtype)
+
+    def _given(self, values):
+        stages, shapes = zip(*self.given)
+        parts = jnp.split(values.astype(self.dtype), np.cumsum([math.prod(shape) for shape in shapes])[:-1], axis=1)
+        return {stage: part.reshape(-1, *shape) for stage, part, shape in zip(stages, parts, shapes)}
 
     def _conv(self):
         he = nn.initializers.variance_scaling(2.0, "fan_out", "normal")

@@ -78,7 +78,7 @@ def test_batches(
         cv2.setNumThreads(1)
         rows, bad = range(number * batch_size, min((number + 1) * batch_size, len(data))), []
         pixels = np.stack([seen(row, bad) for row in rows])
-        pixels = np.pad(pixels, [(0, batch_size - len(pixels))] + [(0, 0)] * 3)
+        pixels = np.pad(pixels, [(0, batch_size - len(pixels))] + [(0, 0)] * (pixels.ndim - 1))
         return {"image": pixels, "bad": np.array(bad, np.int64)}
 
     for batch in _parallel(grain.MapDataset.range(-(-len(data) // batch_size)).map(load), threads, processes):

@@ -152,27 +152,37 @@ def test_border_crop_does_not_go_with_a_cache(folder, tmp_path):
 
 
 def test_frozen_stages_stay(folder, tmp_path):
-    """The weights that a run ends with, beside those that it began with."""
+    """The weights that a run ends with, beside those that it began with; what the frozen stages made of pictures is kept and used again."""
     from experiments import trained
 
     common = [*SMALL, f"--data_dir={folder}", "--ema=0", "--batch_norm=frozen", "--learning_rate=0.1", "--weight_decay=0.5", "--steps=4", "--warmup=0"]
     result = run(*common, f"--workdir={tmp_path / 'first'}", name="folder")
     assert result.returncode == 0, result.stderr
     result = run(
-        *common, f"--workdir={tmp_path / 'then'}", f"--pretrained={tmp_path / 'first'}", "--frozen_stages=1", "--compilation_cache=false",
-        name="folder",
+        *common, f"--workdir={tmp_path / 'then'}", f"--pretrained={tmp_path / 'first'}", "--frozen_stages=1", "--frozen_views=2",
+        "--compilation_cache=false", name="folder",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob("frozen_*.npy")}
+    assert [np.load(path, mmap_mode="r").shape[:2] for path in sorted(kept)] == [(16, 1), (16, 2)]
+    again = run(f"--workdir={tmp_path / 'then'}", "--clustering=false", name="evaluate")  # of the pictures
+    found = json.loads((tmp_path / "then/evaluation.json").read_text())["scores"]["H"]
+    assert again.returncode == 0 and found["map@r"] == pytest.approx(scores(tmp_path / "then")[-1]["map@r"], abs=0.02), again.stderr
     first, then = (trained.load(tmp_path / name).variables["params"] for name in ("first", "then"))
     moved = {name: not all(np.array_equal(a, b) for a, b in zip(first[name].values(), then[name].values())) for name in ("conv1", "bn1")}
     assert moved == {"conv1": False, "bn1": False}
     leaf = lambda tree, stage: np.asarray(tree[f"layer{stage}_0"]["conv1"]["kernel"])
     assert np.array_equal(leaf(first, 1), leaf(then, 1)) and not np.array_equal(leaf(first, 2), leaf(then, 2))
+    then = [*common, f"--workdir={tmp_path / 'later'}", f"--pretrained={tmp_path / 'then'}", "--frozen_stages=1", "--frozen_views=2"]
+    assert run(*then, name="folder").returncode == 0
+    assert kept == {path: path.stat().st_mtime_ns for path in folder.glob("frozen_*.npy")}  # the same stages, the same pictures
     assert not (tmp_path / "then/compiled").exists() and not (tmp_path / "then/bad_images.txt").exists()
 
 
 def test_mistakes_about_data(folder, tmp_path):
     refused("--data_dir is needed for folder", *SMALL, f"--workdir={tmp_path / 'run'}", name="folder")
     refused("nowhere: no such folder", *SMALL, f"--data_dir={tmp_path / 'nowhere'}", f"--workdir={tmp_path / 'run'}", name="folder")
+    keep = ["--frozen_stages=1", "--frozen_views=1", "--batch_norm=frozen"]
+    refused("writes into --data_dir, a local folder", *keep, "--dataset=emoji", f"--workdir={tmp_path / 'run'}", name="folder")
     refused("no CUB-200-2011 in", *SMALL, f"--data_dir={folder}", f"--workdir={tmp_path / 'run'}", name="cub")
     assert not (tmp_path / "run").exists()

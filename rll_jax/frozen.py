@@ -1,0 +1,121 @@
+"""What the frozen stages of a network make of each picture, computed once for some views of each and read at every step after.
+
+Kept are the maps at the ends of those stages from which the rest of the network goes on, as float16: rounded to one part in 2,000.
+"""
+import math
+import pathlib
+import shutil
+from typing import Callable
+import uuid
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from rll_jax import models
+
+_VIEWS = 4  # the stream of random numbers of the views, beside the pipeline's
+_ROWS = 1024  # embedded at a time
+
+
+def rest_of(model: models.EmbeddingNet, image_size: int) -> models.EmbeddingNet:
+    """The network behind the frozen stages: the same parameters, and what is kept of an image instead of the image.
+
+    Raises:
+      ValueError: no stage is frozen.
+    """
+    if not model.frozen_stages:
+        raise ValueError("frozen_stages=0: there is nothing to keep")
+    first_level = model.backbone.num_ends - len(models.LEVELS) + 1  # the stage at whose end L is taken
+    of_levels = {first_level + models.LEVELS.index(level) for level in model.levels}
+    stages = sorted({stage for stage in of_levels if stage <= model.frozen_stages} | {model.frozen_stages})
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.uint8)
+    ends = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, features=True)[0], images)
+    return model.clone(given=tuple((stage, ends[stage - 1].shape[1:]) for stage in stages))
+
+
+def width(rest: models.EmbeddingNet) -> int:
+    """Values kept of a view."""
+    return sum(math.prod(shape) for _, shape in rest.given)
+
+
+def step(rest: models.EmbeddingNet) -> Callable:
+    """(state of the whole network, (n, H, W, 3) images) -> {"kept": (n, `width`) float16}, for `parallel.Runner.embed`."""
+    whole = rest.clone(given=())
+
+    def kept(state, images):
+        ends = whole.apply({"params": state.params, "batch_stats": state.batch_stats}, images, train=False, features=True)
+        return {"kept": jnp.concatenate([ends[stage - 1].reshape(len(images), -1) for stage, _ in rest.given], axis=1).astype(np.float16)}
+
+    return kept
+
+
+class Kept:
+    """What is kept of a set, in the place of the set: `picture(row)` is (views, values) float16."""
+
+    def __init__(self, path, labels):
+        self.labels = labels
+        self._maps = np.load(path, mmap_mode="r", allow_pickle=False)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def picture(self, row: int) -> np.ndarray:
+        return self._maps[row]
+
+
+def any_view(kept: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return kept[rng.integers(len(kept))]
+
+
+def first_view(kept: np.ndarray) -> np.ndarray:
+    return kept[0]
+
+
+def write(path, data, view: Callable, views: int, rest: models.EmbeddingNet, embed: Callable) -> None:
+    """The file that `Kept` reads.
+
+    Args:
+      data: the set of pictures, such as `datasets.ImageSet`.
+      view: (image, rng) -> (H, W, 3) uint8; the generator depends on the row and on which of the views it is.
+      views: of each picture.
+      embed: a set, whose `picture(row)` is a view -> {"kept": (N, values)}: `evaluate.embed_images` with `step`.
+
+    Raises:
+      ValueError: there is not so much space (how much is needed), or a value is too large for float16 or not finite.
+      images.BadImageError: a picture does not decode.
+    """
+    path = pathlib.Path(path)
+    shape = (len(data), views, width(rest))
+    need, free = math.prod(shape) * 2, shutil.disk_usage(path.parent).free
+    if need > free:
+        raise ValueError(f"the maps of the frozen stages would take {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free in {path.parent}")
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        maps = np.lib.format.open_memmap(aside, "w+", np.float16, shape)
+        parts = [(number, first) for number in range(views) for first in range(0, len(data), _ROWS)]
+        for number, first in tqdm.tqdm(parts, desc=f"writing {path.name}", unit="part", mininterval=1):
+            part = _Drawn(data, view, number, first, min(first + _ROWS, len(data)))
+            found = embed(part)["kept"]
+            if not np.isfinite(found).all():
+                raise ValueError("a value at the end of the frozen stages is not finite in float16")
+            maps[first : first + len(part), number] = found
+        maps.flush()
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+class _Drawn:
+    """A view of each of some pictures, side by side."""
+
+    def __init__(self, data, view, number, start, stop):
+        self._data, self._view, self._number, self._start, self._stop = data, view, number, start, stop
+
+    def __len__(self):
+        return self._stop - self._start
+
+    def picture(self, row):
+        row += self._start
+        return self._view(self._data.picture(row), np.random.default_rng((_VIEWS, self._number, row)))

@@ -1,0 +1,108 @@
+"""What frozen stages make of pictures, kept: the network behind them is the same network."""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments import config
+from rll_jax import backbones, datasets, evaluate, frozen, images, loss, models, parallel, published, train
+from published_trees import jpeg
+
+RESNET = backbones.ResNetConfig((1, 1, 1, 1), width=8)
+NETWORKS = {
+    "two_maps": dict(backbone=RESNET, levels=("L", "M", "H"), frozen_stages=3),  # L's stage and the last frozen one
+    "all": dict(backbone=RESNET, levels=("M", "H"), frozen_stages=4),
+    "googlenet": dict(backbone=backbones.GoogLeNetV2Config(width=0.1), levels=("L", "H"), frozen_stages=2),
+}
+SIDE = 32
+
+
+def network(name):
+    return models.EmbeddingNet(embedding_dim=8, batch_norm="frozen", **NETWORKS[name])
+
+
+def pictures(n=12):
+    return np.random.default_rng(0).integers(0, 255, (n, SIDE, SIDE, 3), np.uint8)
+
+
+@pytest.mark.parametrize("name", ["two_maps", "all", pytest.param("googlenet", marks=pytest.mark.slow)])
+def test_the_rest_embeds_as_the_whole(name):
+    model = network(name)
+    rest = frozen.rest_of(model, SIDE)
+    assert [stage for stage, _ in rest.given] == {"two_maps": [2, 3], "all": [3, 4], "googlenet": [1, 2]}[name]
+    state = train.create_train_state(model, optax.sgd(0.1), SIDE, 0)
+
+    @jax.jit
+    def all_of_it(state, images):
+        kept = frozen.step(rest)(state, images)["kept"]
+        return kept, train.embed_step(state, images), train.embed_step(state.replace(apply_fn=rest.apply), kept)
+
+    kept, expected, found = all_of_it(state, pictures())
+    assert kept.shape == (12, frozen.width(rest)) and kept.dtype == np.float16
+    for level in model.levels:
+        np.testing.assert_allclose(found[level], expected[level], atol=2e-3)
+
+
+def test_a_step_on_what_is_kept_is_a_step_on_the_pictures():
+    """The parameters behind move alike, those of the frozen stages not at all; the heads' running statistics alike too."""
+    model = network("two_maps")
+    rest = frozen.rest_of(model, SIDE)
+    labels = jnp.arange(12) // 3
+    state = train.create_train_state(model, optax.sgd(0.1), SIDE, 0)
+    ends = model.apply({"params": state.params, "batch_stats": state.batch_stats}, pictures(), train=False, features=True)
+    kept = jnp.concatenate([ends[stage - 1].reshape(12, -1) for stage, _ in rest.given], axis=1)  # not rounded
+    step = jax.jit(lambda state, image: train.train_step(state, {"image": image, "label": labels}, loss=loss.ranked_list_loss)[0])
+    expected, found = step(state, pictures()), step(state.replace(apply_fn=rest.apply), kept)
+    moved = 0
+    for name in expected.params:
+        for a, b, before in zip(*(jax.tree.leaves(tree[name]) for tree in (expected.params, found.params, state.params))):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+            moved += np.abs(a - before).max() > 1e-4
+    assert moved > 8
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), expected.batch_stats, found.batch_stats)
+
+
+def test_each_view_of_each_picture_is_kept_once(tmp_path):
+    rows = [published.Row(f"{i}.jpg", i // 2, "train") for i in range(6)]
+    for i, row in enumerate(rows):
+        (tmp_path / row.path).write_bytes(jpeg(i))
+    data = datasets.from_rows(tmp_path, rows)["train"]
+    seen = []
+
+    def view(picture, rng):
+        seen.append(rng.integers(2**31))
+        return np.full((SIDE, SIDE, 3), seen[-1] % 256, np.uint8)
+
+    model = network("two_maps")
+    rest, runner = frozen.rest_of(model, SIDE), parallel.make_runner("pmap", jax.devices()[:2])
+    state = runner.replicate(train.create_train_state(model, optax.sgd(0.1), SIDE, 0))
+    embed = lambda part: evaluate.embed_images(state, part, lambda x: x, runner.embed(frozen.step(rest)), runner, batch_size=4, threads=1)
+    frozen.write(tmp_path / "kept.npy", data, view, 3, rest, embed)
+    assert len(seen) == len(set(seen)) == 18
+    kept = frozen.Kept(tmp_path / "kept.npy", data.labels)
+    assert len(kept) == 6 and kept.picture(5).shape == (3, frozen.width(rest))
+    pixels = np.stack([np.full((SIDE, SIDE, 3), seed % 256, np.uint8) for seed in seen])
+    expected = np.asarray(jax.jit(frozen.step(rest))(state, pixels)["kept"]).reshape(3, 6, -1)
+    np.testing.assert_allclose(np.stack([kept.picture(row) for row in range(6)], axis=1), expected, rtol=2e-3, atol=2e-3)
+    drawn = {int(np.abs(frozen.any_view(kept.picture(0), np.random.default_rng(seed)).astype(float) - kept.picture(0)).max(axis=1).argmin()) for seed in range(20)}
+    assert drawn == {0, 1, 2} and np.array_equal(frozen.first_view(kept.picture(0)), kept.picture(0)[0])
+
+    (tmp_path / "3.jpg").write_bytes(b"broken")
+    with pytest.raises(images.BadImageError, match="3.jpg"):
+        frozen.write(tmp_path / "again.npy", data, lambda picture, rng: np.asarray(picture.rgb().resize((SIDE, SIDE))), 1, rest, embed)
+    with pytest.raises(ValueError, match="not finite in float16"):
+        frozen.write(tmp_path / "again.npy", data.take([0]), view, 1, rest, lambda part: {"kept": np.full((1, frozen.width(rest)), np.inf)})
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".jpg"] * 6 + [".npy"]
+
+
+def test_what_does_not_go_together():
+    with pytest.raises(ValueError, match="there is nothing to keep"):
+        frozen.rest_of(dataclasses.replace(network("two_maps"), frozen_stages=0), SIDE)
+    with pytest.raises(ValueError, match="give --frozen_stages too"):
+        config.Config(frozen_views=2)
+    for name in ("class_augment", "multihost", "dry_run"):
+        with pytest.raises(ValueError, match=f"--{name} do not go together"):
+            config.Config(frozen_views=2, frozen_stages=1, batch_norm="frozen", **{name: True})
