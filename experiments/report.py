@@ -111,9 +111,10 @@ def _grid(test, embeddings, each) -> str:
         first = {"Worst": 0, "Typical": max(0, (len(order) - number) // 2), "Best": max(0, len(order) - number)}[kind]
         parts.append(f"<h3>{kind}</h3>")
         queries = query_rows[order[first : first + number]]
-        near_rows, _ = metrics.nearest(embeddings[queries], embeddings[gallery_rows], min(_NEIGHBOURS + 1, len(gallery_rows)))
+        itself = queries if test.in_gallery is None else None
+        k = min(_NEIGHBOURS, len(gallery_rows) - (itself is not None))
+        near_rows, _ = metrics.nearest(embeddings[queries], embeddings[gallery_rows], k, leave_out=itself)
         for query, near in zip(queries, gallery_rows[near_rows]):
-            near = near[near != query][:_NEIGHBOURS]
             cells = [page.picture(test.image(query), str(test.paths[query]), "query")]
             for row in near:
                 kind_of_row = "right" if test.labels[row] == test.labels[query] else "wrong"

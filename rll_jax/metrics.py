@@ -131,27 +131,36 @@ def clustering_metrics(embeddings, labels, *, seed=0) -> dict[str, float]:
     }
 
 
-def nearest(queries, gallery, k: int) -> tuple[np.ndarray, np.ndarray]:
+def nearest(queries, gallery, k: int, *, leave_out=None) -> tuple[np.ndarray, np.ndarray]:
     """The k items of a gallery most similar to each query by cosine, the most similar first; of equals the lower row first.
 
     Args:
       queries: (Q, D) floating.
-      gallery: (N, D) floating, N >= k.
+      gallery: (N, D) floating.
+      leave_out: (Q,) the row of the gallery that is each query itself, which is not returned; or None.
 
     Returns:
       (Q, k) rows of the gallery and (Q, k) float32 similarities.
 
     Raises:
-      ValueError, TypeError: as `retrieval_metrics`, and for a k that is not from 1 to N.
+      ValueError, TypeError: as `retrieval_metrics`, for a k that is not from 1 to N (N - 1 with `leave_out`), and for a `leave_out` of
+        another shape or with rows that the gallery has not.
     """
     queries, gallery = (_embeddings(name, x) for name, x in (("queries", queries), ("gallery", gallery)))
-    if queries.shape[1] != gallery.shape[1] or not 1 <= k <= len(gallery):
-        raise ValueError(f"queries {queries.shape}, gallery {gallery.shape}, k = {k}: expected (Q, D), (N, D) and k from 1 to N")
+    most = len(gallery) - (leave_out is not None)
+    if queries.shape[1] != gallery.shape[1] or not 1 <= k <= most:
+        raise ValueError(f"queries {queries.shape}, gallery {gallery.shape}, k = {k}: expected (Q, D), (N, D) and k from 1 to {most}")
+    if leave_out is not None:
+        leave_out = np.asarray(leave_out)
+        if leave_out.shape != queries.shape[:1] or not np.issubdtype(leave_out.dtype, np.integer) or not np.isin(leave_out, np.arange(len(gallery))).all():
+            raise ValueError(f"leave_out must be ({len(queries)},) integers from 0 to {len(gallery) - 1}, found {leave_out.dtype} {leave_out.shape}")
     queries, gallery = _ranks.unit_rows(queries), _ranks.unit_rows(gallery)
     rows, similarities = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
     for first in range(0, len(queries), _NEAREST_ROWS):
         some = slice(first, first + _NEAREST_ROWS)
         similarity = queries[some] @ gallery.T
+        if leave_out is not None:
+            similarity[np.arange(len(similarity)), leave_out[some]] = -np.inf
         bound = np.partition(similarity, -k, axis=1)[:, -k]
         for n, (values, least) in enumerate(zip(similarity, bound), start=first):
             candidates = np.flatnonzero(values >= least)

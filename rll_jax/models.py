@@ -36,7 +36,8 @@ class EmbeddingNet(nn.Module):
       batch_norm: when `train`, the backbone's uses the batch's statistics over all devices of `axis_name` ("train"), those
         of the device's own share ("local"), or the running ones ("frozen"; "frozen_affine" stops the gradients of its
         scales and biases too). The heads' statistics are always trained, over all devices but for "local".
-      axis_name: the axis over which batch statistics are taken, or None.
+      axis_name: the axis over which batch statistics are taken where `train`, that of the step's pmap or shard_map (`parallel.AXIS` for a
+        `parallel.Runner`), or None on one device.
       remat: stages (1, 2, ...) whose blocks are computed again for the gradient instead of kept.
       frozen_stages: how many of the first stages, and the stem, the gradient does not reach.
       given: ((stage, (h, w, channels)), ...): instead of images, (B, values) of the maps at the ends of these stages, one after the other,

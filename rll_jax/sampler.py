@@ -36,7 +36,7 @@ class ClassSampler:
         if self.classes_per_batch > len(self._rows_of_class):
             raise ValueError(
                 f"classes_per_batch is {self.classes_per_batch}, but the training set has only {len(self._rows_of_class)} classes: "
-                "lower --classes_per_batch"
+                "lower it"
             )
 
     @property
@@ -85,7 +85,7 @@ class HierarchicalSampler:
         if self.super_classes_per_batch < 1 or self.classes_per_batch % self.super_classes_per_batch:
             raise ValueError(
                 f"classes_per_batch is {self.classes_per_batch}, which {self.super_classes_per_batch} super classes cannot share: "
-                "change --classes_per_batch or --super_classes_per_batch"
+                "change one of them"
             )
         rows_of_class = _rows_of(self.labels)
         super_of_class = np.array([self.super_labels[rows[0]] for rows in rows_of_class])
@@ -97,7 +97,7 @@ class HierarchicalSampler:
         if len(self._classes_of_super) < self.super_classes_per_batch:
             raise ValueError(
                 f"only {len(self._classes_of_super)} super classes hold the {size} classes that each of {self.super_classes_per_batch} "
-                "gives to a batch: lower --super_classes_per_batch or --classes_per_batch"
+                "gives to a batch: lower super_classes_per_batch or classes_per_batch"
             )
         groups = np.array([len(classes) // size for classes in self._classes_of_super])
         steps = groups.sum() // self.super_classes_per_batch
@@ -167,7 +167,7 @@ class ShuffleSampler:
         object.__setattr__(self, "_class_of", class_of)
         object.__setattr__(self, "_rows", np.array(list(class_of), np.int64))
         if len(class_of) < self.batch_size // (1 + self.min_positives):
-            raise ValueError(f"only {len(class_of)} training images have another of their class: lower --classes_per_batch")
+            raise ValueError(f"only {len(class_of)} training images have another of their class: lower classes_per_batch")
 
     @property
     def images_per_class(self) -> int:

@@ -15,7 +15,7 @@ from experiments import compare, config
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = [
     "--backbone=resnet_tiny", "--image_size=16", "--embedding_dim=16", "--classes_per_batch=8", "--images_per_class=2",
-    "--steps=12", "--eval_every=6", "--checkpoint_every=3", "--log_every=1", "--memory_size=32", "--ema=0.9",
+    "--steps=12", "--eval_every=6", "--checkpoint_every=3", "--log_every=1", "--memory_size=32", "--ema=0.9", "--noreport",
 ]  # fmt: skip
 PICTURES = pathlib.Path(os.environ["RLL_TESTS_COMPILED"], f"pictures-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}")
 FEW = [*TINY, "--dataset=folder", f"--data_dir={PICTURES}", "--augment=affine"]  # with the fixture `pictures`: evaluated in no time
@@ -54,7 +54,7 @@ def scores(workdir):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("emoji") / "run"
-    return run(*TINY, f"--workdir={workdir}"), workdir
+    return run(*TINY, "--report", f"--workdir={workdir}"), workdir
 
 
 def test_run_leaves_what_the_readme_says(finished):

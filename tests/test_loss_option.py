@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from experiments import config, losses, sources, trained
-from rll_jax import datasets, loss, losses_baseline, parallel, train
+from rll_jax import checkpoint, datasets, loss, losses_baseline, parallel, train
 from test_step import Linear
 
 CLASSES = np.array([3, 7, 20, 21, 40, 41])
@@ -95,6 +95,22 @@ def test_proxies_and_the_optimiser():
     tx = trained.make_optimizer(config.Config(loss="proxy_anchor", proxy_lr_multiplier=100.0, **usual))
     updates, _ = tx.update(params, tx.init(params), params)
     assert float(updates["proxies"]["H"][0, 0]) == pytest.approx(-10.0) and float(updates["conv1"]["kernel"][0, 0]) == 0
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_a_run_with_proxies_is_loaded_without_them(ema, tmp_path):
+    """What searches has no use for them."""
+    options = config.Config(
+        loss="proxy_anchor", ema=ema, backbone="resnet_tiny", image_size=8, embedding_dim=4, classes_per_batch=8, workdir=str(tmp_path)
+    )
+    state = trained.make_state(options, parallel.make_runner("pmap"), proxies=6)
+    (tmp_path / "flags.txt").write_text(options.as_flagfile())
+    with checkpoint.Checkpoints(tmp_path / "checkpoints") as saved:
+        saved.save(3, state)
+    loaded = trained.load(tmp_path)
+    expected = {name: leaf for name, leaf in (state.ema if ema else state.params).items() if name != "proxies"}
+    assert loaded.step == 3 and loaded.variables["params"].keys() == expected.keys()
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables["params"], expected)
 
 
 def test_classes_held_out():

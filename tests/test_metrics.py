@@ -203,7 +203,11 @@ def test_nearest():
     rows, _ = metrics.nearest(many, many[:40], 40)
     unit = many / np.linalg.norm(many, axis=1, keepdims=True)
     np.testing.assert_array_equal(rows, np.argsort(-unit @ unit[:40].T, axis=1))
-    with pytest.raises(ValueError, match="k from 1 to N"):
-        metrics.nearest(x, x, 6)
+    rows, similarities = metrics.nearest(x, x, 2, leave_out=np.arange(5))
+    np.testing.assert_array_equal(rows, [[4, 1], [0, 4], [3, 1], [2, 1], [0, 1]])  # the copy stays
+    assert np.isfinite(similarities).all()
+    for k, leave_out, text in ((6, None, "k from 1 to 5"), (5, np.arange(5), "k from 1 to 4"), (1, [5] * 5, "from 0 to 4"), (1, [0.0] * 5, "float64"), (1, [0], r"\(5,\)")):
+        with pytest.raises(ValueError, match=text):
+            metrics.nearest(x, x, k, leave_out=leave_out)
     with pytest.raises(ValueError, match=r"1 of 5 rows of gallery are zero vectors, the first: \[2\]"):
         metrics.nearest(x, x * [[1], [1], [0], [1], [1]], 1)

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from experiments import trained
-from test_experiments import TINY, command, run, scores
+from test_experiments import FEW, command, pictures, run, scores  # noqa: F401 (a fixture)
 
-RUN = [*(a for a in TINY if "every" not in a and "steps" not in a), "--eval_every=5", "--checkpoint_every=5", "--log_every=1"]
+pytestmark = pytest.mark.usefixtures("pictures")
+
+RUN = [*(a for a in FEW if "every" not in a and "steps" not in a), "--eval_every=5", "--checkpoint_every=5", "--log_every=1"]
 
 
 def start(workdir, *arguments):
@@ -41,7 +43,7 @@ def weights(workdir):
 
 
 @pytest.fixture(scope="module")
-def of_one(tmp_path_factory):
+def of_one(tmp_path_factory, pictures):  # noqa: F811
     workdir = tmp_path_factory.mktemp("one") / "run"
     result = run(*RUN, "--steps=5", f"--workdir={workdir}", devices=8)
     assert result.returncode == 0, result.stderr
@@ -50,14 +52,14 @@ def of_one(tmp_path_factory):
 
 @pytest.mark.parametrize("parallel", ["pmap", pytest.param("shard_map", marks=pytest.mark.slow)])
 def test_two_processes_are_one(parallel, of_one, tmp_path):
-    (first, out, err), (second, out_of_second, _) = ends(start(tmp_path / "run", "--steps=5", f"--parallel={parallel}"))
+    (first, out, err), (second, out_of_second, _) = ends(start(tmp_path / "run", "--steps=5", "--report", f"--parallel={parallel}"))
     assert first == second == 0, err
     said = [line for line in out_of_second.splitlines() if "[Gloo]" not in line]
     assert "Recall@1" in out and not said  # the first process alone speaks
     for ours, theirs in zip(weights(tmp_path / "run"), weights(of_one), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     last, expected = scores(tmp_path / "run")[-1], scores(of_one)[-1]
-    assert last["recall@1"] == pytest.approx(expected["recall@1"], abs=0.01)
+    assert last["recall@1"] == pytest.approx(expected["recall@1"], abs=0.05)  # two of the queries
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {"best", "checkpoints", "metrics.jsonl", "report.html"}
     if parallel == "pmap":  # goes on as one process
         shutil.rmtree(tmp_path / "run/compiled", ignore_errors=True)

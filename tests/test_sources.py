@@ -28,7 +28,7 @@ def folder(tmp_path):
 
 def test_in_shop_searches_a_gallery(tmp_path):
     make_inshop(tmp_path / "data")
-    result = run(*SMALL, f"--data_dir={tmp_path / 'data'}", f"--workdir={tmp_path / 'run'}", name="inshop")
+    result = run(*SMALL, "--report", f"--data_dir={tmp_path / 'data'}", f"--workdir={tmp_path / 'run'}", name="inshop")
     assert result.returncode == 0, result.stderr
     assert "note: In-shop Clothes Retrieval: train has 16 images of 4 classes; published are 25,882 of 3,997" in result.stderr
     last = scores(tmp_path / "run")[-1]
@@ -119,7 +119,7 @@ def test_images_that_break_on_the_way(folder, tmp_path):
     arguments = [*SMALL, "--steps=8", "--on_bad_image=skip", f"--data_dir={folder}"]
     full = run(*arguments, "--on_bad_image=stop", "--verify_images=full", f"--workdir={tmp_path / 'full'}", name="folder")
     assert full.returncode == 2 and "2 of the 32 images of" in full.stderr and "cannot decode the image 'train/c2/1.jpg'" in full.stderr
-    result = run(*arguments, "--worker_processes=1", f"--workdir={tmp_path / 'run'}", name="folder")
+    result = run(*arguments, "--report", "--worker_processes=1", f"--workdir={tmp_path / 'run'}", name="folder")
     assert result.returncode == 0, result.stderr
     listed = (tmp_path / "run/bad_images.txt").read_text().splitlines()
     assert sorted(line.split("'")[1] for line in listed) == ["test/c5/3.jpg", "train/c2/1.jpg"]
