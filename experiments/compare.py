@@ -62,7 +62,7 @@ ENTRIES = {
     "sup_con": Entry("SupCon", _other("sup_con")),
 }
 _VARIED = tuple(sorted({name for entry in ENTRIES.values() for name in entry.options if name != "levels"}))
-_SCORES = ("recall@1", "map@r")
+_TITLES = {"recall@1": "Recall@1", "map@r": "MAP@R"}  # of the scores
 
 
 # ---- What is to be run
@@ -96,7 +96,7 @@ def _runs_to_tune(base: dict, names: list[str], rates: list[float], share: float
 
 
 def _tuned(base: dict, names: list[str], options, execute) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """The best rate of each that has one, by Recall@1 (the lower where two are alike), and the rates tried for each."""
+    """The best rate of each that has one, by --choose_by (the lower where two are alike), and the rates tried for each."""
     first = sorted(_rates(options.rates))
     factor = (first[-1] / first[0]) ** (1 / (len(first) - 1)) if len(first) > 1 else 3.0
     tried = {name: list(first) for name in names}
@@ -105,7 +105,7 @@ def _tuned(base: dict, names: list[str], options, execute) -> tuple[dict[str, fl
         for name, rates in tried.items():
             runs |= _runs_to_tune(base, [name], rates, options.tuning_share, options.tuning_steps)
         execute(list(runs.values()))
-        found = {key: scores["recall@1"] for key, run in runs.items() if (scores := runs_lib.scores(run))}
+        found = {key: scores[options.choose_by] for key, run in runs.items() if (scores := runs_lib.scores(run))}
         best = {name: max((rate for n, rate in found if n == name), key=lambda rate: (found[name, rate], -rate), default=None) for name in names}
         at_an_end = {name: rate for name, rate in best.items() if rate in (min(tried[name]), max(tried[name]))}
         growing = {name: rate for name, rate in at_an_end.items() if len(tried[name]) < len(first) + options.more_rates}
@@ -139,7 +139,7 @@ def _rows(compared: dict, rates: dict[str, float], names: list[str]) -> list[dic
     rows, first = [], found[names[0]]
     for name, of_seeds in found.items():
         row = {"name": name, "title": ENTRIES[name].title, "learning_rate": rates.get(name), "seeds": list(of_seeds)}
-        for score in _SCORES:
+        for score in _TITLES:
             values = [100 * scores[score] for scores in of_seeds.values()]
             paired = [100 * (scores[score] - first[seed][score]) for seed, scores in of_seeds.items() if seed in first]
             row[score] = {**_summary(values), "difference": _summary(paired)}
@@ -168,7 +168,7 @@ def _as_markdown(rows: list[dict], about: str, untrained: dict[str, float] | Non
     ]
     for row in rows:
         cells = [row["title"], "failed" if row["learning_rate"] is None else f"{row['learning_rate']:g}"]
-        for score in _SCORES:
+        for score in _TITLES:
             cells += [_cell(row[score], "std"), _cell(row[score]["difference"], "half", "+") if row is not rows[0] else ""]
         lines.append(f"| {' | '.join([*cells, str(len(row['seeds']))])} |")
     if untrained:
@@ -194,7 +194,7 @@ def _plot(rows: list[dict], path: pathlib.Path) -> None:
 
     figure = Figure(figsize=(11, 1.2 + 0.3 * len(rows)), layout="constrained")
     places = np.arange(len(rows))[::-1]
-    for axes, score, label in zip(figure.subplots(1, 2, sharey=True), _SCORES, ("Recall@1", "MAP@R"), strict=True):
+    for axes, score, label in zip(figure.subplots(1, 2, sharey=True), *zip(*_TITLES.items()), strict=True):
         for place, row in zip(places, rows):
             summary, colour = row[score], "C0" if row["name"].startswith("rll") else "C1"
             axes.plot(summary["values"], [place] * len(summary["values"]), ".", color=colour, alpha=0.35)
@@ -234,7 +234,7 @@ def main(_):
         # refused before the first run begins, if at all
         _runs_to_tune(base, names, rates, options.tuning_share, options.tuning_steps)
         _runs_to_compare(base, dict.fromkeys(names, rates[0]), options.seeds)
-        terms = {name: str(options[name].value) for name in ("rates", "more_rates", "tuning_share", "tuning_steps")}
+        terms = {name: str(options[name].value) for name in ("rates", "more_rates", "choose_by", "tuning_share", "tuning_steps")}
         runs_lib.claim("compare", base | terms, [("seeds", options.seeds), ("only", options.only)])
         failed = {}
 
@@ -246,7 +246,7 @@ def main(_):
         execute(list(compared.values()))
         steps = options.tuning_steps or base["steps"]
         budget = (
-            f"rates {options.rates}, and up to {options.more_rates} more while the best is at an end ({max(map(len, tried.values()))} at most were "
+            f"rates {options.rates}, the best by {_TITLES[options.choose_by]}, and up to {options.more_rates} more while the best is at an end ({max(map(len, tried.values()))} at most were "
             f"tried), a run of {steps} steps each, of one seed, on {options.tuning_share:.0%} of the training classes held out"
         )
         rows = _rows(compared, chosen, names)
@@ -267,6 +267,7 @@ def define_flags(flag_values=flags.FLAGS) -> None:
     flags.DEFINE_string("only", "", f"entries, with commas between ({', '.join(ENTRIES)}); empty: all", **own)
     flags.DEFINE_string("rates", "2e-3,6e-3,2e-2", "learning rates tried for each entry", **own)
     flags.DEFINE_integer("more_rates", 3, "beyond those, while the best is at an end", lower_bound=0, **own)
+    flags.DEFINE_enum("choose_by", "recall@1", list(_TITLES), "score of those classes held out by which the rate is chosen", **own)
     flags.DEFINE_float("tuning_share", 0.3, "of the training classes, searched when tuning", lower_bound=0.01, upper_bound=0.9, **own)
     flags.DEFINE_integer("tuning_steps", 0, "of a run of the tuning; 0: as many as of the others", lower_bound=0, **own)
     flags.DEFINE_integer("seeds", 5, "runs of each entry, of the seeds from --seed on", lower_bound=1, **own)
