@@ -27,6 +27,8 @@ def main(_) -> None:
 
 
 def _main(config) -> None:
+    if not config.multihost:  # the others would wait for this one
+        survival.end_on_sigterm()
     with config_lib.mistakes_in_one_line():
         _join_processes(config)
         prepared = setup.prepare(config)

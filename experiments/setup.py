@@ -109,12 +109,18 @@ def seen(prepared: Setup, state) -> tuple[train.TrainState, dict[str, Seen]]:
         ("train", config.frozen_views, of_train, frozen.any_view),
         ("test", 1, lambda picture, rng: of_test(picture), frozen.first_view),
     ):
-        what = (split, number, cache.digest(splits[split]), weights, config.augment, config.image_size, config.dtype, rest.given)
-        path = pathlib.Path(config.data_dir, f"frozen_{split}_{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.npy")
+        path = pathlib.Path(config.data_dir, f"frozen_{split}_{kept_as(config, rest, splits[split], number, weights)}.npy")
         if not path.exists():
             frozen.write(path, splits[split], view, number, rest, embed)
         found[split] = Seen(frozen.Kept(path, splits[split].labels), read)
     return state.replace(apply_fn=rest.apply), found
+
+
+def kept_as(config, rest, data: datasets.ImageSet, views: int, weights: str) -> str:
+    """A digest of all that changes what frozen stages with these weights make of so many views of a set."""
+    augment = config.augment or sources.find(config.dataset).augment
+    what = (cache.digest(data), views, weights, config.network, rest.given, config.dtype, config.image_size, augment, config.cache)
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
 
 def fingerprint(data: datasets.ImageSet) -> str:

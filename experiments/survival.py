@@ -60,6 +60,16 @@ def restore(workdir, config, runner, state):
     return restored, start, best_score
 
 
+def end_on_sigterm() -> None:
+    """What SIGTERM does where there is nothing to save yet, or all is saved: half-written files go, and the exit code says: run me again."""
+
+    def end(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sys.exit(RUN_AGAIN)
+
+    signal.signal(signal.SIGTERM, end)
+
+
 @contextlib.contextmanager
 def told_to_stop(every: int):
     """A function of the step: whether SIGTERM has come, to any process (asked every so many steps); a second one ends a process at once."""

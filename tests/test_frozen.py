@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import config
+from experiments import config, setup, trained
 from rll_jax import backbones, datasets, evaluate, frozen, images, loss, models, parallel, published, train
 from published_trees import jpeg
 
@@ -96,6 +96,24 @@ def test_each_view_of_each_picture_is_kept_once(tmp_path):
     with pytest.raises(ValueError, match="not finite in float16"):
         frozen.write(tmp_path / "again.npy", data.take([0]), view, 1, rest, lambda part: {"kept": np.full((1, frozen.width(rest)), np.inf)})
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".jpg"] * 6 + [".npy"]
+
+
+def test_what_is_kept_goes_by_all_that_changes_it():
+    labels = np.arange(4)
+    data = datasets.ImageSet(None, labels, labels, labels.astype(str), labels)
+    usual = dict(dataset="folder", frozen_stages=1, batch_norm="frozen", backbone="resnet50", stage_sizes="1,1", image_size=32)
+
+    def name(data=data, views=2, weights="w", **changed):
+        options = config.Config(**usual | changed)
+        return setup.kept_as(options, frozen.rest_of(trained.make_model(options), options.image_size), data, views, weights)
+
+    changes = [
+        {"backbone": "resnet50_v1"}, {"stem": "3x3"}, {"image_size": 40}, {"augment": "resize_crop"}, {"dtype": "bfloat16"}, {"cache": "memory"},
+        {"frozen_stages": 2}, {"views": 3}, {"weights": "v"}, {"data": data.take([0, 1, 3])}, {"data": dataclasses.replace(data, sizes=labels + 1)},
+    ]  # fmt: skip
+    assert len({name(), *(name(**change) for change in changes)}) == len(changes) + 1
+    for change in ({"learning_rate": 1.0}, {"seed": 3}, {"loss": "sup_con"}, {"augment": "random_resized_crop"}, {"classes_per_batch": 7}):
+        assert name(**change) == name()
 
 
 def test_what_does_not_go_together():

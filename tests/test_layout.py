@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "train": {"memory"},
     "parallel": set(),
     "checkpoint": set(),
+    "frozen": {"models"},
     "evaluate": {"models", "parallel", "pipeline"},
 }
 CORE = ("loss", "losses_baseline", "memory", "metrics", "sampler")

@@ -3,14 +3,16 @@ import csv
 import dataclasses
 import json
 import shutil
+import subprocess
 import tarfile
+import time
 
 import numpy as np
 import pytest
 
 from experiments import config, sources
 from published_trees import jpeg, make_cub, make_inshop, make_sop
-from test_experiments import TINY, refused, run, scores
+from test_experiments import TINY, command, refused, run, scores
 
 SMALL = [*(a for a in TINY if "classes" not in a and "steps" not in a), "--classes_per_batch=4", "--steps=3"]
 
@@ -176,6 +178,12 @@ def test_frozen_stages_stay(folder, tmp_path):
     then = [*common, f"--workdir={tmp_path / 'later'}", f"--pretrained={tmp_path / 'then'}", "--frozen_stages=1", "--frozen_views=2"]
     assert run(*then, name="folder").returncode == 0
     assert kept == {path: path.stat().st_mtime_ns for path in folder.glob("frozen_*.npy")}  # the same stages, the same pictures
+    process = subprocess.Popen(**command(*then[:-1], "--frozen_views=9999", f"--workdir={tmp_path / 'stopped'}", name="folder"), stderr=subprocess.DEVNULL)
+    deadline = time.time() + 200
+    while not list(folder.glob(".frozen_train*.tmp")) and time.time() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == 75 and not list(folder.glob(".frozen*"))  # what was half written is gone
     assert not (tmp_path / "then/compiled").exists() and not (tmp_path / "then/bad_images.txt").exists()
 
 
