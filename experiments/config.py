@@ -180,6 +180,8 @@ class Config:
             for name in ("class_augment", "worker_processes", "dry_run", "multihost"):
                 if getattr(self, name):
                     raise ValueError(f"--frozen_views={self.frozen_views} and --{name} do not go together: leave one of them out")
+            if self.on_bad_image == "skip" and self.verify_images != "full":
+                raise ValueError(f"--frozen_views={self.frozen_views} and --on_bad_image=skip: give --verify_images=full, no picture is replaced later")
         if self.index and self.dataset != "folder":
             raise ValueError(f"--index={self.index} goes with --dataset=folder, not {self.dataset}")
         if self.init_from and self.pretrained:

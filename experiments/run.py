@@ -67,13 +67,13 @@ def _fresh_state(prepared):
     return trained.make_state(config, prepared.runner, prepared.published, proxies)
 
 
-def _batches(prepared, given, start: int, on_bad=None):
+def _batches(prepared, source, start: int, on_bad=None):
     """Those from step `start` on, this process's share of each."""
     config = prepared.config
     return pipeline.train_batches(
-        given.data,
+        source.data,
         prepared.batches,
-        given.view,
+        source.view,
         views_lib.ClassTransform() if config.class_augment else None,
         start=start,
         stop=config.steps,
@@ -88,8 +88,8 @@ def _batches(prepared, given, start: int, on_bad=None):
 def _dry_run(prepared) -> None:
     """Everything but the steps, and what one of them takes."""
     config, _, runner, splits, *_ = prepared
-    state, given = setup.seen(prepared, _fresh_state(prepared))
-    batch = next(_batches(prepared, given["train"], 0))
+    state, inputs = setup.inputs(prepared, _fresh_state(prepared))
+    batch = next(_batches(prepared, inputs["train"], 0))
     begun = time.time()
     compiled = runner.train(_train_step(config, splits["train"].labels)).lower(state, runner.place(batch)).compile()
     seconds, memory = time.time() - begun, compiled.memory_analysis()
@@ -140,7 +140,7 @@ def _run(prepared) -> None:
     if start:
         say(f"resuming {workdir} at step {start} of {config.steps}")
     try:
-        state, given = setup.seen(prepared, state)
+        state, inputs = setup.inputs(prepared, state)
     except ValueError as error:
         raise logs.BadRun(error)
     with contextlib.ExitStack() as stack:
@@ -169,7 +169,7 @@ def _run(prepared) -> None:
             here = runner.here(state.replace(opt_state=(), memory=None))  # not needed, and large
             try:
                 data, levels = embed_readable(
-                    lambda data, on_bad: embed(here, *given["test"], embed=embed_unless_stopped, on_bad=on_bad), splits["test"], bad_images.found
+                    lambda data, on_bad: embed(here, *inputs["test"], embed=embed_unless_stopped, on_bad=on_bad), splits["test"], bad_images.found
                 )
                 embeddings = np.asarray(models.concatenated(levels))
                 scores = metrics.retrieval_metrics(*evaluate.by_role(embeddings, data), ks=ks)
@@ -200,7 +200,7 @@ def _run(prepared) -> None:
             if start % config.eval_every == 0 and start < config.steps and not scored:  # at 0, or told to stop before it
                 evaluate_at(start) or end_early(start)
             loaded = pipeline.prefetch(
-                _batches(prepared, given["train"], start, functools.partial(bad_images.found, splits["train"])), runner.place
+                _batches(prepared, inputs["train"], start, functools.partial(bad_images.found, splits["train"])), runner.place
             )
             since, waited = (start, time.time()), 0.0
             profiled = tuple(map(int, config.profile_steps.split(":"))) if config.profile_steps else (0, 0)

@@ -2,11 +2,12 @@
 
 Kept are the maps at the ends of those stages from which the rest of the network goes on, as float16: rounded to one part in 2,000.
 """
+import contextlib
+import fcntl
 import math
+import os
 import pathlib
-import shutil
 from typing import Callable
-import uuid
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import tqdm
 from rll_jax import models
 
 _VIEWS = 4  # the stream of random numbers of the views, beside the pipeline's
-_ROWS = 1024  # embedded at a time
+_BYTES = 2**28  # of what is embedded at a time
 
 
 def rest_of(model: models.EmbeddingNet, image_size: int) -> models.EmbeddingNet:
@@ -52,11 +53,21 @@ def step(rest: models.EmbeddingNet) -> Callable:
 
 
 class Kept:
-    """What is kept of a set, in the place of the set: `picture(row)` is (views, values) float16."""
+    """What is kept of a set, in the place of the set: `picture(row)` is (views, values) float16.
 
-    def __init__(self, path, labels):
+    Raises:
+      ValueError: the file is damaged, or not of so many rows and values.
+    """
+
+    def __init__(self, path, labels, rest: models.EmbeddingNet):
         self.labels = labels
-        self._maps = np.load(path, mmap_mode="r", allow_pickle=False)
+        try:
+            self._maps = np.load(path, mmap_mode="r", allow_pickle=False)
+            wrong = "" if self._maps.shape[::2] == (len(labels), width(rest)) else f"it holds {self._maps.shape}"
+        except (ValueError, EOFError) as error:
+            wrong = str(error)
+        if wrong:
+            raise ValueError(f"{path} is damaged: remove it, and it is written anew ({wrong})")
 
     def __len__(self):
         return len(self.labels)
@@ -73,8 +84,12 @@ def first_view(kept: np.ndarray) -> np.ndarray:
     return kept[0]
 
 
+def rows_at_a_time(rest: models.EmbeddingNet) -> int:
+    return max(1, _BYTES // (2 * width(rest)))
+
+
 def write(path, data, view: Callable, views: int, rest: models.EmbeddingNet, embed: Callable) -> None:
-    """The file that `Kept` reads.
+    """The file that `Kept` reads, unless it is there. Of processes that want the same, one writes and the others wait for it.
 
     Args:
       data: the set of pictures, such as `datasets.ImageSet`.
@@ -83,28 +98,46 @@ def write(path, data, view: Callable, views: int, rest: models.EmbeddingNet, emb
       embed: a set, whose `picture(row)` is a view -> {"kept": (N, values)}: `evaluate.embed_images` with `step`.
 
     Raises:
-      ValueError: there is not so much space (how much is needed), or a value is too large for float16 or not finite.
+      ValueError: a value is too large for float16 or not finite.
       images.BadImageError: a picture does not decode.
+      OSError: there is not so much room, and the like.
     """
     path = pathlib.Path(path)
-    shape = (len(data), views, width(rest))
-    need, free = math.prod(shape) * 2, shutil.disk_usage(path.parent).free
-    if need > free:
-        raise ValueError(f"the maps of the frozen stages would take {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free in {path.parent}")
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        maps = np.lib.format.open_memmap(aside, "w+", np.float16, shape)
-        parts = [(number, first) for number in range(views) for first in range(0, len(data), _ROWS)]
-        for number, first in tqdm.tqdm(parts, desc=f"writing {path.name}", unit="part", mininterval=1):
-            part = _Drawn(data, view, number, first, min(first + _ROWS, len(data)))
-            found = embed(part)["kept"]
-            if not np.isfinite(found).all():
-                raise ValueError("a value at the end of the frozen stages is not finite in float16")
-            maps[first : first + len(part), number] = found
-        maps.flush()
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with _alone(path.with_name(f".{path.name}.lock")):
+        if path.exists():
+            return
+        aside = path.with_name(f".{path.name}.tmp")
+        try:
+            _write(aside, path.name, data, view, views, rest, embed)
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def _write(aside, name, data, view, views, rest, embed):
+    maps = np.lib.format.open_memmap(aside, "w+", np.float16, (len(data), views, width(rest)))
+    if hasattr(os, "posix_fallocate"):
+        with aside.open("r+b") as file:  # a full disk is told of now; in a file with holes it would be a SIGBUS on the way
+            os.posix_fallocate(file.fileno(), 0, aside.stat().st_size)
+    rows = rows_at_a_time(rest)
+    parts = [(number, first) for number in range(views) for first in range(0, len(data), rows)]
+    for number, first in tqdm.tqdm(parts, desc=f"writing {name}", unit="part", mininterval=1):
+        part = _Drawn(data, view, number, first, min(first + rows, len(data)))
+        found = embed(part)["kept"]
+        if not np.isfinite(found).all():
+            raise ValueError("what the frozen stages make of a picture is not finite in float16: it cannot be kept")
+        maps[first : first + len(part), number] = found
+    maps.flush()
+
+
+@contextlib.contextmanager
+def _alone(lock: pathlib.Path):
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 class _Drawn:

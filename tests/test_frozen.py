@@ -1,5 +1,6 @@
 """What frozen stages make of pictures, kept: the network behind them is the same network."""
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +66,7 @@ def test_a_step_on_what_is_kept_is_a_step_on_the_pictures():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), expected.batch_stats, found.batch_stats)
 
 
-def test_each_view_of_each_picture_is_kept_once(tmp_path):
+def test_each_view_of_each_picture_is_kept_once(tmp_path, monkeypatch):
     rows = [published.Row(f"{i}.jpg", i // 2, "train") for i in range(6)]
     for i, row in enumerate(rows):
         (tmp_path / row.path).write_bytes(jpeg(i))
@@ -77,12 +78,14 @@ def test_each_view_of_each_picture_is_kept_once(tmp_path):
         return np.full((SIDE, SIDE, 3), seen[-1] % 256, np.uint8)
 
     model = network("two_maps")
+    monkeypatch.setattr(frozen, "rows_at_a_time", lambda rest: 4)  # so that there are parts
     rest, runner = frozen.rest_of(model, SIDE), parallel.make_runner("pmap", jax.devices()[:2])
     state = runner.replicate(train.create_train_state(model, optax.sgd(0.1), SIDE, 0))
     embed = lambda part: evaluate.embed_images(state, part, lambda x: x, runner.embed(frozen.step(rest)), runner, batch_size=4, threads=1)
-    frozen.write(tmp_path / "kept.npy", data, view, 3, rest, embed)
+    for _ in range(2):  # once
+        frozen.write(tmp_path / "kept.npy", data, view, 3, rest, embed)
     assert len(seen) == len(set(seen)) == 18
-    kept = frozen.Kept(tmp_path / "kept.npy", data.labels)
+    kept = frozen.Kept(tmp_path / "kept.npy", data.labels, rest)
     assert len(kept) == 6 and kept.picture(5).shape == (3, frozen.width(rest))
     pixels = np.stack([np.full((SIDE, SIDE, 3), seed % 256, np.uint8) for seed in seen])
     expected = np.asarray(jax.jit(frozen.step(rest))(state, pixels)["kept"]).reshape(3, 6, -1)
@@ -90,6 +93,11 @@ def test_each_view_of_each_picture_is_kept_once(tmp_path):
     drawn = {int(np.abs(frozen.any_view(kept.picture(0), np.random.default_rng(seed)).astype(float) - kept.picture(0)).max(axis=1).argmin()) for seed in range(20)}
     assert drawn == {0, 1, 2} and np.array_equal(frozen.first_view(kept.picture(0)), kept.picture(0)[0])
 
+    for labels, size, text in ((data.labels[1:], None, r"it holds \(6, 3, "), (data.labels, 1000, "is damaged: remove it")):
+        with (tmp_path / "kept.npy").open("r+b") as file:
+            file.truncate(size or (tmp_path / "kept.npy").stat().st_size)
+        with pytest.raises(ValueError, match=text):
+            frozen.Kept(tmp_path / "kept.npy", labels, rest)
     (tmp_path / "3.jpg").write_bytes(b"broken")
     with pytest.raises(images.BadImageError, match="3.jpg"):
         frozen.write(tmp_path / "again.npy", data, lambda picture, rng: np.asarray(picture.rgb().resize((SIDE, SIDE))), 1, rest, embed)
@@ -121,6 +129,21 @@ def test_what_does_not_go_together():
         frozen.rest_of(dataclasses.replace(network("two_maps"), frozen_stages=0), SIDE)
     with pytest.raises(ValueError, match="give --frozen_stages too"):
         config.Config(frozen_views=2)
-    for name in ("class_augment", "multihost", "dry_run"):
+    usual = dict(frozen_views=2, frozen_stages=1, batch_norm="frozen")
+    for name in ("class_augment", "multihost", "dry_run", "worker_processes"):
         with pytest.raises(ValueError, match=f"--{name} do not go together"):
-            config.Config(frozen_views=2, frozen_stages=1, batch_norm="frozen", **{name: True})
+            config.Config(**usual, **{name: 1})
+    with pytest.raises(ValueError, match="give --verify_images=full"):
+        config.Config(**usual, on_bad_image="skip")
+
+
+def test_room_is_looked_for_first(tmp_path, monkeypatch, capsys):
+    labels = np.zeros(1024)
+    splits = dict.fromkeys(("train", "test"), datasets.ImageSet(None, labels, labels, labels, labels))
+    options = config.Config(data_dir=str(tmp_path), frozen_views=3, frozen_stages=1, batch_norm="frozen", backbone="resnet_tiny", image_size=8)
+    monkeypatch.setattr(setup.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=2**21))
+    with pytest.raises(ValueError, match="--frozen_views=3 needs 0.00 GiB in"):
+        setup._check_room_to_keep(splits, options)
+    assert "takes 0.00 GiB" in capsys.readouterr().out
+    np.save(tmp_path / "frozen_train_0.npy", np.zeros((1024, 3, 512), np.float16))
+    setup._check_room_to_keep(splits, options)  # the test split alone is missing

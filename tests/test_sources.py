@@ -183,7 +183,7 @@ def test_frozen_stages_stay(folder, tmp_path):
     while not list(folder.glob(".frozen_train*.tmp")) and time.time() < deadline and process.poll() is None:
         time.sleep(0.05)
     process.terminate()
-    assert process.wait(60) == 75 and not list(folder.glob(".frozen*"))  # what was half written is gone
+    assert process.wait(60) == 75 and not list(folder.glob(".frozen*.tmp"))  # what was half written is gone
     assert not (tmp_path / "then/compiled").exists() and not (tmp_path / "then/bad_images.txt").exists()
 
 
