@@ -12,7 +12,7 @@ import numpy as np
 import tqdm
 
 from experiments import config as config_lib
-from experiments import logs, losses, setup, sources, survival, trained
+from experiments import inputs, logs, losses, setup, sources, survival, trained
 from experiments.evaluate import embed_readable, score_table
 from rll_jax import checkpoint, evaluate, images, metrics, models, pipeline, train
 from rll_jax import views as views_lib
@@ -88,8 +88,8 @@ def _batches(prepared, source, start: int, on_bad=None):
 def _dry_run(prepared) -> None:
     """Everything but the steps, and what one of them takes."""
     config, _, runner, splits, *_ = prepared
-    state, inputs = setup.inputs(prepared, _fresh_state(prepared))
-    batch = next(_batches(prepared, inputs["train"], 0))
+    state, fed = inputs.of(prepared, _fresh_state(prepared))
+    batch = next(_batches(prepared, fed["train"], 0))
     begun = time.time()
     compiled = runner.train(_train_step(config, splits["train"].labels)).lower(state, runner.place(batch)).compile()
     seconds, memory = time.time() - begun, compiled.memory_analysis()
@@ -140,7 +140,7 @@ def _run(prepared) -> None:
     if start:
         say(f"resuming {workdir} at step {start} of {config.steps}")
     try:
-        state, inputs = setup.inputs(prepared, state)
+        state, fed = inputs.of(prepared, state)
     except ValueError as error:
         raise logs.BadRun(error)
     with contextlib.ExitStack() as stack:
@@ -169,7 +169,7 @@ def _run(prepared) -> None:
             here = runner.here(state.replace(opt_state=(), memory=None))  # not needed, and large
             try:
                 data, levels = embed_readable(
-                    lambda data, on_bad: embed(here, *inputs["test"], embed=embed_unless_stopped, on_bad=on_bad), splits["test"], bad_images.found
+                    lambda data, on_bad: embed(here, *fed["test"], embed=embed_unless_stopped, on_bad=on_bad), splits["test"], bad_images.found
                 )
                 embeddings = np.asarray(models.concatenated(levels))
                 scores = metrics.retrieval_metrics(*evaluate.by_role(embeddings, data), ks=ks)
@@ -200,7 +200,7 @@ def _run(prepared) -> None:
             if start % config.eval_every == 0 and start < config.steps and not scored:  # at 0, or told to stop before it
                 evaluate_at(start) or end_early(start)
             loaded = pipeline.prefetch(
-                _batches(prepared, inputs["train"], start, functools.partial(bad_images.found, splits["train"])), runner.place
+                _batches(prepared, fed["train"], start, functools.partial(bad_images.found, splits["train"])), runner.place
             )
             since, waited = (start, time.time()), 0.0
             profiled = tuple(map(int, config.profile_steps.split(":"))) if config.profile_steps else (0, 0)

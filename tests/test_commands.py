@@ -106,8 +106,8 @@ def test_search_finds_the_picture_itself(workdir, folder, tmp_path):
     assert result.returncode == 1, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0] == str(query) and lines[1] == f"  1.000  {query}" and len(lines) == 6
-    pictures, console = browse(workdir / "search.html", tmp_path)
-    assert pictures == 5 and not console
+    shown, console = browse(workdir / "search.html", tmp_path)
+    assert shown == 5 and not console
 
 
 def test_search_by_a_folder(workdir, folder, tmp_path):

@@ -27,17 +27,17 @@ def test_equal_terms():
     tuned = compare._runs_to_tune(BASE, names, [1e-3, 1e-2], 0.3, 10)
     compared = compare._runs_to_compare(BASE, dict.fromkeys(names, 1e-2), 5)
     assert len(tuned) == 2 * len(names) and len(compared) == 5 * len(names)
-    for (name, value), run in [*tuned.items(), *compared.items()]:
+    for (name, value), one in [*tuned.items(), *compared.items()]:
         of_tuning = (name, value) in tuned
         free = {*compare.ENTRIES[name].options, "learning_rate", "seed", "workdir"} | ({"validation_share", "steps"} if of_tuning else set())
-        assert all(getattr(run, field) == BASE[field] for field in runs_lib.FIELDS if field not in free)
-        assert (run.validation_share, run.steps) == ((0.3, 10) if of_tuning else (0, 20))
+        assert all(getattr(one, field) == BASE[field] for field in runs_lib.FIELDS if field not in free)
+        assert (one.validation_share, one.steps) == ((0.3, 10) if of_tuning else (0, 20))
     assert len({run.workdir for run in [*tuned.values(), *compared.values()]}) == 7 * len(names)
     assert [seed for _, seed in compared][: len(names)] == [0] * len(names)
 
 
 def test_rates_are_tried_until_the_best_is_not_at_an_end(tmp_path):
-    options = types.SimpleNamespace(rates="1e-3,3e-3,9e-3", more_rates=2, tuning_share=0.3, tuning_steps=0)
+    options = types.SimpleNamespace(rates="1e-3,3e-3,9e-3", more_rates=2, choose_by="map@r", tuning_share=0.3, tuning_steps=0)
     recalls = {
         "rll": {3e-3: 0.6},  # in the middle
         "sup_con": {9e-3: 0.6, 3e-2: 0.7, 9e-2: 0.8},  # ever better

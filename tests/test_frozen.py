@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import config, setup, trained
+from experiments import config, inputs, trained
 from rll_jax import backbones, datasets, evaluate, frozen, images, loss, models, parallel, published, train
 from published_trees import jpeg
 
@@ -113,7 +113,7 @@ def test_what_is_kept_goes_by_all_that_changes_it():
 
     def name(data=data, views=2, weights="w", **changed):
         options = config.Config(**usual | changed)
-        return setup.kept_as(options, frozen.rest_of(trained.make_model(options), options.image_size), data, views, weights)
+        return inputs.kept_as(options, frozen.rest_of(trained.make_model(options), options.image_size), data, views, weights)
 
     changes = [
         {"backbone": "resnet50_v1"}, {"stem": "3x3"}, {"image_size": 40}, {"augment": "resize_crop"}, {"dtype": "bfloat16"}, {"cache": "memory"},
@@ -141,9 +141,9 @@ def test_room_is_looked_for_first(tmp_path, monkeypatch, capsys):
     labels = np.zeros(1024)
     splits = dict.fromkeys(("train", "test"), datasets.ImageSet(None, labels, labels, labels, labels))
     options = config.Config(data_dir=str(tmp_path), frozen_views=3, frozen_stages=1, batch_norm="frozen", backbone="resnet_tiny", image_size=8)
-    monkeypatch.setattr(setup.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=2**21))
+    monkeypatch.setattr(inputs.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=2**21))
     with pytest.raises(ValueError, match="--frozen_views=3 needs 0.00 GiB in"):
-        setup._check_room_to_keep(splits, options)
+        inputs.check_room(splits, options)
     assert "takes 0.00 GiB" in capsys.readouterr().out
     np.save(tmp_path / "frozen_train_0.npy", np.zeros((1024, 3, 512), np.float16))
-    setup._check_room_to_keep(splits, options)  # the test split alone is missing
+    inputs.check_room(splits, options)  # the test split alone is missing
