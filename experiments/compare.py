@@ -194,7 +194,7 @@ def _plot(rows: list[dict], path: pathlib.Path) -> None:
 
     figure = Figure(figsize=(11, 1.2 + 0.3 * len(rows)), layout="constrained")
     places = np.arange(len(rows))[::-1]
-    for axes, score, label in zip(figure.subplots(1, 2, sharey=True), *zip(*_TITLES.items()), strict=True):
+    for axes, (score, label) in zip(figure.subplots(1, 2, sharey=True), _TITLES.items(), strict=True):
         for place, row in zip(places, rows):
             summary, colour = row[score], "C0" if row["name"].startswith("rll") else "C1"
             axes.plot(summary["values"], [place] * len(summary["values"]), ".", color=colour, alpha=0.35)
@@ -246,8 +246,8 @@ def main(_):
         execute(list(compared.values()))
         steps = options.tuning_steps or base["steps"]
         budget = (
-            f"rates {options.rates}, the best by {_TITLES[options.choose_by]}, and up to {options.more_rates} more while the best is at an end ({max(map(len, tried.values()))} at most were "
-            f"tried), a run of {steps} steps each, of one seed, on {options.tuning_share:.0%} of the training classes held out"
+            f"rates {options.rates}, the best by {_TITLES[options.choose_by]}, and up to {options.more_rates} more while the best is at an end "
+            f"({max(map(len, tried.values()))} at most were tried), a run of {steps} steps each, of one seed, on {options.tuning_share:.0%} of the training classes held out"
         )
         rows = _rows(compared, chosen, names)
         text = _as_markdown(rows, _about(base, options, budget), next(filter(None, map(_untrained, compared.values())), None))

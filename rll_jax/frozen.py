@@ -103,8 +103,10 @@ def write(path, data, view: Callable, views: int, rest: models.EmbeddingNet, emb
       OSError: there is not so much room, and the like.
     """
     path = pathlib.Path(path)
+    if path.exists():  # perhaps where nothing can be written
+        return
     with _alone(path.with_name(f".{path.name}.lock")):
-        if path.exists():
+        if path.exists():  # by now
             return
         aside = path.with_name(f".{path.name}.tmp")
         try:
