@@ -13,6 +13,7 @@ from rll_jax import images, views
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_the_table_holds_finite_positive_numbers(tmp_path):
     flags = ("--images=8", "--rounds=1", "--kb=26", "--seconds=0.02", f"--table={tmp_path / 'table.md'}")
     command = [sys.executable, "-m", "experiments.bench_data", *flags]

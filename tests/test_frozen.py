@@ -29,7 +29,7 @@ def pictures(n=12):
     return np.random.default_rng(0).integers(0, 255, (n, SIDE, SIDE, 3), np.uint8)
 
 
-@pytest.mark.parametrize("name", ["two_maps", "all", pytest.param("googlenet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["two_maps", *(pytest.param(name, marks=pytest.mark.slow) for name in ("all", "googlenet"))])
 def test_the_rest_embeds_as_the_whole(name):
     model = network(name)
     rest = frozen.rest_of(model, SIDE)

@@ -97,7 +97,7 @@ def test_proxies_and_the_optimiser():
     assert float(updates["proxies"]["H"][0, 0]) == pytest.approx(-10.0) and float(updates["conv1"]["kernel"][0, 0]) == 0
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.5])
+@pytest.mark.parametrize("ema", [0.5, pytest.param(0.0, marks=pytest.mark.slow)])
 def test_a_run_with_proxies_is_loaded_without_them(ema, tmp_path):
     """What searches has no use for them."""
     options = config.Config(
