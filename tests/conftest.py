@@ -3,10 +3,8 @@ import os
 import pathlib
 import tempfile
 
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")  # before JAX: most of the tests' time is compiling
-
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
