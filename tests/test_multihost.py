@@ -54,12 +54,13 @@ def of_one(tmp_path_factory, pictures):  # noqa: F811
 def test_two_processes_are_one(parallel, of_one, tmp_path):
     (first, out, err), (second, out_of_second, _) = ends(start(tmp_path / "run", "--steps=5", "--report", f"--parallel={parallel}"))
     assert first == second == 0, err
-    said = [line for line in out.splitlines() if "peer ranks" not in line and line in out_of_second]  # gloo's own are written over each other
+    # gloo's lines may be written into each other
+    said = [line for line in out_of_second.splitlines() if line and not any(word in line for word in ("[Gloo]", "peer ranks"))]
     assert "Recall@1" in out and not said  # the first process alone speaks
     for ours, theirs in zip(weights(tmp_path / "run"), weights(of_one), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     last, expected = scores(tmp_path / "run")[-1], scores(of_one)[-1]
-    assert last["recall@1"] == pytest.approx(expected["recall@1"], abs=0.05)  # two of the queries
+    assert last["recall@1"] == pytest.approx(expected["recall@1"], abs=0.01)
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {"best", "checkpoints", "metrics.jsonl", "report.html"}
     if parallel == "pmap":  # goes on as one process
         shutil.rmtree(tmp_path / "run/compiled", ignore_errors=True)

@@ -66,7 +66,7 @@ def test_flags_txt_repeats_the_run(finished, tmp_path):
 
 def test_killed_and_given_again_ends_the_same(finished, tmp_path):
     workdir = tmp_path / "killed"
-    for stop_at in (2, 8):  # before the first checkpoint, and between later ones
+    for stop_at in (2, 5, 10):  # before the first checkpoint, and between later ones
         process = subprocess.Popen(
             **command(*TINY, f"--workdir={workdir}"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
