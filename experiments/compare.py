@@ -247,7 +247,8 @@ def main(_):
         steps = options.tuning_steps or base["steps"]
         budget = (
             f"rates {options.rates}, the best by {_TITLES[options.choose_by]}, and up to {options.more_rates} more while the best is at an end "
-            f"({max(map(len, tried.values()))} at most were tried), a run of {steps} steps each, of one seed, on {options.tuning_share:.0%} of the training classes held out"
+            f"({max(map(len, tried.values()))} at most were tried), a run of {steps} steps each, of one seed, on {options.tuning_share:.0%} of "
+            "the training classes held out"
         )
         rows = _rows(compared, chosen, names)
         text = _as_markdown(rows, _about(base, options, budget), next(filter(None, map(_untrained, compared.values())), None))

@@ -61,6 +61,6 @@ def check_room(splits, config) -> None:
 
 def kept_as(config, rest, data: datasets.ImageSet, views: int, weights: str) -> str:
     """A digest of all that changes what frozen stages with these weights make of so many views of a set."""
-    augment = config.augment or sources.find(config.dataset).augment
-    what = (cache.digest(data), views, weights, config.network, rest.given, config.dtype, config.image_size, augment, config.cache)
+    of_config = (config.network, rest.given, config.dtype, config.image_size, sources.augment(config), config.cache)
+    what = (cache.digest(data), views, weights, *of_config)
     return hashlib.sha256(repr(what).encode()).hexdigest()[:16]

@@ -144,7 +144,7 @@ def cached(splits: dict, config) -> dict:
     """
     if config.cache == "none":
         return splits
-    if (config.augment or sources.find(config.dataset).augment) == "border_crop":
+    if sources.augment(config) == "border_crop":
         raise ValueError("--cache keeps shrunk pictures, in which a border is no longer what --augment=border_crop cuts: leave one of them out")
     if config.cache == "memory" and config.worker_processes:
         raise ValueError("--cache=memory is of one process: use --cache=disk with --worker_processes")

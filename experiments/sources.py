@@ -87,8 +87,13 @@ def find(dataset: str) -> Source:
     return SOURCES.get(dataset, _OF_TFDS)
 
 
+def augment(config) -> str:
+    """Of VIEWS: what the config names, or what is usual for its set."""
+    return config.augment or find(config.dataset).augment
+
+
 def views(config) -> Views:
-    return VIEWS[config.augment or find(config.dataset).augment]
+    return VIEWS[augment(config)]
 
 
 def open_sets(config) -> dict[str, datasets.ImageSet]:
