@@ -24,9 +24,8 @@ from typing import NamedTuple
 from absl import app, flags
 import numpy as np
 
-from experiments import config as config_lib
-from experiments import logs, measuring
-from experiments import runs as runs_lib
+from experiments.engine import config as config_lib
+from experiments.engine import logs, many_runs, measuring
 
 
 class Entry(NamedTuple):
@@ -105,7 +104,7 @@ def _tuned(base: dict, names: list[str], options, execute) -> tuple[dict[str, fl
         for name, rates in tried.items():
             runs |= _runs_to_tune(base, [name], rates, options.tuning_share, options.tuning_steps)
         execute(list(runs.values()))
-        found = {key: scores[options.choose_by] for key, run in runs.items() if (scores := runs_lib.scores(run))}
+        found = {key: scores[options.choose_by] for key, run in runs.items() if (scores := many_runs.scores(run))}
         best = {name: max((rate for n, rate in found if n == name), key=lambda rate: (found[name, rate], -rate), default=None) for name in names}
         at_an_end = {name: rate for name, rate in best.items() if rate in (min(tried[name]), max(tried[name]))}
         growing = {name: rate for name, rate in at_an_end.items() if len(tried[name]) < len(first) + options.more_rates}
@@ -134,7 +133,7 @@ def _rows(compared: dict, rates: dict[str, float], names: list[str]) -> list[dic
     """A dict for each entry; differences to the first are paired by seed."""
     found = {name: {} for name in names}
     for (name, seed), run in compared.items():
-        if scores := runs_lib.scores(run):
+        if scores := many_runs.scores(run):
             found[name][seed] = scores
     rows, first = [], found[names[0]]
     for name, of_seeds in found.items():
@@ -224,7 +223,7 @@ def main(_):
     with config_lib.mistakes_in_one_line():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         names, rates = _names(options.only), _rates(options.rates)
-        base = runs_lib.base_options() | {"report": options["report"].present and options.report}
+        base = many_runs.base_options() | {"report": options["report"].present and options.report}
         usual = {field.name: field.default for field in dataclasses.fields(config_lib.Config)}
         if taken := [name for name in (*_VARIED, "validation_share", "learning_rate") if base[name] != usual[name]]:
             raise ValueError(f"--{taken[0]} is for the comparison to choose: leave it out")
@@ -235,11 +234,11 @@ def main(_):
         _runs_to_tune(base, names, rates, options.tuning_share, options.tuning_steps)
         _runs_to_compare(base, dict.fromkeys(names, rates[0]), options.seeds)
         terms = {name: str(options[name].value) for name in ("rates", "more_rates", "choose_by", "tuning_share", "tuning_steps")}
-        runs_lib.claim("compare", base | terms, [("seeds", options.seeds), ("only", options.only)])
+        many_runs.claim("compare", base | terms, [("seeds", options.seeds), ("only", options.only)])
         failed = {}
 
         def execute(runs):
-            failed.update(runs_lib.execute_all(runs, keep_going=options.keep_going, jobs=options.jobs))
+            failed.update(many_runs.execute_all(runs, keep_going=options.keep_going, jobs=options.jobs))
 
         chosen, tried = _tuned(base, names, options, execute)
         compared = _runs_to_compare(base, chosen, options.seeds)
@@ -273,7 +272,7 @@ def define_flags(flag_values=flags.FLAGS) -> None:
     flags.DEFINE_integer("tuning_steps", 0, "of a run of the tuning; 0: as many as of the others", lower_bound=0, **own)
     flags.DEFINE_integer("seeds", 5, "runs of each entry, of the seeds from --seed on", lower_bound=1, **own)
     flags.DEFINE_string("out", "", "folder for the table and the plot; empty: the workdir", **own)
-    runs_lib.define_flags(flag_values)
+    many_runs.define_flags(flag_values)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ DIR holds CUB_200_2011.tgz, unpacked: images.txt, image_class_labels.txt and ima
 """
 from absl import app
 
-from experiments import config, run
+from experiments.engine import config, train_loop
 
 if __name__ == "__main__":
     config.define_flags(dataset="cub", workdir="runs/cub", backbone="resnet50", image_size=224)
-    app.run(run.main, flags_parser=config.parse_flags)
+    app.run(train_loop.main, flags_parser=config.parse_flags)

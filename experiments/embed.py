@@ -11,9 +11,8 @@ import sys
 from absl import app, flags
 import numpy as np
 
-from experiments import config as config_lib
-from experiments import index as index_lib
-from experiments import trained as trained_lib
+from experiments.engine import build, embedding_index
+from experiments.engine import config as config_lib
 
 
 def tell_unreadable(names: list[str]) -> int:
@@ -54,8 +53,8 @@ def main(_):
         out = pathlib.Path(options.out)
         write = _writer(out)
         config_lib.check_free("out", out)
-        trained = trained_lib.load(options.workdir, options.step, options.best)
-        index = index_lib.update(options.workdir, trained, options.images)
+        trained = build.load(options.workdir, options.step, options.best)
+        index = embedding_index.update(options.workdir, trained, options.images)
         with config_lib.written_whole(out) as aside:
             write(aside, index)
     print(f"written: {out}: {len(index.files)} images x {index.embeddings.shape[1]}, {index.embedded} of them embedded now")
@@ -63,7 +62,7 @@ def main(_):
 
 
 if __name__ == "__main__":
-    trained_lib.define_flags()
+    build.define_flags()
     flags.DEFINE_string("images", None, "folder of images, its folders too", required=True)
     flags.DEFINE_string("out", None, "file to write, .npz or .parquet", required=True)
     app.run(main, flags_parser=config_lib.parse_flags)

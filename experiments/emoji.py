@@ -4,8 +4,8 @@
 """
 from absl import app
 
-from experiments import config, run
+from experiments.engine import config, train_loop
 
 if __name__ == "__main__":
     config.define_flags(dataset="emoji", workdir="runs/emoji")
-    app.run(run.main, flags_parser=config.parse_flags)
+    app.run(train_loop.main, flags_parser=config.parse_flags)

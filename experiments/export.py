@@ -15,19 +15,19 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from experiments import config as config_lib
-from experiments import trained as trained_lib
-from rll_jax import models, weights
+from experiments.engine import build
+from experiments.engine import config as config_lib
+from rll_jax.networks import embedding_net, weights
 
 
 def _stablehlo(trained) -> bytes:
     # without the training's axis of devices
-    model = trained_lib.make_model(trained.config).clone(axis_name=None)
+    model = build.make_model(trained.config).clone(axis_name=None)
     variables = jax.device_get(trained.variables)
     size = trained.config.image_size
     (batch,) = jax.export.symbolic_shape("N")
     images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8)
-    function = jax.jit(lambda images: models.concatenated(model.apply(variables, images)))
+    function = jax.jit(lambda images: embedding_net.concatenated(model.apply(variables, images)))
     return bytes(jax.export.export(function, platforms=("cpu", "cuda", "tpu"))(images).serialize())
 
 
@@ -36,7 +36,7 @@ def main(_):
     with config_lib.mistakes_in_one_line():
         out = pathlib.Path(options.out)
         config_lib.check_free("out", out)
-        trained = trained_lib.load(options.workdir, options.step, options.best)
+        trained = build.load(options.workdir, options.step, options.best)
         with config_lib.written_whole(out) as aside:
             if options.format == "stablehlo":
                 aside.write_bytes(_stablehlo(trained))
@@ -47,7 +47,7 @@ def main(_):
 
 
 if __name__ == "__main__":
-    trained_lib.define_flags()
+    build.define_flags()
     flags.DEFINE_string("out", None, "file to write", required=True)
     flags.DEFINE_enum("format", "safetensors", ["safetensors", "stablehlo"], "what to write")
     app.run(main, flags_parser=config_lib.parse_flags)

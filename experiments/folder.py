@@ -9,8 +9,8 @@ or train, query and gallery).
 """
 from absl import app
 
-from experiments import config, run
+from experiments.engine import config, train_loop
 
 if __name__ == "__main__":
     config.define_flags(dataset="folder", workdir="runs/folder", backbone="resnet50", image_size=224)
-    app.run(run.main, flags_parser=config.parse_flags)
+    app.run(train_loop.main, flags_parser=config.parse_flags)

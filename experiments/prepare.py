@@ -13,17 +13,17 @@ import pathlib
 from absl import app, flags
 from etils import epath
 
-from experiments import config as config_lib
-from experiments import sources
-from rll_jax import archives, published
+from experiments.engine import config as config_lib
+from experiments.engine import datasets
+from rll_jax.data import archives, benchmarks
 
 
 def _unpack(source: pathlib.Path) -> pathlib.Path:
     """Unpacks an archive, or those in a folder, where they lie; the folder."""
     folder = source.parent if source.is_file() else source
-    packed = [source] if source.is_file() else sorted(p for p in folder.rglob("*") if p.name.endswith(published.ARCHIVES) and p.is_file())
+    packed = [source] if source.is_file() else sorted(p for p in folder.rglob("*") if p.name.endswith(benchmarks.ARCHIVES) and p.is_file())
     if not packed:
-        raise ValueError(f"--source={source}: no archives ({', '.join(published.ARCHIVES)}) in it to --unpack")
+        raise ValueError(f"--source={source}: no archives ({', '.join(benchmarks.ARCHIVES)}) in it to --unpack")
     for archive in packed:
         tops = archives.unpack(archive, archive.parent)
         print(f"unpacked: {', '.join(map(str, tops))}")
@@ -33,26 +33,26 @@ def _unpack(source: pathlib.Path) -> pathlib.Path:
 
 def main(_):
     options = flags.FLAGS
-    with config_lib.mistakes_in_one_line(), sources.in_one_line(options.source, options.index):
-        names = [name for name in sources.SOURCES if name != "emoji"]
+    with config_lib.mistakes_in_one_line(), datasets.in_one_line(options.source, options.index):
+        names = [name for name in datasets.SOURCES if name != "emoji"]
         if options.dataset not in names:
             raise ValueError(f"--dataset={options.dataset}: expected one of {', '.join(names)}")
-        if published.is_remote(options.data_dir) or published.is_remote(options.source) and (options.unpack or not options.data_dir):
+        if benchmarks.is_remote(options.data_dir) or benchmarks.is_remote(options.source) and (options.unpack or not options.data_dir):
             raise ValueError(
                 f"--source={options.source} --data_dir={options.data_dir}: sets are prepared in a local --data_dir, and archives unpacked in a local --source"
             )
-        source = (epath if published.is_remote(options.source) else pathlib).Path(options.source)
+        source = (epath if benchmarks.is_remote(options.source) else pathlib).Path(options.source)
         if source.is_file() and not options.unpack:
             raise ValueError(f"--source={source} is a file: --unpack unpacks an archive beside it")
         if not source.exists():
             raise ValueError(f"--source={source}: no such file or folder")
-        out = sources.prepared_in(options.data_dir or (source.parent if source.is_file() else source), options.dataset)
+        out = datasets.prepared_in(options.data_dir or (source.parent if source.is_file() else source), options.dataset)
         if out.exists():
             raise ValueError(f"{out} is there already: remove it, or give another --data_dir")
         folder = _unpack(source) if options.unpack else source
         config = dataclasses.replace(config_lib.from_flags(), data_dir=str(folder))
-        root, rows = sources.listing(config)
-        sources.prepare(root, rows, out, config)
+        root, rows = datasets.listing(config)
+        datasets.prepare(root, rows, out, config)
     print(f"written: {out}: {len(rows)} images of {len({row.label for row in rows})} classes; now --data_dir={out if options.dataset == 'folder' else out.parent}")
 
 

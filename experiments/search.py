@@ -10,20 +10,21 @@ import sys
 
 from absl import app, flags
 
-from experiments import config as config_lib
-from experiments import embed, index as index_lib, page
-from experiments import trained as trained_lib
-from rll_jax import images, metrics
+from experiments import embed
+from experiments.engine import build, embedding_index, html_page
+from experiments.engine import config as config_lib
+from rll_jax import metrics
+from rll_jax.data import images
 
 
 def _page(root, queries, index, rows, similarities) -> str:
     lines = []
     for query, near, values in zip(queries, rows, similarities):
-        cells = [page.picture(images.decode(query.read_bytes(), str(query)), str(query), "query")]
+        cells = [html_page.picture(images.decode(query.read_bytes(), str(query)), str(query), "query")]
         for row, value in zip(near, values):
             path = root / index.files[row]
-            cells.append(page.picture(images.decode(path.read_bytes(), str(path)), f"{index.files[row]} {value:.3f}"))
-        lines.append(page.row(cells))
+            cells.append(html_page.picture(images.decode(path.read_bytes(), str(path)), f"{index.files[row]} {value:.3f}"))
+        lines.append(html_page.row(cells))
     return f"<h1>Nearest images</h1><p>A query, then the images of {html.escape(str(root))} nearest to it.</p>" + "".join(lines)
 
 
@@ -38,19 +39,19 @@ def main(_):
         root, query = pathlib.Path(options.images), pathlib.Path(options.query)
         if not query.exists():
             raise ValueError(f"--query={query}: no such file or folder")
-        trained = trained_lib.load(options.workdir, options.step, options.best)
-        paths = [query / name for name in index_lib.names(query)] if query.is_dir() else [query]
-        embeddings, readable = index_lib.embed_files(paths, trained.embed)
+        trained = build.load(options.workdir, options.step, options.best)
+        paths = [query / name for name in embedding_index.names(query)] if query.is_dir() else [query]
+        embeddings, readable = embedding_index.embed_files(paths, trained.embed)
         if not readable.any():
             raise ValueError(f"--query={query}: cannot be read as an image")
-        index = index_lib.update(options.workdir, trained, options.images)
+        index = embedding_index.update(options.workdir, trained, options.images)
         queries = [path for path, ok in zip(paths, readable) if ok]
         rows, similarities = metrics.nearest(embeddings[readable], index.embeddings, min(options.k, len(index.files)))
         for path, near, values in zip(queries, rows, similarities):
             print(f"{path}")
             for row, value in zip(near, values):
                 print(f"  {value:.3f}  {root / index.files[row]}")
-        text = page.whole("Nearest images", _page(root, queries, index, rows, similarities))
+        text = html_page.whole("Nearest images", _page(root, queries, index, rows, similarities))
         with config_lib.written_whole(out) as aside:
             aside.write_text(text, encoding="utf-8", errors="replace")
     print(f"page: {out}  ({len(index.files)} images in the index, {index.embedded} of them embedded now)")
@@ -58,7 +59,7 @@ def main(_):
 
 
 if __name__ == "__main__":
-    trained_lib.define_flags()
+    build.define_flags()
     flags.DEFINE_string("images", None, "folder of images, its folders too", required=True)
     flags.DEFINE_string("query", None, "image, or a folder of them", required=True)
     flags.DEFINE_integer("k", 10, "how many of the nearest to show")

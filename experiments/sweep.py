@@ -18,15 +18,15 @@ import urllib.parse
 
 from absl import app, flags
 
-from experiments import config as config_lib
-from experiments import runs as runs_lib
+from experiments.engine import config as config_lib
+from experiments.engine import many_runs
 
 
 # ---- What is to be run: all of it checked before the first run begins
 def _axis(text: str) -> tuple[str, list]:
     """An option and its values, from NAME=VALUE,VALUE,..."""
     name, equals, values = text.partition("=")
-    if not equals or name not in runs_lib.FIELDS or name in ("dataset", "seed", "workdir"):
+    if not equals or name not in many_runs.FIELDS or name in ("dataset", "seed", "workdir"):
         raise ValueError(f"--sweep={text}: expected NAME=VALUE,VALUE,... of an option of the runs other than dataset, seed and workdir")
     try:
         return name, [flags.FLAGS[name].parser.parse(value) for value in values.split(";" if ";" in values else ",")]
@@ -57,7 +57,7 @@ def _rows(runs: list[config_lib.Config], names: list[str], failed: dict[str, str
     rows = []
     for _, group in itertools.groupby(runs, key=lambda run: pathlib.Path(run.workdir).parent):
         group = list(group)
-        found = {run.seed: runs_lib.scores(run) for run in group if run.workdir not in failed}
+        found = {run.seed: many_runs.scores(run) for run in group if run.workdir not in failed}
         scores = {}
         for name in next(iter(found.values()), {}):
             values = [of_seed[name] for of_seed in found.values()]
@@ -85,14 +85,14 @@ def main(_):
     with config_lib.mistakes_in_one_line():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's way to interrupt
         axes = [_axis(text) for text in options.sweep]
-        base = runs_lib.base_options()
+        base = many_runs.base_options()
         runs = _plan(base, axes, options.seeds)
         given = [("seeds", options.seeds), *(("sweep", text) for text in options.sweep)]
-        runs_lib.claim("sweep", base, given, swept=tuple(name for name, _ in axes))
+        many_runs.claim("sweep", base, given, swept=tuple(name for name, _ in axes))
         if options.commands:
-            print("".join(shlex.join(runs_lib.command(run)) + "\n" for run in runs if runs_lib.scores(run) is None), end="")
+            print("".join(shlex.join(many_runs.command(run)) + "\n" for run in runs if many_runs.scores(run) is None), end="")
             return
-        failed = runs_lib.execute_all(runs, keep_going=options.keep_going, jobs=options.jobs)
+        failed = many_runs.execute_all(runs, keep_going=options.keep_going, jobs=options.jobs)
         rows = _rows(runs, [name for name, _ in axes], failed)
         for name, text in {"sweep.json": json.dumps(rows, indent=1) + "\n", "sweep.md": _as_text(rows)}.items():
             with config_lib.written_whole(pathlib.Path(base["workdir"], name)) as aside:
@@ -106,5 +106,5 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string("sweep", [], "an option and its values, NAME=VALUE,VALUE,...; may be given again")
     flags.DEFINE_integer("seeds", 1, "runs of each combination, of the seeds from --seed on", lower_bound=1)
     flags.DEFINE_bool("commands", False, "print the commands of the runs that are left, instead of running them")
-    runs_lib.define_flags()
+    many_runs.define_flags()
     app.run(main, flags_parser=config_lib.parse_flags)

@@ -1,3 +1,37 @@
-"""Ranked List Loss (Wang et al., CVPR 2019; TPAMI 2021) in JAX."""
+"""Ranked List Loss (Wang et al., CVPR 2019; TPAMI 2021) in JAX.
+
+    loss      the loss in every published variant, eight others, a cross-batch memory: jax and numpy alone
+    metrics   Recall@K, MAP@R, R-precision, MRR, exactly; NMI, F1 and AMI of K-means
+    networks  ResNets and GoogLeNet-V2 with embedding heads, and weights under their published names
+    data      datasets of labelled images, augmentation, samplers, and the pipeline from files to batches
+    training  the train step, the devices it runs on, checkpoints, and the embeddings of a dataset
+    typing    what a loss, a backbone, a dataset, a view and a sampler are to each other
+
+A room is imported when it is first named: `import rll_jax` alone imports nothing else.
+"""
+
+import importlib
+import types
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rll_jax import data, loss, metrics, networks, training, typing
+    from rll_jax.loss import baselines as losses_baseline
+    from rll_jax.loss import memory
 
 __version__ = "0.1.0"
+__all__ = ["data", "loss", "metrics", "networks", "training", "typing"]
+
+_EARLIER_NAMES = {"losses_baseline": "rll_jax.loss.baselines", "memory": "rll_jax.loss.memory"}
+
+
+def __getattr__(name: str) -> types.ModuleType:
+    if name in __all__:
+        return importlib.import_module(f"rll_jax.{name}")
+    if name in _EARLIER_NAMES:
+        return importlib.import_module(_EARLIER_NAMES[name])
+    raise AttributeError(f"module 'rll_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,29 +1,44 @@
-"""Eight devices on any machine, before JAX starts, and the real data that some sessions have beside the project."""
+"""Eight devices on any machine, before JAX starts, and programs compiled once for all tests."""
+
 import os
-import pathlib
 import tempfile
 
 import jax
+import numpy as np
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers' too
+if "RLL_TESTS_COMPILED" not in os.environ:  # the workers of a parallel run inherit it
     _COMPILED = tempfile.TemporaryDirectory()
     os.environ["RLL_TESTS_COMPILED"] = _COMPILED.name
 
-# a worker takes a whole file: the longest go first, so that none is left to one worker at the end
-LONGEST = ("survival", "commands", "sources", "multihost", "experiments", "losses_baseline", "train", "tour", "gradient_question", "step")
+from tests.helpers.commands import PICTURES  # noqa: E402 (reads the variable above)
+from tests.helpers.paths import ROOT  # noqa: E402
 
-ROOT = pathlib.Path(__file__).parent.parent
+# A worker takes a whole file: the longest go first, so that none is left to one worker at the end.
+LONGEST = (
+    "resume", "commands", "datasets", "multihost", "experiments", "baselines", "train", "tour",
+    "gradient_question", "steps",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def emoji():
-    from rll_jax import prepared
+    from rll_jax.data import array_records
 
-    return prepared.open_prepared(ROOT / "experiments/data/emoji", keep_index=False)
+    return array_records.open_prepared(ROOT / "experiments/data/emoji", keep_index=False)
+
+
+@pytest.fixture(scope="session")
+def pictures(emoji):
+    """The first twenty classes of the emoji as a folder."""
+    data = emoji["train"]
+    for row in np.flatnonzero(data.labels <= 40):
+        path = PICTURES / f"class {data.labels[row]}/{row}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data.encoded(row))
 
 
 def pytest_collection_modifyitems(items):

@@ -1,4 +1,5 @@
-"""What may import what: a pure core, one direction, experiments on top."""
+"""Which room may use which: a pure core, one direction, experiments on top."""
+
 import ast
 import pathlib
 import subprocess
@@ -6,70 +7,103 @@ import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
-# Each module of the package and those of the package it may import.
-MAY_IMPORT = {
-    "__init__": set(),
-    "_pairs": set(),
-    "_inputs": {"_pairs"},
-    "_blocks": {"_pairs"},
-    "loss": {"_blocks", "_inputs"},
-    "losses_baseline": {"_inputs", "_pairs"},
-    "memory": {"_inputs"},
-    "_ranks": set(),
-    "metrics": {"_ranks"},
-    "sampler": set(),
-    "images": set(),
-    "views": {"images"},
-    "published": set(),
-    "archives": {"published"},
-    "folders": {"published"},
-    "datasets": {"images", "published"},
-    "prepared": {"datasets", "published"},
-    "cache": {"datasets", "images"},
-    "pipeline": {"datasets", "images"},
-    "backbones": set(),
-    "models": {"_inputs"},
-    "weights": set(),
-    "train": {"memory"},
-    "parallel": set(),
-    "checkpoint": set(),
-    "frozen": {"models"},
-    "evaluate": {"models", "parallel", "pipeline"},
-}
-CORE = ("loss", "losses_baseline", "memory", "metrics", "sampler")
+from tests.helpers.paths import ROOT
+
+# Each room and the rooms that it may use besides itself.
+MAY_USE = {
+    "rll_jax": set(),
+    "rll_jax.typing": set(),
+    "rll_jax.loss": set(),
+    "rll_jax.metrics": set(),
+    "rll_jax.networks": {"rll_jax.loss"},
+    "rll_jax.data": set(),
+    "rll_jax.training": {"rll_jax.loss", "rll_jax.networks", "rll_jax.data"},
+    "experiments.data": set(),
+    "experiments.engine": {
+        "rll_jax", "rll_jax.loss", "rll_jax.metrics", "rll_jax.networks", "rll_jax.data",
+        "rll_jax.training",
+    },
+    "experiments.benchmarks": {
+        "experiments.engine", "rll_jax.loss", "rll_jax.metrics", "rll_jax.networks", "rll_jax.data",
+        "rll_jax.training",
+    },
+    "experiments.studies": {"experiments.engine", "rll_jax.loss", "rll_jax.metrics", "rll_jax.data"},
+    "experiments": {
+        "experiments.engine", "rll_jax.metrics", "rll_jax.networks", "rll_jax.data",
+        "rll_jax.training",
+    },
+}  # fmt: skip
+CORE = ("loss", "loss.baselines", "loss.memory", "metrics", "data.sampler")
+FILES = sorted(
+    path
+    for package in ("rll_jax", "experiments")
+    for path in (ROOT / package).rglob("*.py")
+)
+
+
+def module_of(path: pathlib.Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path) for path in FILES}
 
 
 def imported(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    """The modules of the project that a file imports, type checkers' imports of lazy rooms left out."""
+    tree = ast.parse(path.read_text())
+    lazy = [n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    skipped = {id(inner) for node in lazy for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         if isinstance(node, ast.ImportFrom):
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            yield from (name if name in MODULES else node.module for name in names)
 
 
-def test_every_module_is_listed():
-    assert {p.stem for p in (ROOT / "rll_jax").glob("*.py")} == MAY_IMPORT.keys()
+def room_of(module: str) -> str:
+    """The longest room that the module is in; a command is in `experiments`."""
+    return max((room for room in MAY_USE if f"{module}.".startswith(f"{room}.")), key=len)
 
 
-@pytest.mark.parametrize("module", MAY_IMPORT)
-def test_imports_go_one_way(module):
-    names = set(imported(ROOT / "rll_jax" / f"{module}.py"))
-    ours = {name.split(".")[1] for name in names if name.startswith("rll_jax.")}
-    assert ours & MAY_IMPORT.keys() <= MAY_IMPORT[module]
-    assert not any(name.split(".")[0] in ("experiments", "absl", "tests") for name in names)
+def test_every_folder_is_a_room():
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in FILES}
+    assert folders | {"rll_jax.typing"} == MAY_USE.keys()
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_rooms_use_rooms_one_way(path):
+    room = room_of(module_of(path))
+    used = {room_of(name) for name in imported(path) if name.split(".")[0] in ("rll_jax", "experiments")}
+    assert used - {room} <= MAY_USE[room]
+    if room.startswith("rll_jax"):
+        assert not any(name.split(".")[0] in ("absl", "tests") for name in imported(path))
+
+
+def test_modules_of_a_room_import_in_no_circle():
+    uses = {module_of(path): set(imported(path)) & MODULES for path in FILES}
+    uses = {module: used - {module} for module, used in uses.items()}
+    while free := {module for module, used in uses.items() if not used}:
+        uses = {module: used - free for module, used in uses.items() if module not in free}
+    assert not uses
 
 
 @pytest.mark.parametrize("module", CORE)
 def test_the_core_needs_jax_and_numpy_alone(module):
-    code = f"import sys, rll_jax.{module}; print(*sorted({{m.split('.')[0] for m in sys.modules}}))"
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    heavy = {"flax", "optax", "orbax", "absl", "grain", "tensorflow", "tensorflow_datasets", "PIL", "tensorboardX"}
-    assert "jax" in loaded.split() or module == "sampler"
+    code = (
+        f"import sys, rll_jax.{module}; print(*sorted({{m.split('.')[0] for m in sys.modules}}))"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    heavy = {"flax", "optax", "orbax", "absl", "grain", "tensorflow", "tensorflow_datasets"}
+    heavy |= {"PIL", "cv2", "tensorboardX", "sklearn"}
+    assert "jax" in loaded.split() or module == "data.sampler"
     assert not heavy & set(loaded.split())
 
 
-def test_files_fit_in_a_head():
-    long = {str(p): n for p in ROOT.glob("*/*.py") if (n := len(p.read_text().splitlines())) > 320}
-    assert not long
+def test_no_test_imports_another():
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert not any("test_" in name for name in imported(path)), path

@@ -1,10 +1,10 @@
 """What the README says is what happens."""
-import pathlib
 import re
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).parent.parent
+from tests.helpers.paths import ROOT
+
 TEXT = (ROOT / "README.md").read_text()
 
 

@@ -1,0 +1,1 @@
+"""Each part of the project measured beside its peer."""

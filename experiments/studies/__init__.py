@@ -1,0 +1,1 @@
+"""Questions about the loss, answered by measurement or on paper."""

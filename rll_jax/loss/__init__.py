@@ -1,0 +1,46 @@
+"""Ranked List Loss, the losses it is compared with, and a cross-batch memory: pure functions of arrays.
+
+Needs jax and numpy alone. Start with `ranked_list_loss`; its docstring is the manual.
+"""
+
+from rll_jax.loss import memory
+from rll_jax.loss.baselines import (
+    contrastive_loss,
+    lifted_structure_loss,
+    multi_similarity_loss,
+    n_pair_loss,
+    nt_xent_loss,
+    pml_ranked_list_loss,
+    proxy_anchor_loss,
+    sup_con_loss,
+    triplet_loss,
+)
+from rll_jax.loss.ranked_list import (
+    RankedListLossTerms,
+    caffe2019,
+    cvpr2019,
+    ranked_list_loss,
+    ranked_list_loss_of_query,
+    ranked_list_loss_terms,
+    tpami2020,
+)
+
+__all__ = [
+    "RankedListLossTerms",
+    "caffe2019",
+    "contrastive_loss",
+    "cvpr2019",
+    "lifted_structure_loss",
+    "memory",
+    "multi_similarity_loss",
+    "n_pair_loss",
+    "nt_xent_loss",
+    "pml_ranked_list_loss",
+    "proxy_anchor_loss",
+    "ranked_list_loss",
+    "ranked_list_loss_of_query",
+    "ranked_list_loss_terms",
+    "sup_con_loss",
+    "tpami2020",
+    "triplet_loss",
+]

@@ -1,0 +1,248 @@
+"""The baselines next to pytorch-metric-learning's, value and gradient; and what holds for each of them without it."""
+import functools
+import warnings
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+import numpy as np
+import pytest
+
+from rll_jax.loss import baselines as baselines
+
+CLASSES = 9
+
+
+def proxies(dtype=np.float64):
+    return np.random.default_rng(9).normal(size=(CLASSES, 8)).astype(dtype)
+
+
+def with_proxies(embeddings, labels, **options):
+    return baselines.proxy_anchor_loss(embeddings, labels, jnp.asarray(proxies(embeddings.dtype)), **options)
+
+
+LOSSES = {
+    "contrastive": baselines.contrastive_loss,
+    "contrastive, margins": functools.partial(baselines.contrastive_loss, pos_margin=0.3, neg_margin=0.8),
+    "triplet, semihard": baselines.triplet_loss,
+    "triplet, hard": functools.partial(baselines.triplet_loss, mining="hard", margin=0.1),
+    "triplet, all": functools.partial(baselines.triplet_loss, mining="all"),
+    "lifted": baselines.lifted_structure_loss,
+    "lifted, margins": functools.partial(baselines.lifted_structure_loss, pos_margin=0.2, neg_margin=0.6),
+    "n-pair": baselines.n_pair_loss,
+    "n-pair, not normalised": functools.partial(baselines.n_pair_loss, normalize=False),
+    "multi-similarity": baselines.multi_similarity_loss,
+    "multi-similarity, all": functools.partial(baselines.multi_similarity_loss, epsilon=None, beta=40.0),
+    "proxy anchor": with_proxies,
+    "nt-xent": baselines.nt_xent_loss,
+    "sup-con": baselines.sup_con_loss,
+    "pml's ranked list": baselines.pml_ranked_list_loss,
+    "pml's ranked list, T": functools.partial(
+        baselines.pml_ranked_list_loss, temperature_pos=2.0, temperature_neg=3.0, alpha=1.3, margin=0.2, balance=0.3
+    ),
+}
+of_each = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+
+
+def peers():
+    """{name: (embeddings, labels) -> loss} of PML, by the names above."""
+    torch = pytest.importorskip("torch", reason="needs torch and pytorch-metric-learning")
+    theirs = pytest.importorskip("pytorch_metric_learning.losses", reason="needs pytorch-metric-learning")
+    from pytorch_metric_learning import distances, miners
+
+    def mined(loss, miner):
+        return lambda x, labels: loss(x, labels, miner(x, labels))
+
+    def ranked(**options):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the paper's T_n
+            return theirs.RankedListLoss(**options)
+
+    anchor = theirs.ProxyAnchorLoss(CLASSES, 8)
+    anchor.proxies.data = torch.as_tensor(proxies())
+    return {
+        "contrastive": theirs.ContrastiveLoss(),
+        "contrastive, margins": theirs.ContrastiveLoss(pos_margin=0.3, neg_margin=0.8),
+        "triplet, semihard": mined(theirs.TripletMarginLoss(margin=0.2), miners.TripletMarginMiner(margin=0.2, type_of_triplets="semihard")),
+        "triplet, hard": mined(theirs.TripletMarginLoss(margin=0.1), miners.BatchHardMiner()),
+        "triplet, all": theirs.TripletMarginLoss(margin=0.2),
+        "lifted": theirs.LiftedStructureLoss(),
+        "lifted, margins": theirs.LiftedStructureLoss(pos_margin=0.2, neg_margin=0.6),
+        "n-pair": theirs.NPairsLoss(),
+        "n-pair, not normalised": theirs.NPairsLoss(distance=distances.DotProductSimilarity(normalize_embeddings=False)),
+        "multi-similarity": mined(theirs.MultiSimilarityLoss(), miners.MultiSimilarityMiner(0.1)),
+        "multi-similarity, all": theirs.MultiSimilarityLoss(beta=40.0),
+        "proxy anchor": anchor,
+        "nt-xent": theirs.NTXentLoss(),
+        "sup-con": theirs.SupConLoss(),
+        "pml's ranked list": ranked(margin=0.4, Tn=10.0, alpha=1.2),
+        "pml's ranked list, T": ranked(margin=0.2, Tn=3.0, Tp=2.0, alpha=1.3, imbalance=0.3),
+    }
+
+
+def batch(kind, seed=0, dtype=np.float64):
+    """Rows of 8 dimensions and their labels: even classes, ragged ones with single rows, or near each other by class."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.repeat(np.arange(CLASSES), 4))
+    if kind == "ragged":
+        labels = rng.permutation(np.repeat(np.arange(CLASSES), [1, 7, 2, 1, 9, 3, 5, 2, 6]))
+    x = rng.normal(size=(36, 8))
+    if kind == "clustered":
+        x = rng.normal(size=(CLASSES, 8))[labels] + 0.7 * x
+    return x.astype(dtype), labels
+
+
+# fast code is not what these need
+quickly_compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.cache
+def jitted(loss):
+    return quickly_compiled(jax.value_and_grad(loss))
+
+
+def value_and_gradient(loss, x, labels, **options):
+    of = jitted(loss) if not options else quickly_compiled(jax.value_and_grad(functools.partial(loss, **options)))
+    return jax.device_get(of(x, labels))
+
+
+@pytest.mark.parametrize("kind", ["even", "ragged", "clustered"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_equals_pytorch_metric_learning(name, kind):
+    peer = peers()[name]
+    import torch
+
+    for seed in range(3):
+        x, labels = batch(kind, seed)
+        theirs = torch.tensor(x, requires_grad=True)
+        expected = peer(theirs, torch.as_tensor(labels))
+        expected.backward()
+        with jax.enable_x64(True):
+            value, gradient = value_and_gradient(LOSSES[name], x, labels)
+        assert expected.item() > 0
+        np.testing.assert_allclose(value, expected.item(), rtol=1e-6)
+        np.testing.assert_allclose(gradient, theirs.grad.numpy(), atol=1e-6 * np.abs(theirs.grad.numpy()).max())
+        single = value_and_gradient(LOSSES[name], x.astype(np.float32), labels)
+        np.testing.assert_allclose(single[0], expected.item(), rtol=1e-5)
+        np.testing.assert_allclose(single[1], theirs.grad.numpy(), atol=1e-4 * np.abs(theirs.grad.numpy()).max())
+
+
+def test_the_gradient_of_proxies_is_the_peers():
+    peer = peers()["proxy anchor"]
+    import torch
+
+    x, labels = batch("ragged")
+    peer(torch.tensor(x), torch.as_tensor(labels)).backward()
+    with jax.enable_x64(True):
+        gradient = jax.grad(baselines.proxy_anchor_loss, argnums=2)(x, labels, proxies())
+    np.testing.assert_allclose(gradient, peer.proxies.grad.numpy(), atol=1e-6)
+
+
+@of_each
+def test_finite_at_copies_and_in_one_class(loss):
+    x, labels = batch("even", dtype=np.float32)
+    copies = x.copy()
+    copies[::2] = copies[0]
+    collapsed, zero = np.tile(x[:1], (36, 1)), np.zeros_like(x)
+    for rows in (x, copies, collapsed, zero):
+        for of_rows in (labels, np.zeros(36, int), np.arange(36)):
+            value, gradient = value_and_gradient(loss, rows, of_rows)
+            assert np.isfinite(value) and np.isfinite(gradient).all()
+    assert value_and_gradient(loss, copies, labels)[0] > 0
+    value, gradient = value_and_gradient(loss, x[:1], labels[:1])
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("name", ["contrastive", "triplet, semihard", "triplet, all", "lifted", "pml's ranked list"])
+def test_rows_near_each_other_keep_their_digits(name):
+    """A network that is about to collapse, or has just begun."""
+    x, labels = batch("even")
+    x = (x[:1] + 3e-3 * x).astype(np.float32)
+    value, gradient = value_and_gradient(LOSSES[name], x, labels)
+    with jax.enable_x64(True):
+        expected, of_expected = value_and_gradient(LOSSES[name], x.astype(np.float64), labels)
+    np.testing.assert_allclose(value, expected, rtol=1e-3)
+    np.testing.assert_allclose(gradient, of_expected, atol=1e-2 * np.abs(of_expected).max())
+
+
+@of_each
+def test_low_precision_is_worked_on_in_float32(loss):
+    x, labels = batch("clustered", dtype=np.float32)
+    low = jnp.asarray(x, jnp.float16)
+    value, gradient = value_and_gradient(loss, low, labels)
+    expected = value_and_gradient(loss, np.asarray(low, np.float32), labels)
+    assert value.dtype == jnp.float32 and gradient.dtype == jnp.float16
+    np.testing.assert_allclose(value, expected[0], rtol=1e-2 if loss is with_proxies else 1e-6)
+    assert np.isfinite(np.asarray(gradient, np.float32)).all()
+
+
+@of_each
+def test_masked_rows_are_not_there(loss):
+    x, labels = batch("ragged", dtype=np.float32)
+    kept = np.random.default_rng(1).random(36) < 0.7
+    padded = np.where(kept[:, None], x, np.nan).astype(np.float32)
+    value, gradient = value_and_gradient(loss, padded, labels, where=kept)
+    expected, of_kept = value_and_gradient(loss, x[kept], labels[kept])
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient[kept], of_kept, atol=1e-5 * np.abs(of_kept).max())
+    assert (gradient[~kept] == 0).all()
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if "n-pair" not in name])  # which takes the first two rows of each class
+def test_order_of_the_rows_does_not_matter(name):
+    loss = LOSSES[name]
+    x, labels = batch("ragged", dtype=np.float32)
+    order = np.random.default_rng(2).permutation(36)
+    value, gradient = value_and_gradient(loss, x, labels)
+    moved, of_moved = value_and_gradient(loss, x[order], labels[order])
+    np.testing.assert_allclose(moved, value, rtol=1e-5)
+    np.testing.assert_allclose(of_moved, gradient[order], atol=2e-5 * np.abs(gradient).max())
+
+
+ON_DEVICES = [(name, "vmap") for name in LOSSES] + [(name, kind) for name in ("triplet, hard", "proxy anchor") for kind in ("pmap", "shard_map")]
+
+
+@pytest.mark.parametrize("name, runner", ON_DEVICES)
+def test_devices_together_are_one(name, runner):
+    loss = LOSSES[name]
+    x, labels = batch("ragged", dtype=np.float32)
+    x, labels, where = x[:32], labels[:32], np.arange(32) != 5
+    matrix = np.random.default_rng(3).normal(size=(8, 8)).astype(np.float32)
+    expected = quickly_compiled(jax.value_and_grad(lambda m: loss(x @ m, labels, where=where)))(matrix)
+
+    def step(m, x, labels, where):
+        if runner != "vmap":
+            m = lax.pcast(m, "batch", to="varying")
+        return lax.pmean(jax.value_and_grad(lambda m: loss(x @ m, labels, where=where, axis_name="batch"))(m), "batch")
+
+    split = [a.reshape(4, 8, *a.shape[1:]) for a in (x, labels, where)]
+    if runner == "shard_map":
+        mesh, rows, whole = Mesh(np.array(jax.devices()[:4]), ("batch",)), PartitionSpec("batch"), PartitionSpec()
+        of = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(whole, rows, rows, rows), out_specs=whole))
+        found = of(matrix, x, labels, where)
+    elif runner == "pmap":
+        found = jax.pmap(step, "batch", in_axes=(None, 0, 0, 0), out_axes=None, devices=jax.devices()[:4])(matrix, *split)
+    else:
+        found = jax.tree.map(lambda a: a[0], quickly_compiled(jax.vmap(step, axis_name="batch", in_axes=(None, 0, 0, 0)))(matrix, *split))
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-4 * np.abs(expected[1]).max())
+
+
+def test_triplets_do_not_take_a_cube_of_memory():
+    x, labels = np.zeros((512, 8), np.float32), np.arange(512) // 4
+    compiled = jax.jit(jax.value_and_grad(baselines.triplet_loss)).lower(x, labels).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 64 * 2**20  # 512^3 floats would be 512 MiB
+
+
+def test_bad_input():
+    x, labels = batch("even", dtype=np.float32)
+    with pytest.raises(ValueError, match="mining: found 'hardest', expected"):
+        baselines.triplet_loss(x, labels, mining="hardest")
+    with pytest.raises(TypeError, match="embeddings must be floating"):
+        baselines.contrastive_loss(x.astype(int), labels)
+    for wrong, kind in (([[1.0] * 8], TypeError), (np.ones((9, 8), int), TypeError), (np.ones((9, 4), np.float32), ValueError)):
+        with pytest.raises(kind, match="proxies must"):
+            baselines.proxy_anchor_loss(x, labels, wrong)
+    with pytest.raises(ValueError, match="labels must go with embeddings"):
+        baselines.nt_xent_loss(x, labels[:-1])

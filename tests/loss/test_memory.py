@@ -1,0 +1,120 @@
+"""The cross-batch memory against a list that keeps the last rows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rll_jax import loss
+from rll_jax.loss import memory
+from tests.helpers import oracle
+
+CAPACITY, DIM = 7, 3
+
+
+def rows(k, n):
+    return np.random.default_rng(k).normal(size=(n, DIM)).astype(np.float32), np.arange(n) + 100 * k
+
+
+def same(bank, kept):
+    """The bank holds the rows of `kept`, oldest first, from the cursor on."""
+    order = (int(bank.cursor) + np.arange(CAPACITY)) % CAPACITY
+    order = order[np.asarray(bank.valid)[order]]
+    np.testing.assert_array_equal(np.asarray(bank.labels)[order], [label for _, label in kept])
+    np.testing.assert_array_equal(np.asarray(bank.embeddings)[order], np.array([x for x, _ in kept]).reshape(-1, DIM))
+
+
+@pytest.mark.parametrize("n", [1, 3, 7, 16])
+def test_keeps_the_last_rows_in_ring_order(n):
+    push = jax.jit(lambda *args: memory.push(*args), donate_argnums=0)
+    bank, kept = memory.init(CAPACITY, DIM), []
+    same(bank, kept)
+    for k in range(6):
+        x, labels = rows(k, n)
+        bank = push(bank, x, labels)
+        kept = (kept + list(zip(x, labels)))[-CAPACITY:]
+        same(bank, kept)
+    assert push._cache_size() == 1
+
+
+def test_masked_rows_are_not_stored():
+    push, bank, kept = jax.jit(memory.push), memory.init(CAPACITY, DIM), []
+    for k in range(6):
+        x, labels = rows(k, 10)
+        where = np.random.default_rng(k).random(10) < (0.0, 0.3, 1.0)[k % 3]
+        bank = push(bank, np.where(where[:, None], x, np.nan), labels, where)
+        kept = (kept + [(a, b) for a, b, w in zip(x, labels, where) if w])[-CAPACITY:]
+        same(bank, kept)
+
+
+def test_is_a_gallery():
+    bank = memory.push(memory.init(CAPACITY, DIM), *rows(0, 4))  # three places are empty
+    x, labels = rows(1, 6)
+    labels = labels % 4
+
+    @jax.jit
+    @jax.value_and_grad
+    def of(x, bank):
+        bank = bank._replace(labels=bank.labels % 4)
+        return loss.ranked_list_loss(x, labels, gallery=bank.embeddings, gallery_labels=bank.labels, gallery_where=bank.valid)
+
+    value, gradient = of(jnp.asarray(x), bank)
+    expected = oracle.ranked_list_loss(x, labels, gallery=rows(0, 4)[0], gallery_labels=rows(0, 4)[1] % 4)
+    np.testing.assert_allclose(value, expected.loss, rtol=1e-5)
+    np.testing.assert_allclose(gradient, expected.gradient, atol=1e-5)
+
+
+def test_empty_memory_gives_no_loss():
+    bank = memory.init(CAPACITY, DIM)
+    rest = {"gallery": bank.embeddings, "gallery_labels": bank.labels, "gallery_where": bank.valid}
+    for weighting in ("uniform", "mass"):
+        of = jax.jit(jax.value_and_grad(lambda x: loss.ranked_list_loss(x, np.arange(4), query_weighting=weighting, **rest)))
+        value, gradient = of(rows(0, 4)[0])
+        assert value == 0 and not gradient.any()
+
+
+def test_under_scan_without_gradient():
+    xs, labels = (np.stack(a) for a in zip(*(rows(k, 4) for k in range(5))))
+
+    def of(scale):
+        def step(bank, batch):
+            bank = memory.push(bank, batch[0] * scale, batch[1])
+            return bank, jnp.sum(bank.embeddings)
+
+        return jnp.sum(jax.lax.scan(step, memory.init(CAPACITY, DIM), (xs, labels))[1])
+
+    assert jax.grad(of)(2.0) == 0  # what is stored is a constant
+
+
+def test_dtypes_are_kept():
+    bank = memory.init(CAPACITY, DIM, jnp.bfloat16, jnp.int16)
+    bank = memory.push(bank, *rows(0, 4))
+    assert bank.embeddings.dtype == jnp.bfloat16 and bank.labels.dtype == jnp.int16
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: memory.init(0, 3), "capacity and dim must be at least 1: found 0 and 3"),
+    (lambda: memory.push(memory.init(4, 3), jnp.ones((2, 5)), jnp.arange(2)), r"embeddings must be \(N, 3\).*found shape \(2, 5\)"),
+    (lambda: memory.push(memory.init(4, 3), jnp.ones((2, 3)), jnp.arange(3)), r"labels must go with embeddings: found shape \(3,\)"),
+    (lambda: memory.push(memory.init(4, 3), jnp.ones((2, 3)), jnp.arange(2), jnp.ones(3, bool)), r"where must go with embeddings"),
+], ids=["init", "embeddings", "labels", "where"])  # fmt: skip
+def test_bad_shapes(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("call, error, message", [
+    (lambda: memory.init(4, 2, label_dtype=jnp.float32), TypeError, "label_dtype must be an integer dtype: found float32"),
+    (lambda: push(jnp.ones((2, 2)), jnp.ones(2)), TypeError, "labels must be integers: found float32"),
+    (lambda: push(jnp.ones((2, 2)), np.array([2**32 + 1, 1])), ValueError, "labels must fit int32"),
+    (lambda: push(jnp.ones((2, 2)), jnp.arange(2), jnp.array([2, 0])), TypeError, "where must be bool: found int32"),
+    (lambda: push(jnp.ones((0, 2)), jnp.arange(0)), ValueError, "embeddings must not be empty"),
+    (lambda: memory.push(memory.init(4, 2, label_dtype=jnp.int8), jnp.ones((1, 2)), np.array([300])), ValueError, "fit the memory's int8"),
+])  # fmt: skip
+def test_rows_that_cannot_be_kept(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def push(*rows):
+    return memory.push(memory.init(4, 2), *rows)
