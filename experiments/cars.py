@@ -4,6 +4,7 @@
 
 DIR holds the published files, unpacked: cars_annos.mat and car_ims/, or cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat.
 """
+
 from absl import app
 
 from experiments.engine import config, train_loop

@@ -11,6 +11,7 @@ these runs look at the test classes. Everything else of a loss is as its paper o
 The same command goes on where it stopped, also with more seeds. It ends in compare.md, compare.json and compare.png in --workdir, or
 in --out.
 """
+
 import dataclasses
 import json
 import pathlib
@@ -34,7 +35,10 @@ class Entry(NamedTuple):
 
 
 def _other(loss: str, **options) -> dict:
-    return {"loss": loss, "loss_options": ",".join(f"{name}={value}" for name, value in options.items())}
+    return {
+        "loss": loss,
+        "loss_options": ",".join(f"{name}={value}" for name, value in options.items()),
+    }
 
 
 # The first is what the others are compared with.
@@ -42,9 +46,15 @@ ENTRIES = {
     "rll": Entry("Ranked List Loss (CVPR 2019)", {}),
     "rll_both_ends": Entry("... gradient at both ends of a pair", {"gallery_gradient": True}),
     "rll_weights": Entry("... weights differentiated", {"weight_gradient": True}),
-    "rll_both_weights": Entry("... both of these: the value's true derivative", {"gallery_gradient": True, "weight_gradient": True}),
+    "rll_both_weights": Entry(
+        "... both of these: the value's true derivative",
+        {"gallery_gradient": True, "weight_gradient": True},
+    ),
     "rll_2020": Entry("... queries weighted by mass (2020 layer)", {"query_weighting": "mass"}),
-    "rll_2019": Entry("... and squared distances (2019 layer)", {"query_weighting": "mass", "pair_term": "squared"}),
+    "rll_2019": Entry(
+        "... and squared distances (2019 layer)",
+        {"query_weighting": "mass", "pair_term": "squared"},
+    ),
     "rll_t0": Entry("... T_n = 0", {"temperature_neg": 0.0}),
     "rll_t5": Entry("... T_n = 5", {"temperature_neg": 5.0}),
     "rll_t20": Entry("... T_n = 20", {"temperature_neg": 20.0}),
@@ -56,11 +66,16 @@ ENTRIES = {
     "lifted": Entry("Lifted structure", _other("lifted_structure")),
     "n_pair": Entry("N-pair, cosines times 10", _other("n_pair", scale=10.0)),
     "multi_similarity": Entry("Multi-similarity", _other("multi_similarity")),
-    "proxy_anchor": Entry("Proxy anchor, proxies at 100 times the rate", _other("proxy_anchor") | {"proxy_lr_multiplier": 100.0}),
+    "proxy_anchor": Entry(
+        "Proxy anchor, proxies at 100 times the rate",
+        _other("proxy_anchor") | {"proxy_lr_multiplier": 100.0},
+    ),
     "nt_xent": Entry("NT-Xent", _other("nt_xent")),
     "sup_con": Entry("SupCon", _other("sup_con")),
 }
-_VARIED = tuple(sorted({name for entry in ENTRIES.values() for name in entry.options if name != "levels"}))
+_VARIED = tuple(
+    sorted({name for entry in ENTRIES.values() for name in entry.options if name != "levels"})
+)
 _TITLES = {"recall@1": "Recall@1", "map@r": "MAP@R"}  # of the scores
 
 
@@ -68,7 +83,9 @@ _TITLES = {"recall@1": "Recall@1", "map@r": "MAP@R"}  # of the scores
 def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")] if text else list(ENTRIES)
     if unknown := [name for name in names if name not in ENTRIES]:
-        raise ValueError(f"--only={text}: expected some of {', '.join(ENTRIES)}, found {', '.join(unknown)}")
+        raise ValueError(
+            f"--only={text}: expected some of {', '.join(ENTRIES)}, found {', '.join(unknown)}"
+        )
     return [name for name in ENTRIES if name in names]
 
 
@@ -78,23 +95,32 @@ def _rates(text: str) -> list[float]:
     except ValueError:
         rates = []
     if not rates or min(rates) <= 0 or len(set(rates)) < len(rates):
-        raise ValueError(f"--rates={text}: expected learning rates with commas between, each once, such as 1e-3,3e-3")
+        raise ValueError(
+            f"--rates={text}: expected learning rates with commas between, each once, such as 1e-3,3e-3"
+        )
     return rates
 
 
-def _runs_to_tune(base: dict, names: list[str], rates: list[float], share: float, steps: int) -> dict[tuple[str, float], config_lib.Config]:
+def _runs_to_tune(
+    base: dict, names: list[str], rates: list[float], share: float, steps: int
+) -> dict[tuple[str, float], config_lib.Config]:
     folder = pathlib.Path(base["workdir"]) / "tuning"
     tuning = {"validation_share": share, "steps": steps or base["steps"]}
     return {
         (name, rate): config_lib.Config(
-            **base | ENTRIES[name].options | tuning | {"learning_rate": rate, "workdir": str(folder / name / f"rate={rate:g}")}
+            **base
+            | ENTRIES[name].options
+            | tuning
+            | {"learning_rate": rate, "workdir": str(folder / name / f"rate={rate:g}")}
         )
         for name in names
         for rate in rates
     }
 
 
-def _tuned(base: dict, names: list[str], options, execute) -> tuple[dict[str, float], dict[str, list[float]]]:
+def _tuned(
+    base: dict, names: list[str], options, execute
+) -> tuple[dict[str, float], dict[str, list[float]]]:
     """The best rate of each that has one, by --choose_by (the lower where two are alike), and the rates tried for each."""
     first = sorted(_rates(options.rates))
     factor = (first[-1] / first[0]) ** (1 / (len(first) - 1)) if len(first) > 1 else 3.0
@@ -104,10 +130,29 @@ def _tuned(base: dict, names: list[str], options, execute) -> tuple[dict[str, fl
         for name, rates in tried.items():
             runs |= _runs_to_tune(base, [name], rates, options.tuning_share, options.tuning_steps)
         execute(list(runs.values()))
-        found = {key: scores[options.choose_by] for key, run in runs.items() if (scores := many_runs.scores(run))}
-        best = {name: max((rate for n, rate in found if n == name), key=lambda rate: (found[name, rate], -rate), default=None) for name in names}
-        at_an_end = {name: rate for name, rate in best.items() if rate in (min(tried[name]), max(tried[name]))}
-        growing = {name: rate for name, rate in at_an_end.items() if len(tried[name]) < len(first) + options.more_rates}
+        found = {
+            key: scores[options.choose_by]
+            for key, run in runs.items()
+            if (scores := many_runs.scores(run))
+        }
+        best = {
+            name: max(
+                (rate for n, rate in found if n == name),
+                key=lambda rate: (found[name, rate], -rate),
+                default=None,
+            )
+            for name in names
+        }
+        at_an_end = {
+            name: rate
+            for name, rate in best.items()
+            if rate in (min(tried[name]), max(tried[name]))
+        }
+        growing = {
+            name: rate
+            for name, rate in at_an_end.items()
+            if len(tried[name]) < len(first) + options.more_rates
+        }
         for name, rate in growing.items():
             beyond = rate / factor if rate == min(tried[name]) else rate * factor
             tried[name].append(float(f"{beyond:.1g}"))
@@ -116,12 +161,20 @@ def _tuned(base: dict, names: list[str], options, execute) -> tuple[dict[str, fl
     return {name: rate for name, rate in best.items() if rate is not None}, tried
 
 
-def _runs_to_compare(base: dict, rates: dict[str, float], seeds: int) -> dict[tuple[str, int], config_lib.Config]:
+def _runs_to_compare(
+    base: dict, rates: dict[str, float], seeds: int
+) -> dict[tuple[str, int], config_lib.Config]:
     """All of the first seed first, so that a table of fewer seeds is there early."""
     folder = pathlib.Path(base["workdir"]) / "runs"
     return {
         (name, seed): config_lib.Config(
-            **base | ENTRIES[name].options | {"learning_rate": rate, "seed": seed, "workdir": str(folder / name / f"rate={rate:g},seed={seed}")}
+            **base
+            | ENTRIES[name].options
+            | {
+                "learning_rate": rate,
+                "seed": seed,
+                "workdir": str(folder / name / f"rate={rate:g},seed={seed}"),
+            }
         )
         for seed in range(base["seed"], base["seed"] + seeds)
         for name, rate in rates.items()
@@ -137,10 +190,19 @@ def _rows(compared: dict, rates: dict[str, float], names: list[str]) -> list[dic
             found[name][seed] = scores
     rows, first = [], found[names[0]]
     for name, of_seeds in found.items():
-        row = {"name": name, "title": ENTRIES[name].title, "learning_rate": rates.get(name), "seeds": list(of_seeds)}
+        row = {
+            "name": name,
+            "title": ENTRIES[name].title,
+            "learning_rate": rates.get(name),
+            "seeds": list(of_seeds),
+        }
         for score in _TITLES:
             values = [100 * scores[score] for scores in of_seeds.values()]
-            paired = [100 * (scores[score] - first[seed][score]) for seed, scores in of_seeds.items() if seed in first]
+            paired = [
+                100 * (scores[score] - first[seed][score])
+                for seed, scores in of_seeds.items()
+                if seed in first
+            ]
             row[score] = {**_summary(values), "difference": _summary(paired)}
         rows.append(row)
     return rows
@@ -151,8 +213,17 @@ def _summary(values: list[float]) -> dict:
     from scipy import stats  # a second to import
 
     std = statistics.stdev(values) if len(values) > 1 else None
-    half = None if std is None else float(stats.t.ppf(0.975, len(values) - 1)) * std / len(values) ** 0.5
-    return {"values": values, "mean": statistics.fmean(values) if values else None, "std": std, "half": half}
+    half = (
+        None
+        if std is None
+        else float(stats.t.ppf(0.975, len(values) - 1)) * std / len(values) ** 0.5
+    )
+    return {
+        "values": values,
+        "mean": statistics.fmean(values) if values else None,
+        "std": std,
+        "half": half,
+    }
 
 
 def _as_markdown(rows: list[dict], about: str, untrained: dict[str, float] | None = None) -> str:
@@ -166,12 +237,20 @@ def _as_markdown(rows: list[dict], about: str, untrained: dict[str, float] | Non
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        cells = [row["title"], "failed" if row["learning_rate"] is None else f"{row['learning_rate']:g}"]
+        cells = [
+            row["title"],
+            "failed" if row["learning_rate"] is None else f"{row['learning_rate']:g}",
+        ]
         for score in _TITLES:
-            cells += [_cell(row[score], "std"), _cell(row[score]["difference"], "half", "+") if row is not rows[0] else ""]
+            cells += [
+                _cell(row[score], "std"),
+                _cell(row[score]["difference"], "half", "+") if row is not rows[0] else "",
+            ]
         lines.append(f"| {' | '.join([*cells, str(len(row['seeds']))])} |")
     if untrained:
-        lines.append(f"| the network before its first step | | {100 * untrained['recall@1']:.1f} | | {100 * untrained['map@r']:.1f} | | 1 |")
+        lines.append(
+            f"| the network before its first step | | {100 * untrained['recall@1']:.1f} | | {100 * untrained['map@r']:.1f} | | 1 |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -185,7 +264,9 @@ def _untrained(run: config_lib.Config) -> dict[str, float] | None:
 def _cell(summary, spread, sign=""):
     if summary["mean"] is None:
         return "-"
-    return f"{summary['mean']:{sign}.1f}" + (f" ± {summary[spread]:.1f}" if summary[spread] is not None else "")
+    return f"{summary['mean']:{sign}.1f}" + (
+        f" ± {summary[spread]:.1f}" if summary[spread] is not None else ""
+    )
 
 
 def _plot(rows: list[dict], path: pathlib.Path) -> None:
@@ -193,12 +274,23 @@ def _plot(rows: list[dict], path: pathlib.Path) -> None:
 
     figure = Figure(figsize=(11, 1.2 + 0.3 * len(rows)), layout="constrained")
     places = np.arange(len(rows))[::-1]
-    for axes, (score, label) in zip(figure.subplots(1, 2, sharey=True), _TITLES.items(), strict=True):
+    for axes, (score, label) in zip(
+        figure.subplots(1, 2, sharey=True), _TITLES.items(), strict=True
+    ):
         for place, row in zip(places, rows):
             summary, colour = row[score], "C0" if row["name"].startswith("rll") else "C1"
-            axes.plot(summary["values"], [place] * len(summary["values"]), ".", color=colour, alpha=0.35)
+            axes.plot(
+                summary["values"], [place] * len(summary["values"]), ".", color=colour, alpha=0.35
+            )
             if summary["mean"] is not None:
-                axes.errorbar(summary["mean"], place, xerr=summary["std"] or 0, fmt="o", color=colour, capsize=3)
+                axes.errorbar(
+                    summary["mean"],
+                    place,
+                    xerr=summary["std"] or 0,
+                    fmt="o",
+                    color=colour,
+                    capsize=3,
+                )
         if rows[0][score]["mean"] is not None:
             axes.axvline(rows[0][score]["mean"], color="grey", linewidth=0.8, linestyle=":")
         axes.set(xlabel=f"{label}, percent: mean, standard deviation, seeds")
@@ -225,7 +317,11 @@ def main(_):
         names, rates = _names(options.only), _rates(options.rates)
         base = many_runs.base_options() | {"report": options["report"].present and options.report}
         usual = {field.name: field.default for field in dataclasses.fields(config_lib.Config)}
-        if taken := [name for name in (*_VARIED, "validation_share", "learning_rate") if base[name] != usual[name]]:
+        if taken := [
+            name
+            for name in (*_VARIED, "validation_share", "learning_rate")
+            if base[name] != usual[name]
+        ]:
             raise ValueError(f"--{taken[0]} is for the comparison to choose: leave it out")
         out = pathlib.Path(options.out or base["workdir"])
         if options.out and not out.is_dir():
@@ -233,12 +329,17 @@ def main(_):
         # refused before the first run begins, if at all
         _runs_to_tune(base, names, rates, options.tuning_share, options.tuning_steps)
         _runs_to_compare(base, dict.fromkeys(names, rates[0]), options.seeds)
-        terms = {name: str(options[name].value) for name in ("rates", "more_rates", "choose_by", "tuning_share", "tuning_steps")}
+        terms = {
+            name: str(options[name].value)
+            for name in ("rates", "more_rates", "choose_by", "tuning_share", "tuning_steps")
+        }
         many_runs.claim("compare", base | terms, [("seeds", options.seeds), ("only", options.only)])
         failed = {}
 
         def execute(runs):
-            failed.update(many_runs.execute_all(runs, keep_going=options.keep_going, jobs=options.jobs))
+            failed.update(
+                many_runs.execute_all(runs, keep_going=options.keep_going, jobs=options.jobs)
+            )
 
         chosen, tried = _tuned(base, names, options, execute)
         compared = _runs_to_compare(base, chosen, options.seeds)
@@ -250,7 +351,11 @@ def main(_):
             "the training classes held out"
         )
         rows = _rows(compared, chosen, names)
-        text = _as_markdown(rows, _about(base, options, budget), next(filter(None, map(_untrained, compared.values())), None))
+        text = _as_markdown(
+            rows,
+            _about(base, options, budget),
+            next(filter(None, map(_untrained, compared.values())), None),
+        )
         contents = {"compare.md": text, "compare.json": json.dumps(rows, indent=1) + "\n"}
         for name, content in contents.items():
             with config_lib.written_whole(out / name) as aside:
@@ -264,13 +369,38 @@ def main(_):
 def define_flags(flag_values=flags.FLAGS) -> None:
     config_lib.define_flags(workdir="runs/compare", flag_values=flag_values)
     own = {"flag_values": flag_values}
-    flags.DEFINE_string("only", "", f"entries, with commas between ({', '.join(ENTRIES)}); empty: all", **own)
+    flags.DEFINE_string(
+        "only", "", f"entries, with commas between ({', '.join(ENTRIES)}); empty: all", **own
+    )
     flags.DEFINE_string("rates", "2e-3,6e-3,2e-2", "learning rates tried for each entry", **own)
-    flags.DEFINE_integer("more_rates", 3, "beyond those, while the best is at an end", lower_bound=0, **own)
-    flags.DEFINE_enum("choose_by", "recall@1", list(_TITLES), "score of those classes held out by which the rate is chosen", **own)
-    flags.DEFINE_float("tuning_share", 0.3, "of the training classes, searched when tuning", lower_bound=0.01, upper_bound=0.9, **own)
-    flags.DEFINE_integer("tuning_steps", 0, "of a run of the tuning; 0: as many as of the others", lower_bound=0, **own)
-    flags.DEFINE_integer("seeds", 5, "runs of each entry, of the seeds from --seed on", lower_bound=1, **own)
+    flags.DEFINE_integer(
+        "more_rates", 3, "beyond those, while the best is at an end", lower_bound=0, **own
+    )
+    flags.DEFINE_enum(
+        "choose_by",
+        "recall@1",
+        list(_TITLES),
+        "score of those classes held out by which the rate is chosen",
+        **own,
+    )
+    flags.DEFINE_float(
+        "tuning_share",
+        0.3,
+        "of the training classes, searched when tuning",
+        lower_bound=0.01,
+        upper_bound=0.9,
+        **own,
+    )
+    flags.DEFINE_integer(
+        "tuning_steps",
+        0,
+        "of a run of the tuning; 0: as many as of the others",
+        lower_bound=0,
+        **own,
+    )
+    flags.DEFINE_integer(
+        "seeds", 5, "runs of each entry, of the seeds from --seed on", lower_bound=1, **own
+    )
     flags.DEFINE_string("out", "", "folder for the table and the plot; empty: the workdir", **own)
     many_runs.define_flags(flag_values)
 

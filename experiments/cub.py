@@ -4,6 +4,7 @@
 
 DIR holds CUB_200_2011.tgz, unpacked: images.txt, image_class_labels.txt and images/.
 """
+
 from absl import app
 
 from experiments.engine import config, train_loop

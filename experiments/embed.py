@@ -5,6 +5,7 @@
 A .npz holds "files" (N,) and "embeddings" (N, D) float32 of unit length; a .parquet (needs pyarrow) the columns file and embedding.
 Given again after an interruption, it goes on. Images that cannot be read are listed at the end; then the exit code is 1.
 """
+
 import pathlib
 import sys
 
@@ -31,11 +32,15 @@ def _writer(path: pathlib.Path):
         import pyarrow as pa
         from pyarrow import parquet
     except ImportError:
-        raise ValueError(f"--out={path}: writing Parquet needs pyarrow (pip install pyarrow); .npz needs nothing")
+        raise ValueError(
+            f"--out={path}: writing Parquet needs pyarrow (pip install pyarrow); .npz needs nothing"
+        )
 
     def write(path, index):
         dim = index.embeddings.shape[1]
-        names = [name.encode(errors="backslashreplace").decode() for name in index.files.tolist()]  # any bytes may be in them
+        names = [
+            name.encode(errors="backslashreplace").decode() for name in index.files.tolist()
+        ]  # any bytes may be in them
         rows = pa.FixedSizeListArray.from_arrays(pa.array(index.embeddings.ravel()), dim)
         parquet.write_table(pa.table({"file": pa.array(names), "embedding": rows}), path)
 
@@ -57,7 +62,9 @@ def main(_):
         index = embedding_index.update(options.workdir, trained, options.images)
         with config_lib.written_whole(out) as aside:
             write(aside, index)
-    print(f"written: {out}: {len(index.files)} images x {index.embeddings.shape[1]}, {index.embedded} of them embedded now")
+    print(
+        f"written: {out}: {len(index.files)} images x {index.embeddings.shape[1]}, {index.embedded} of them embedded now"
+    )
     sys.exit(tell_unreadable(index.unreadable))
 
 

@@ -1,7 +1,8 @@
 """Ranked List Loss on the emoji that come with the project: half of the classes train, the other half is searched.
 
-    python -m experiments.emoji --flagfile=experiments/flagfiles/emoji.flags
+python -m experiments.emoji --flagfile=experiments/flagfiles/emoji.flags
 """
+
 from absl import app
 
 from experiments.engine import config, train_loop

@@ -8,6 +8,7 @@ first; for a network in PyTorch.
 stablehlo: `jax.export`ed function from (N, size, size, 3) uint8 images, any N, to (N, D) embeddings; for
 `jax.export.deserialize(open(FILE, "rb").read()).call(images)` and whatever else runs StableHLO, on CPU, CUDA or TPU.
 """
+
 import pathlib
 
 from absl import app, flags
@@ -27,7 +28,9 @@ def _stablehlo(trained) -> bytes:
     size = trained.config.image_size
     (batch,) = jax.export.symbolic_shape("N")
     images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8)
-    function = jax.jit(lambda images: embedding_net.concatenated(model.apply(variables, images)))
+    function = jax.jit(
+        lambda images: embedding_net.concatenate_levels(model.apply(variables, images))
+    )
     return bytes(jax.export.export(function, platforms=("cpu", "cuda", "tpu"))(images).serialize())
 
 
@@ -41,9 +44,11 @@ def main(_):
             if options.format == "stablehlo":
                 aside.write_bytes(_stablehlo(trained))
             else:
-                weights.write_safetensors(aside, weights.to_published(trained.variables))
+                weights.write_safetensors(aside, weights.to_named_arrays(trained.variables))
     size = trained.config.image_size
-    print(f"written: {out} ({out.stat().st_size / 2**20:.1f} MiB), step {trained.step}, for images of {size} x {size} pixels")
+    print(
+        f"written: {out} ({out.stat().st_size / 2**20:.1f} MiB), step {trained.step}, for images of {size} x {size} pixels"
+    )
 
 
 if __name__ == "__main__":

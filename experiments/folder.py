@@ -7,10 +7,13 @@ DIR has a folder of images for each class: a share of the classes (--test_share,
 Or DIR has train/ and test/ with such folders. Or a table names the images: path (from DIR), label and, by option, split (train and test;
 or train, query and gallery).
 """
+
 from absl import app
 
 from experiments.engine import config, train_loop
 
 if __name__ == "__main__":
-    config.define_flags(dataset="folder", workdir="runs/folder", backbone="resnet50", image_size=224)
+    config.define_flags(
+        dataset="folder", workdir="runs/folder", backbone="resnet50", image_size=224
+    )
     app.run(train_loop.main, flags_parser=config.parse_flags)

@@ -4,10 +4,13 @@
 
 DIR holds the published files: list_eval_partition.txt, or Eval/ with it, and img/, unpacked.
 """
+
 from absl import app
 
 from experiments.engine import config, train_loop
 
 if __name__ == "__main__":
-    config.define_flags(dataset="inshop", workdir="runs/inshop", backbone="resnet50", image_size=224)
+    config.define_flags(
+        dataset="inshop", workdir="runs/inshop", backbone="resnet50", image_size=224
+    )
     app.run(train_loop.main, flags_parser=config.parse_flags)

@@ -7,6 +7,7 @@
 Writes --data_dir/prepared_NAME, by default in the folder of the source. A benchmark's experiment takes that --data_dir, and does the
 same by itself when it holds the unpacked files; folders of one's own need no preparing, and --data_dir=OUT/prepared_folder reads one.
 """
+
 import dataclasses
 import pathlib
 
@@ -21,9 +22,17 @@ from rll_jax.data import archives, benchmarks
 def _unpack(source: pathlib.Path) -> pathlib.Path:
     """Unpacks an archive, or those in a folder, where they lie; the folder."""
     folder = source.parent if source.is_file() else source
-    packed = [source] if source.is_file() else sorted(p for p in folder.rglob("*") if p.name.endswith(benchmarks.ARCHIVES) and p.is_file())
+    packed = (
+        [source]
+        if source.is_file()
+        else sorted(
+            p for p in folder.rglob("*") if p.name.endswith(benchmarks.ARCHIVES) and p.is_file()
+        )
+    )
     if not packed:
-        raise ValueError(f"--source={source}: no archives ({', '.join(benchmarks.ARCHIVES)}) in it to --unpack")
+        raise ValueError(
+            f"--source={source}: no archives ({', '.join(benchmarks.ARCHIVES)}) in it to --unpack"
+        )
     for archive in packed:
         tops = archives.unpack(archive, archive.parent)
         print(f"unpacked: {', '.join(map(str, tops))}")
@@ -37,7 +46,11 @@ def main(_):
         names = [name for name in datasets.SOURCES if name != "emoji"]
         if options.dataset not in names:
             raise ValueError(f"--dataset={options.dataset}: expected one of {', '.join(names)}")
-        if benchmarks.is_remote(options.data_dir) or benchmarks.is_remote(options.source) and (options.unpack or not options.data_dir):
+        if (
+            benchmarks.is_remote(options.data_dir)
+            or benchmarks.is_remote(options.source)
+            and (options.unpack or not options.data_dir)
+        ):
             raise ValueError(
                 f"--source={options.source} --data_dir={options.data_dir}: sets are prepared in a local --data_dir, and archives unpacked in a local --source"
             )
@@ -46,18 +59,25 @@ def main(_):
             raise ValueError(f"--source={source} is a file: --unpack unpacks an archive beside it")
         if not source.exists():
             raise ValueError(f"--source={source}: no such file or folder")
-        out = datasets.prepared_in(options.data_dir or (source.parent if source.is_file() else source), options.dataset)
+        out = datasets.prepared_in(
+            options.data_dir or (source.parent if source.is_file() else source), options.dataset
+        )
         if out.exists():
             raise ValueError(f"{out} is there already: remove it, or give another --data_dir")
         folder = _unpack(source) if options.unpack else source
         config = dataclasses.replace(config_lib.from_flags(), data_dir=str(folder))
         root, rows = datasets.listing(config)
         datasets.prepare(root, rows, out, config)
-    print(f"written: {out}: {len(rows)} images of {len({row.label for row in rows})} classes; now --data_dir={out if options.dataset == 'folder' else out.parent}")
+    print(
+        f"written: {out}: {len(rows)} images of {len({row.label for row in rows})} classes; now --data_dir={out if options.dataset == 'folder' else out.parent}"
+    )
 
 
 if __name__ == "__main__":
-    config_lib.define_flags(dataset="", only=("dataset", "data_dir", "index", "test_share", "split_seed", "on_bad_image"))
+    config_lib.define_flags(
+        dataset="",
+        only=("dataset", "data_dir", "index", "test_share", "split_seed", "on_bad_image"),
+    )
     flags.DEFINE_string("source", None, "folder of the files, or an archive", required=True)
     flags.DEFINE_bool("unpack", False, "unpack the archive, or those in the folder, where they lie")
     app.run(main, flags_parser=config_lib.parse_flags)

@@ -4,6 +4,7 @@
 
 DIR holds the published archive, unpacked: Stanford_Online_Products/ with Ebay_train.txt, Ebay_test.txt and the images.
 """
+
 from absl import app
 
 from experiments.engine import config, train_loop

@@ -19,16 +19,24 @@ from tests.helpers.paths import ROOT  # noqa: E402
 
 # A worker takes a whole file: the longest go first, so that none is left to one worker at the end.
 LONGEST = (
-    "resume", "commands", "datasets", "multihost", "experiments", "baselines", "train", "tour",
-    "gradient_question", "steps",
-)  # fmt: skip
+    "resume",
+    "commands",
+    "datasets",
+    "multihost",
+    "experiments",
+    "baselines",
+    "train",
+    "tour",
+    "gradient_question",
+    "steps",
+)
 
 
 @pytest.fixture(scope="session")
 def emoji():
     from rll_jax.data import array_records
 
-    return array_records.open_prepared(ROOT / "experiments/data/emoji", keep_index=False)
+    return array_records.open_dataset(ROOT / "experiments/data/emoji", keep_index=False)
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +46,7 @@ def pictures(emoji):
     for row in np.flatnonzero(data.labels <= 40):
         path = PICTURES / f"class {data.labels[row]}/{row}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data.encoded(row))
+        path.write_bytes(data.image_bytes(row))
 
 
 def pytest_collection_modifyitems(items):

@@ -35,9 +35,7 @@ MAY_USE = {
 }  # fmt: skip
 CORE = ("loss", "loss.baselines", "loss.memory", "metrics", "data.sampler")
 FILES = sorted(
-    path
-    for package in ("rll_jax", "experiments")
-    for path in (ROOT / package).rglob("*.py")
+    path for package in ("rll_jax", "experiments") for path in (ROOT / package).rglob("*.py")
 )
 
 
@@ -51,7 +49,9 @@ MODULES = {module_of(path) for path in FILES}
 def imported(path):
     """The modules of the project that a file imports, type checkers' imports of lazy rooms left out."""
     tree = ast.parse(path.read_text())
-    lazy = [n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    lazy = [
+        n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"
+    ]
     skipped = {id(inner) for node in lazy for inner in ast.walk(node)}
     for node in ast.walk(tree):
         if id(node) in skipped:
@@ -76,7 +76,9 @@ def test_every_folder_is_a_room():
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_rooms_use_rooms_one_way(path):
     room = room_of(module_of(path))
-    used = {room_of(name) for name in imported(path) if name.split(".")[0] in ("rll_jax", "experiments")}
+    used = {
+        room_of(name) for name in imported(path) if name.split(".")[0] in ("rll_jax", "experiments")
+    }
     assert used - {room} <= MAY_USE[room]
     if room.startswith("rll_jax"):
         assert not any(name.split(".")[0] in ("absl", "tests") for name in imported(path))
@@ -92,9 +94,7 @@ def test_modules_of_a_room_import_in_no_circle():
 
 @pytest.mark.parametrize("module", CORE)
 def test_the_core_needs_jax_and_numpy_alone(module):
-    code = (
-        f"import sys, rll_jax.{module}; print(*sorted({{m.split('.')[0] for m in sys.modules}}))"
-    )
+    code = f"import sys, rll_jax.{module}; print(*sorted({{m.split('.')[0] for m in sys.modules}}))"
     loaded = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout

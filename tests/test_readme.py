@@ -1,4 +1,5 @@
 """What the README says is what happens."""
+
 import re
 import subprocess
 import sys
@@ -12,7 +13,9 @@ def test_snippets_print_what_they_say():
     snippets = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     assert snippets
     for snippet in snippets:
-        result = subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        result = subprocess.run(
+            [sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
         assert result.returncode == 0, result.stderr
         assert result.stdout.split() == re.findall(r"print\(.*\)  # (.*)", snippet)
 

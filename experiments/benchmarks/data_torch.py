@@ -1,4 +1,5 @@
 """PyTorch's side of bench_data: files read, decoded and augmented as with torchvision on Pillow images, which need not be installed."""
+
 import math
 
 import numpy as np
@@ -33,8 +34,12 @@ def train_view(file, size):
             break
     else:  # all of a square, which ours are
         top, left, width, height = 0, 0, *image.size
-    image = image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BILINEAR)
-    return _to_tensor(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if torch.rand(1) < 0.5 else image)
+    image = image.crop((left, top, left + width, top + height)).resize(
+        (size, size), Image.Resampling.BILINEAR
+    )
+    return _to_tensor(
+        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if torch.rand(1) < 0.5 else image
+    )
 
 
 def test_view(file, size, resize):

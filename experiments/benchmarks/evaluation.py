@@ -7,6 +7,7 @@
 Every measurement runs in a process of its own, in `--rounds` rounds, compilation included, as an evaluation has it. Memory is the
 most that the process held, over what it held with the embeddings and the libraries in place.
 """
+
 import json
 import os
 import sys
@@ -24,12 +25,24 @@ _NAMES = {
 _N = flags.DEFINE_integer("n", 60_502, "Embeddings.", lower_bound=2)
 _CLASSES = flags.DEFINE_integer("classes", 11_316, "Classes, all of about one size.", lower_bound=1)
 _DIM = flags.DEFINE_integer("dim", 512, "Embedding dimension.", lower_bound=1)
-_SPREAD = flags.DEFINE_float("spread", 2.2, "Length of the noise against the class's centre; 2.2: Recall@1 of 76 % at D = 512.")
+_SPREAD = flags.DEFINE_float(
+    "spread",
+    2.2,
+    "Length of the noise against the class's centre; 2.2: Recall@1 of 76 % at D = 512.",
+)
 _KINDS = flags.DEFINE_list("kinds", list(_NAMES), "What to measure.")
-_ROUNDS = flags.DEFINE_integer("rounds", 1, "Processes for each measurement; the best is shown.", lower_bound=1)
-_MILLION = flags.DEFINE_bool("million", False, "Also 4,096 queries against a million items (D = 128), and what all would take.")
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", 1, "Processes for each measurement; the best is shown.", lower_bound=1
+)
+_MILLION = flags.DEFINE_bool(
+    "million",
+    False,
+    "Also 4,096 queries against a million items (D = 128), and what all would take.",
+)
 _TABLE = flags.DEFINE_string("table", "", "File to write the table to, too.")
-_WORKER = flags.DEFINE_enum("worker", None, [*_NAMES, "million"], "Internal: measure this, print JSON.")
+_WORKER = flags.DEFINE_enum(
+    "worker", None, [*_NAMES, "million"], "Internal: measure this, print JSON."
+)
 
 
 def _data(n, classes, dim):
@@ -93,8 +106,16 @@ def _peer(x, labels):
 
 
 def _measure(kind):
-    size = (1_004_096, 200_000, 128) if kind == "million" else (_N.value, _CLASSES.value, _DIM.value)
-    make = {"ours": _ours, "products": _products, "faiss": _faiss, "peer": _peer, "million": _million}[kind]
+    size = (
+        (1_004_096, 200_000, 128) if kind == "million" else (_N.value, _CLASSES.value, _DIM.value)
+    )
+    make = {
+        "ours": _ours,
+        "products": _products,
+        "faiss": _faiss,
+        "peer": _peer,
+        "million": _million,
+    }[kind]
     call = make(*_data(*size))
     before = measuring.memory_mib()
     start = time.perf_counter()
@@ -107,11 +128,19 @@ def _measure(kind):
 
 
 def _table(rows):
-    lines = ["| what | seconds | of the products | of the peer | extra MiB | peak MiB |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| what | seconds | of the products | of the peer | extra MiB | peak MiB |",
+        "|---|---|---|---|---|---|",
+    ]
     for kind, row in rows.items():
-        ratios = [f"{row['seconds'] / rows[k]['seconds']:.2f}" if k in rows and k != kind else "" for k in ("products", "peer")]
+        ratios = [
+            f"{row['seconds'] / rows[k]['seconds']:.2f}" if k in rows and k != kind else ""
+            for k in ("products", "peer")
+        ]
         memory = ["" if row[name] is None else f"{row[name]:.0f}" for name in ("extra", "peak")]
-        lines.append("| " + " | ".join([_NAMES[kind], f"{row['seconds']:.1f}", *ratios, *memory]) + " |")
+        lines.append(
+            "| " + " | ".join([_NAMES[kind], f"{row['seconds']:.1f}", *ratios, *memory]) + " |"
+        )
     return "\n".join(lines)
 
 
@@ -125,11 +154,17 @@ def main(argv):
     rows = {}
     for _ in range(_ROUNDS.value):
         for kind in _KINDS.value:
-            row = measuring.in_own_process("experiments.benchmarks.evaluation", f"--worker={kind}", *own)
+            row = measuring.in_own_process(
+                "experiments.benchmarks.evaluation", f"--worker={kind}", *own
+            )
             if row is None:
                 print(f"{_NAMES[kind]}: not installed, not measured", file=sys.stderr, flush=True)
                 continue
-            print(f"{_NAMES[kind]}: {row['seconds']:.1f} s  {row['scores'] or ''}", file=sys.stderr, flush=True)
+            print(
+                f"{_NAMES[kind]}: {row['seconds']:.1f} s  {row['scores'] or ''}",
+                file=sys.stderr,
+                flush=True,
+            )
             rows[kind] = min(row, rows.get(kind, row), key=lambda r: r["seconds"])
     text = f"{_N.value} x {_DIM.value} in {_CLASSES.value} classes on {measuring.machine()}\n\n{_table(rows)}\n"
     if _MILLION.value:

@@ -19,14 +19,20 @@ from absl import app, flags
 
 from experiments.engine import measuring
 
-_SIZES = flags.DEFINE_list("sizes", ["64", "180", "512", "2048", "8192"], "Batch sizes N, for D = --dim.")
+_SIZES = flags.DEFINE_list(
+    "sizes", ["64", "180", "512", "2048", "8192"], "Batch sizes N, for D = --dim."
+)
 _DIM = flags.DEFINE_integer("dim", 512, "Embedding dimension.", lower_bound=1)
 _LARGE = flags.DEFINE_bool("large", True, "Also N = 65,536 with D = 128, ours alone.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Processes for each measurement.", lower_bound=1)
-_SECONDS = flags.DEFINE_float("seconds", 2.0, "Time to measure in each process; at least one call.", lower_bound=0.0)
+_SECONDS = flags.DEFINE_float(
+    "seconds", 2.0, "Time to measure in each process; at least one call.", lower_bound=0.0
+)
 _OUT = flags.DEFINE_string("out", "", "PNG to write; none when empty.")
 _TABLE = flags.DEFINE_string("table", "", "File to write the table to, too.")
-_WORKER = flags.DEFINE_enum("worker", None, ["ours", "peer", "products"], "Internal: measure this, print JSON.")
+_WORKER = flags.DEFINE_enum(
+    "worker", None, ["ours", "peer", "products"], "Internal: measure this, print JSON."
+)
 _N = flags.DEFINE_integer("n", 180, "Internal: the worker's batch size.", lower_bound=1)
 
 _NAMES = {"products": "two products", "ours": "rll_jax", "peer": "pytorch-metric-learning"}
@@ -112,12 +118,22 @@ def _measure(kind, n, dim, seconds):
         call()
         times.append(time.perf_counter() - start)
     extra = None if before is None else measuring.memory_mib("VmHWM") - before
-    return {"median": statistics.median(times), "best": min(times), "compile": compile_seconds, "extra": extra,
-            "peak": measuring.memory_mib("VmHWM")}  # fmt: skip
+    return {
+        "median": statistics.median(times),
+        "best": min(times),
+        "compile": compile_seconds,
+        "extra": extra,
+        "peak": measuring.memory_mib("VmHWM"),
+    }
 
 
 def _run(kind, n, dim):
-    flags_of_worker = (f"--worker={kind}", f"--n={n}", f"--dim={dim}", f"--seconds={_SECONDS.value}")
+    flags_of_worker = (
+        f"--worker={kind}",
+        f"--n={n}",
+        f"--dim={dim}",
+        f"--seconds={_SECONDS.value}",
+    )
     return measuring.in_own_process("experiments.benchmarks.loss", *flags_of_worker)
 
 
@@ -135,10 +151,18 @@ def _rows():
             found = [r for r in rounds[kind] if r is not None]
             if not found:
                 continue
-            row = {"n": n, "dim": dim, "kind": kind, "best": min(r["best"] for r in found), "compile": found[0]["compile"]}
+            row = {
+                "n": n,
+                "dim": dim,
+                "kind": kind,
+                "best": min(r["best"] for r in found),
+                "compile": found[0]["compile"],
+            }
             row["median"] = statistics.median(r["median"] for r in found)
             for name in ("extra", "peak"):
-                row[name] = None if found[0][name] is None else statistics.median(r[name] for r in found)
+                row[name] = (
+                    None if found[0][name] is None else statistics.median(r[name] for r in found)
+                )
             yield row
 
 
@@ -155,7 +179,13 @@ def _table(rows):
             return "" if other is None or kind == r["kind"] else f"{r['best'] / other['best']:.2f}"
 
         memory = ["" if r[name] is None else f"{r[name]:.0f}" for name in ("extra", "peak")]
-        cells = [r["n"], r["dim"], _NAMES[r["kind"]], f"{r['best'] * 1e3:.2f}", f"{r['median'] * 1e3:.2f}"]
+        cells = [
+            r["n"],
+            r["dim"],
+            _NAMES[r["kind"]],
+            f"{r['best'] * 1e3:.2f}",
+            f"{r['median'] * 1e3:.2f}",
+        ]
         cells += [ratio("products"), ratio("peer"), *memory, f"{r['compile']:.1f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
@@ -173,7 +203,13 @@ def _picture(rows, path):
         sizes = [r["n"] for r in mine]
         left.loglog(sizes, [r["best"] * 1e3 for r in mine], "o-", color=color, label=_NAMES[kind])
         if kind != "products":
-            right.loglog(sizes, [max(r["extra"] or 0, 0.1) for r in mine], "o-", color=color, label=_NAMES[kind])
+            right.loglog(
+                sizes,
+                [max(r["extra"] or 0, 0.1) for r in mine],
+                "o-",
+                color=color,
+                label=_NAMES[kind],
+            )
     left.set_ylabel("forward and backward, best, ms")
     right.set_ylabel("extra memory, MiB")
     for axes in (left, right):
@@ -192,7 +228,11 @@ def main(argv):
     rows = []
     for row in _rows():
         rows.append(row)
-        print(f"N={row['n']} {_NAMES[row['kind']]}: {row['best'] * 1e3:.2f} ms", file=sys.stderr, flush=True)
+        print(
+            f"N={row['n']} {_NAMES[row['kind']]}: {row['best'] * 1e3:.2f} ms",
+            file=sys.stderr,
+            flush=True,
+        )
     table, head = _table(rows), measuring.machine()
     print(f"{head}\n\n{table}")
     if not any(r["kind"] == "peer" for r in rows):

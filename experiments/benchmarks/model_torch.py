@@ -1,4 +1,5 @@
 """PyTorch's side of `experiments.benchmarks.model`: torchvision's ResNet (its structure and names) with an embedding, and the loss."""
+
 import contextlib
 import os
 
@@ -13,13 +14,19 @@ class Block(nn.Module):
         first, second = (stride, 1) if config.stride_in_first else (1, stride)
         shapes = ((before, width, 3, stride), (width, width, 3, 1))
         if config.bottleneck:
-            shapes = ((before, width, 1, first), (width, width, 3, second), (width, 4 * width, 1, 1))
+            shapes = (
+                (before, width, 1, first),
+                (width, width, 3, second),
+                (width, 4 * width, 1, 1),
+            )
         for i, (a, b, kernel, strides) in enumerate(shapes, start=1):
             self.add_module(f"conv{i}", nn.Conv2d(a, b, kernel, strides, kernel // 2, bias=False))
             self.add_module(f"bn{i}", nn.BatchNorm2d(b))
         self.convolutions, self.downsample = len(shapes), None
         if stride != 1 or before != b:
-            self.downsample = nn.Sequential(nn.Conv2d(before, b, 1, stride, bias=False), nn.BatchNorm2d(b))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(before, b, 1, stride, bias=False), nn.BatchNorm2d(b)
+            )
 
     def forward(self, x):
         y = x
@@ -41,17 +48,25 @@ class EmbeddingResNet(nn.Module):
         for stage, blocks in enumerate(config.stage_sizes):
             made = []
             for block in range(blocks):
-                made.append(Block(config, before, config.width << stage, 2 if stage and not block else 1))
+                made.append(
+                    Block(config, before, config.width << stage, 2 if stage and not block else 1)
+                )
                 before = (config.width << stage) * (4 if config.bottleneck else 1)
             self.add_module(f"layer{stage + 1}", nn.Sequential(*made))
         self.embedding = nn.Linear(before, dim, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")  # as ours and torchvision's
+                nn.init.kaiming_normal_(
+                    module.weight, mode="fan_out", nonlinearity="relu"
+                )  # as ours and torchvision's
 
     def forward(self, x):
         x = F.relu_(self.bn1(self.conv1(x)))
-        x = F.avg_pool2d(x, self.config.stem_pool) if self.config.small_images else F.max_pool2d(x, 3, 2, 1)
+        x = (
+            F.avg_pool2d(x, self.config.stem_pool)
+            if self.config.small_images
+            else F.max_pool2d(x, 3, 2, 1)
+        )
         for stage in range(1, len(self.config.stage_sizes) + 1):
             x = getattr(self, f"layer{stage}")(x)
         return F.normalize(self.embedding(x.mean((2, 3))).float())
@@ -77,12 +92,19 @@ def calls(config, images, labels, dim, dtype, platform, channels_last, compiled)
     torch.set_float32_matmul_precision("high")  # TF32 where XLA takes it by default
     layout = torch.channels_last if channels_last else torch.contiguous_format
     network = EmbeddingResNet(config, dim).to(device, memory_format=layout)
-    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True)
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True
+    )
     x = torch.from_numpy((images - config.mean) / config.std).permute(0, 3, 1, 2)
-    x, labels = x.to(device, torch.float32, memory_format=layout), torch.from_numpy(labels).to(device)
+    x, labels = (
+        x.to(device, torch.float32, memory_format=layout),
+        torch.from_numpy(labels).to(device),
+    )
     embedding = F.normalize(torch.randn(len(x), dim, device=device)).requires_grad_()
     run = torch.compile(network) if compiled else network
-    mixed = torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
+    mixed = (
+        torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
+    )
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def train():

@@ -1,4 +1,5 @@
 """Everything about a run that can be refused, checked before anything is written but a benchmark's prepared files."""
+
 import dataclasses
 import hashlib
 import json
@@ -30,7 +31,7 @@ class Setup(NamedTuple):
     config: config_lib.Config
     workdir: pathlib.Path
     runner: devices_lib.Runner
-    splits: dict[str, image_dataset.ImageSet]
+    splits: dict[str, image_dataset.EncodedImageDataset]
     batches: Any
     published: dict[str, np.ndarray] | None
     left_out: list[str]
@@ -52,36 +53,52 @@ def prepare(config) -> Setup:
             f"--embed_chunk={config.embed_chunk} does not divide the {batch_size // runner.num_devices} images of each device"
         )
     if config.frozen_views and (not config.data_dir or is_remote(config.data_dir)):
-        raise ValueError(f"--frozen_views={config.frozen_views} writes into --data_dir, a local folder, and it is {config.data_dir!r}: use a local copy")
-    if config.memory_size and (config.memory_size < batch_size or config.memory_size % runner.num_devices):
+        raise ValueError(
+            f"--frozen_views={config.frozen_views} writes into --data_dir, a local folder, and it is {config.data_dir!r}: use a local copy"
+        )
+    if config.memory_size and (
+        config.memory_size < batch_size or config.memory_size % runner.num_devices
+    ):
         raise ValueError(
             f"--memory_size={config.memory_size}: expected 0, or a multiple of the {runner.num_devices} devices and at least the {batch_size} images of a batch"
         )
-    begun = any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))  # then its own weights are
-    published = build.read_pretrained(config) if (config.pretrained or config.init_from) and not begun else None
+    begun = any(
+        path.name.isdigit() for path in (workdir / "checkpoints").glob("*")
+    )  # then its own weights are
+    published = (
+        build.read_pretrained(config)
+        if (config.pretrained or config.init_from) and not begun
+        else None
+    )
     if jax.process_index():  # the first process prepares files; the others find them
         multihost_utils.sync_global_devices("data")
     splits, left_out = datasets.open_usable(config)
     if not jax.process_index():
         multihost_utils.sync_global_devices("data")
         for split, data in splits.items():
-            print(f"{split}: {len(data)} images of {len(np.unique(data.labels))} classes", flush=True)
+            print(
+                f"{split}: {len(data)} images of {len(np.unique(data.labels))} classes", flush=True
+            )
         if left_out:
             print(f"{len(left_out)} images are left out, such as {left_out[0]}", flush=True)
     image_dataset.check_splits(splits["train"], splits["test"])
     if len(splits["test"]) < jax.process_count():
-        raise ValueError(f"{len(splits['test'])} test images are fewer than the {jax.process_count()} processes")
+        raise ValueError(
+            f"{len(splits['test'])} test images are fewer than the {jax.process_count()} processes"
+        )
     check_same_data(workdir, splits)
     batches = _sampler(splits["train"], config, runner.num_devices)
     datasets.views(config).train(config.image_size)  # may lack a package
     splits = cached(splits, config)
     if config.frozen_views:
         network_inputs.check_room(splits, config)
-    multihost_utils.sync_global_devices("checked")  # before any writes into a workdir that others look at
+    multihost_utils.sync_global_devices(
+        "checked"
+    )  # before any writes into a workdir that others look at
     return Setup(config, workdir, runner, splits, batches, published, left_out)
 
 
-def fingerprint(data: image_dataset.ImageSet) -> str:
+def fingerprint(data: image_dataset.EncodedImageDataset) -> str:
     """Of which images of which classes a set holds."""
     digest = hashlib.sha256("\n".join(data.paths.tolist()).encode(errors="surrogateescape"))
     for column in (data.labels, data.in_gallery):
@@ -96,8 +113,12 @@ def check_same_data(workdir, splits) -> None:
         try:
             before = json.loads(saved.read_text())
         except ValueError:
-            raise ValueError(f"{saved} is damaged: remove it if the images are those that the run began with")
-        differing = [split for split, data in splits.items() if before.get(split) != fingerprint(data)]
+            raise ValueError(
+                f"{saved} is damaged: remove it if the images are those that the run began with"
+            )
+        differing = [
+            split for split, data in splits.items() if before.get(split) != fingerprint(data)
+        ]
         if differing:
             raise ValueError(
                 f"--workdir={workdir} holds a run on other images: its {' and '.join(differing)} images or their classes have changed; "
@@ -111,29 +132,40 @@ def _check_workdir(workdir: pathlib.Path, config) -> None:
         raise ValueError(f"--workdir={config.workdir}: expected a local folder")
     saved = workdir / "flags.txt"
     if not saved.exists():
-        if workdir.exists() and (not workdir.is_dir() or any(not path.name.startswith(".") for path in workdir.iterdir())):
-            raise ValueError(f"--workdir={workdir} is in use and holds no run to resume: choose another folder")
+        if workdir.exists() and (
+            not workdir.is_dir() or any(not path.name.startswith(".") for path in workdir.iterdir())
+        ):
+            raise ValueError(
+                f"--workdir={workdir} is in use and holds no run to resume: choose another folder"
+            )
         return
     before = config_lib.from_flagfile(saved)
     differing = [
         f"--{field.name}={getattr(before, field.name)} there, {getattr(config, field.name)} here"
         for field in dataclasses.fields(config)
-        if getattr(before, field.name) != getattr(config, field.name) and field.name not in config_lib.FREE_TO_CHANGE
+        if getattr(before, field.name) != getattr(config, field.name)
+        and field.name not in config_lib.FREE_TO_CHANGE
     ]
     if differing:
-        raise ValueError(f"--workdir={workdir} holds another run ({'; '.join(differing)}): choose another --workdir, and --init_from={workdir} to start from its weights")
+        raise ValueError(
+            f"--workdir={workdir} holds another run ({'; '.join(differing)}): choose another --workdir, and --init_from={workdir} to start from its weights"
+        )
 
 
 def _sampler(data, config, devices: int):
     if config.class_on_one_device and config.classes_per_batch % devices:
-        raise ValueError(f"--class_on_one_device: {config.classes_per_batch} classes cannot be shared by {devices} devices: change --classes_per_batch")
+        raise ValueError(
+            f"--class_on_one_device: {config.classes_per_batch} classes cannot be shared by {devices} devices: change --classes_per_batch"
+        )
     classes, each, seed = config.classes_per_batch, config.images_per_class, config.seed
     if config.sampling == "shuffle":
         return sampler.ShuffleSampler(data.labels, classes * each, config.min_positives, seed)
     if config.sampling == "hierarchical":
         if data.super_labels is None:
             raise ValueError(f"--sampling=hierarchical: {config.dataset} has no super classes")
-        return sampler.HierarchicalSampler(data.labels, data.super_labels, classes, each, config.super_classes_per_batch, seed)
+        return sampler.HierarchicalSampler(
+            data.labels, data.super_labels, classes, each, config.super_classes_per_batch, seed
+        )
     return sampler.ClassSampler(data.labels, classes, each, seed)
 
 
@@ -146,17 +178,31 @@ def cached(splits: dict, config) -> dict:
     if config.cache == "none":
         return splits
     if datasets.augment(config) == "border_crop":
-        raise ValueError("--cache keeps shrunk pictures, in which a border is no longer what --augment=border_crop cuts: leave one of them out")
+        raise ValueError(
+            "--cache keeps shrunk pictures, in which a border is no longer what --augment=border_crop cuts: leave one of them out"
+        )
     if config.cache == "memory" and config.worker_processes:
-        raise ValueError("--cache=memory is of one process: use --cache=disk with --worker_processes")
+        raise ValueError(
+            "--cache=memory is of one process: use --cache=disk with --worker_processes"
+        )
     if config.cache == "disk" and (not config.data_dir or is_remote(config.data_dir)):
-        raise ValueError(f"--cache=disk is written into --data_dir, a local folder, and it is {config.data_dir!r}: use --cache=memory, or a local copy")
+        raise ValueError(
+            f"--cache=disk is written into --data_dir, a local folder, and it is {config.data_dir!r}: use --cache=memory, or a local copy"
+        )
     short_side = datasets.cached_side(config.image_size)
     need = {split: cache.estimated_bytes(data, short_side) for split, data in splits.items()}
     where = "in memory" if config.cache == "memory" else "on disk"
-    print(f"cache: about {sum(need.values()) / 2**20:,.0f} MiB {where} for {sum(map(len, splits.values()))} images", flush=True)
+    print(
+        f"cache: about {sum(need.values()) / 2**20:,.0f} MiB {where} for {sum(map(len, splits.values()))} images",
+        flush=True,
+    )
     if config.cache == "disk":
-        return {split: cache.on_disk(data, short_side, config.data_dir, split) for split, data in splits.items()}
+        return {
+            split: cache.on_disk(data, short_side, config.data_dir, split)
+            for split, data in splits.items()
+        }
     if sum(need.values()) > (free := cache.free_memory()):
-        raise ValueError(f"--cache=memory would take {sum(need.values()) / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: use --cache=disk or none")
+        raise ValueError(
+            f"--cache=memory would take {sum(need.values()) / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: use --cache=disk or none"
+        )
     return {split: cache.in_memory(data, short_side) for split, data in splits.items()}

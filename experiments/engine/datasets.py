@@ -1,4 +1,5 @@
 """The data set of a config, and how its pictures are looked at."""
+
 import contextlib
 import functools
 import pathlib
@@ -73,8 +74,12 @@ VIEWS = {
         lambda size: views_lib.BorderCrop(size, _resize(size)),
         lambda size: functools.partial(views_lib.border_center_crop, size=size, fit=_resize(size)),
     ),
-    "colour_jitter": Views(lambda size: views_lib.Jittered(views_lib.RandomResizedCrop(size), strong=False), _centre),
-    "rand_augment": Views(lambda size: views_lib.Jittered(views_lib.RandomResizedCrop(size), strong=True), _centre),
+    "colour_jitter": Views(
+        lambda size: views_lib.Jittered(views_lib.RandomResizedCrop(size), strong=False), _centre
+    ),
+    "rand_augment": Views(
+        lambda size: views_lib.Jittered(views_lib.RandomResizedCrop(size), strong=True), _centre
+    ),
 }
 
 
@@ -95,7 +100,7 @@ def views(config) -> Views:
     return VIEWS[augment(config)]
 
 
-def open_sets(config) -> dict[str, image_dataset.ImageSet]:
+def open_sets(config) -> dict[str, image_dataset.EncodedImageDataset]:
     """{"train": ..., "test": ...}; a benchmark's published files are prepared on first use, in --data_dir.
 
     Raises:
@@ -106,30 +111,43 @@ def open_sets(config) -> dict[str, image_dataset.ImageSet]:
         return _open(config)
 
 
-def _open(config) -> dict[str, image_dataset.ImageSet]:
+def _open(config) -> dict[str, image_dataset.EncodedImageDataset]:
     if config.dataset != "folder" and benchmarks.is_remote(config.data_dir):
         how = "copy it to a local folder"
         if config.dataset in benchmarks.BENCHMARKS:
             how = f"python -m experiments.prepare --dataset={config.dataset} --source={config.data_dir} --data_dir=DIR writes them, and --data_dir=DIR then trains"
-        raise ValueError(f"--data_dir={config.data_dir}: prepared sets are read from local files: {how}")
+        raise ValueError(
+            f"--data_dir={config.data_dir}: prepared sets are read from local files: {how}"
+        )
     if config.dataset.startswith(TFDS):
-        return array_records.open_tfds(config.dataset.removeprefix(TFDS), config.data_dir, config.image_key, config.label_key)
+        return array_records.open_tfds(
+            config.dataset.removeprefix(TFDS), config.data_dir, config.image_key, config.label_key
+        )
     if config.dataset == "emoji":
         # shipped: nothing is written beside it
-        return array_records.open_prepared(config.data_dir or _SHIPPED_EMOJI, keep_index=bool(config.data_dir))
+        return array_records.open_dataset(
+            config.data_dir or _SHIPPED_EMOJI, keep_index=bool(config.data_dir)
+        )
     if not config.data_dir:
         raise ValueError(f"--data_dir is needed for {config.dataset}: the folder of its pictures")
     prepared = prepared_in(config.data_dir, config.dataset)
-    if config.dataset == "folder":  # anyone's own folder is read where it is, what was made of it where it is named
-        if benchmarks.is_remote(config.data_dir) or not (pathlib.Path(config.data_dir) / "dataset_info.json").exists():
+    if (
+        config.dataset == "folder"
+    ):  # anyone's own folder is read where it is, what was made of it where it is named
+        if (
+            benchmarks.is_remote(config.data_dir)
+            or not (pathlib.Path(config.data_dir) / "dataset_info.json").exists()
+        ):
             return image_dataset.from_rows(*listing(config))
         if config.index or (config.test_share, config.split_seed) != (0.5, 0):
-            raise ValueError(f"--data_dir={config.data_dir} was prepared with its own split: --index, --test_share and --split_seed go with the folder")
-        return array_records.open_prepared(config.data_dir)
+            raise ValueError(
+                f"--data_dir={config.data_dir} was prepared with its own split: --index, --test_share and --split_seed go with the folder"
+            )
+        return array_records.open_dataset(config.data_dir)
     if not prepared.exists():
         prepare(*listing(config), prepared, config)
-        return array_records.open_prepared(prepared)
-    sets = array_records.open_prepared(prepared)
+        return array_records.open_dataset(prepared)
+    sets = array_records.open_dataset(prepared)
     _tell_differences(config.dataset, _rows(sets))
     return sets
 
@@ -144,7 +162,9 @@ def in_one_line(*paths):
     except Exception as error:
         if not any(map(benchmarks.is_remote, paths)):
             raise
-        raise ValueError(f"cannot read {' or '.join(filter(benchmarks.is_remote, paths))}: {error or type(error).__name__}") from error
+        raise ValueError(
+            f"cannot read {' or '.join(filter(benchmarks.is_remote, paths))}: {error or type(error).__name__}"
+        ) from error
 
 
 def prepared_in(data_dir, dataset: str) -> pathlib.Path:
@@ -155,9 +175,15 @@ def listing(config) -> benchmarks.Listing:
     """The images of the files as they were published, or of a folder; differences from the published counts are told on stderr."""
     if config.dataset == "folder":
         if config.index:
-            return benchmarks.Listing(config.data_dir, folders.read_index(config.index, config.test_share, config.split_seed))
-        return benchmarks.Listing(config.data_dir, folders.class_folders(config.data_dir, config.test_share, config.split_seed))
-    found = benchmarks.read(config.dataset, config.data_dir)
+            return benchmarks.Listing(
+                config.data_dir,
+                folders.read_index(config.index, config.test_share, config.split_seed),
+            )
+        return benchmarks.Listing(
+            config.data_dir,
+            folders.class_folders(config.data_dir, config.test_share, config.split_seed),
+        )
+    found = benchmarks.read_listing(config.dataset, config.data_dir)
     _tell_differences(config.dataset, found.rows)
     return found
 
@@ -169,17 +195,29 @@ def _tell_differences(dataset: str, rows) -> None:
 
 def _rows(sets) -> list[benchmarks.Row]:
     train, test = sets["train"], sets["test"]
-    roles = [benchmarks.TEST] * len(test) if test.in_gallery is None else [(benchmarks.QUERY, benchmarks.GALLERY)[int(g)] for g in test.in_gallery]
-    columns = zip([*train.paths, *test.paths], [*train.labels, *test.labels], [benchmarks.TRAIN] * len(train) + roles)
+    roles = (
+        [benchmarks.TEST] * len(test)
+        if test.in_gallery is None
+        else [(benchmarks.QUERY, benchmarks.GALLERY)[int(g)] for g in test.in_gallery]
+    )
+    columns = zip(
+        [*train.paths, *test.paths],
+        [*train.labels, *test.labels],
+        [benchmarks.TRAIN] * len(train) + roles,
+    )
     return [benchmarks.Row(*row) for row in columns]
 
 
 def prepare(root, rows, directory, config) -> None:
     """Writes the set into ArrayRecord files; raises ValueError for missing pictures unless --on_bad_image=skip, or where it cannot."""
     sets = image_dataset.from_rows(root, rows)
-    refuse_bad({split: image_dataset.find_bad(data, full=False) for split, data in sets.items()}, sets, config)
+    refuse_bad(
+        {split: image_dataset.find_bad(data, full=False) for split, data in sets.items()},
+        sets,
+        config,
+    )
     try:
-        array_records.prepare(root, rows, directory)
+        array_records.write_dataset(root, rows, directory)
     except OSError as error:
         raise ValueError(
             f"cannot prepare {config.dataset} in {directory}: {error}; python -m experiments.prepare --dataset={config.dataset} "
@@ -193,28 +231,44 @@ def refuse_bad(bad: dict[str, dict[int, str]], sets: dict, config) -> None:
     total = sum(len(sets[split]) for split in bad)
     where = f" of {config.data_dir}" if config.data_dir else ""
     if found and len(found) == total:
-        raise ValueError(f"none of the {total} images{where} can be used, such as {found[0]}: are they in another folder?")
+        raise ValueError(
+            f"none of the {total} images{where} can be used, such as {found[0]}: are they in another folder?"
+        )
     if found and config.on_bad_image == "stop":
         first, prepared = "; ".join(found[:10]), prepared_in(config.data_dir, config.dataset)
-        anew = f" and remove {prepared}, which is written anew" * (config.dataset in benchmarks.BENCHMARKS and prepared.exists())
+        anew = f" and remove {prepared}, which is written anew" * (
+            config.dataset in benchmarks.BENCHMARKS and prepared.exists()
+        )
         raise ValueError(
             f"{len(found)} of the {total} images{where} cannot be used: {first}{'; ...' * (len(found) > 10)}. "
             f"Mend them{anew}, or leave them out by --on_bad_image=skip"
         )
 
 
-def open_usable(config) -> tuple[dict[str, image_dataset.ImageSet], list[str]]:
+def open_usable(config) -> tuple[dict[str, image_dataset.EncodedImageDataset], list[str]]:
     """The sets without the pictures that cannot be used, and what is wrong with those; raises as `open_sets` and `refuse_bad`."""
     sets = open_sets(config)
     if config.validation_share:
         sets = image_dataset.hold_out(sets["train"], config.validation_share, config.split_seed)
-    bad = {split: image_dataset.find_bad(data, full=config.verify_images == "full", threads=config.threads) for split, data in sets.items()}
+    bad = {
+        split: image_dataset.find_bad(
+            data, full=config.verify_images == "full", threads=config.threads
+        )
+        for split, data in sets.items()
+    }
     refuse_bad(bad, sets, config)
     left_out = []
     for split, of_split in bad.items():
         if of_split:
-            kept = image_dataset.without(sets[split], of_split)
-            alone = set(sets[split].paths) - set(kept.paths) - {sets[split].paths[row] for row in of_split}
-            left_out += [*of_split.values(), *(f"{path}: the last one of its class" for path in sorted(alone))]
+            kept = image_dataset.skip_bad(sets[split], of_split)
+            alone = (
+                set(sets[split].paths)
+                - set(kept.paths)
+                - {sets[split].paths[row] for row in of_split}
+            )
+            left_out += [
+                *of_split.values(),
+                *(f"{path}: the last one of its class" for path in sorted(alone)),
+            ]
             sets[split] = kept
     return sets, left_out

@@ -3,6 +3,7 @@
 Parts of some hundred images are written as they are ready, so that an interrupted embedding goes on where it stopped; files that
 changed (size or time) are embedded again, and those that are gone are left out. Nothing is remembered of unreadable files.
 """
+
 import hashlib
 import os
 import pathlib
@@ -47,10 +48,10 @@ class _ImageFiles:
     def __len__(self):
         return len(self._paths)
 
-    def picture(self, row):
+    def image(self, row):
         path = self._paths[row]
         try:
-            return images.Picture(path.read_bytes(), str(path))
+            return images.EncodedImage(path.read_bytes(), str(path))
         except OSError as error:
             raise images.BadImageError(f"cannot read the image {str(path)!r}: {error}") from error
 
@@ -75,17 +76,30 @@ def update(workdir: str, trained, folder: str) -> Index:
         for first in range(0, len(todo), _PART):
             files = todo[first : first + _PART]
             embeddings, readable = embed_files([root / file for file in files], trained.embed)
-            part = {file: embedding for file, embedding, ok in zip(files, embeddings, readable) if ok}
+            part = {
+                file: embedding for file, embedding, ok in zip(files, embeddings, readable) if ok
+            }
             if part:
-                arrays = dict(files=list(part), stamps=[stamps[file] for file in part], embeddings=list(part.values()))
+                arrays = dict(
+                    files=list(part),
+                    stamps=[stamps[file] for file in part],
+                    embeddings=list(part.values()),
+                )
                 _write(directory, arrays)
             known |= part
             progress.update(len(files))
     unreadable = [file for file in stamps if file not in known]
     if not known:
-        raise ValueError(f"{root}: none of its {len(unreadable)} images can be read, such as {unreadable[:3]}")
+        raise ValueError(
+            f"{root}: none of its {len(unreadable)} images can be read, such as {unreadable[:3]}"
+        )
     files = [file for file in stamps if file in known]
-    return Index(np.array(files), np.array([known[file] for file in files], np.float32), unreadable, len(known) - before)
+    return Index(
+        np.array(files),
+        np.array([known[file] for file in files], np.float32),
+        unreadable,
+        len(known) - before,
+    )
 
 
 def _known(path: pathlib.Path, stamps: dict) -> dict:
@@ -107,7 +121,9 @@ def embed_files(paths: list, embed: Callable) -> tuple[np.ndarray, np.ndarray]:
     def on_bad(row):
         readable[row] = False
 
-    return np.asarray(embedding_net.concatenated(embed(_ImageFiles(paths), on_bad=on_bad))), readable
+    return np.asarray(
+        embedding_net.concatenate_levels(embed(_ImageFiles(paths), on_bad=on_bad))
+    ), readable
 
 
 def names(folder: pathlib.Path) -> list[str]:
@@ -125,7 +141,11 @@ def _scan(root: pathlib.Path) -> dict:
             inner.clear()
             continue
         seen.add(os.path.realpath(directory))
-        for path in (pathlib.Path(directory, name) for name in files if name.lower().endswith(folders.SUFFIXES)):
+        for path in (
+            pathlib.Path(directory, name)
+            for name in files
+            if name.lower().endswith(folders.SUFFIXES)
+        ):
             try:
                 information = path.stat()
             except OSError:
@@ -134,7 +154,9 @@ def _scan(root: pathlib.Path) -> dict:
                 stamp = (information.st_size, information.st_mtime_ns) if information else (0, 0)
                 found[path.relative_to(root).as_posix()] = stamp
     if not found:
-        raise ValueError(f"{root}: no images in it (looked for {', '.join(folders.SUFFIXES)}, in its folders too)")
+        raise ValueError(
+            f"{root}: no images in it (looked for {', '.join(folders.SUFFIXES)}, in its folders too)"
+        )
     return dict(sorted(found.items()))
 
 

@@ -1,4 +1,5 @@
 """HTML pages that hold their pictures and fetch nothing."""
+
 import base64
 import html
 import io
@@ -27,7 +28,9 @@ def whole(title: str, body: str) -> str:
 
 def table(head: list, rows: list[list]) -> str:
     def line(tag, cells):
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+        return (
+            "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+        )
 
     return f"<table>{line('th', head)}{''.join(line('td', row) for row in rows)}</table>"
 

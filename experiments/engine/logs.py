@@ -1,4 +1,5 @@
 """What a run writes on its way: metrics.jsonl, TensorBoard events, bad_images.txt, environment.json."""
+
 import fcntl
 import importlib.metadata
 import json
@@ -15,7 +16,18 @@ import tqdm
 from experiments.engine import config as config_lib
 from rll_jax.data import images
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow", "simplejpeg", "opencv-python-headless")
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+    "opencv-python-headless",
+)
 
 
 class BadRun(ValueError):
@@ -28,7 +40,9 @@ def locked(workdir: pathlib.Path):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise BadRun(f"--workdir={workdir} is in use by another run: let it end, or choose another --workdir")
+        raise BadRun(
+            f"--workdir={workdir} is in use by another run: let it end, or choose another --workdir"
+        )
     except OSError:  # a file system without locks
         pass
     return file
@@ -49,7 +63,7 @@ class BadImages:
             return
         self._broken.add(str(data.paths[row]))
         try:
-            data.image(row)
+            data.decoded_image(row)
             reason = f"{data.paths[row]}: could not be read for a while"
         except images.BadImageError as error:
             reason = " ".join(str(error).split())
@@ -86,7 +100,9 @@ class Log:
             self._file = path.open("a")
             import tensorboardX  # a second to import
 
-            self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+            self._board = tensorboardX.SummaryWriter(
+                str(workdir / "tensorboard"), purge_step=start + 1
+            )
 
     def write(self, step: int, values: dict, board: dict | None = None) -> None:
         """Numbers; those that are not finite are left out of metrics.jsonl, arrays are histograms of 0 to 2.
@@ -98,18 +114,38 @@ class Log:
         if not self._board_lives():
             raise OSError("TensorBoard's events cannot be written: is the disk full?")
         numbers = {name: value for name, value in values.items() if np.ndim(value) == 0}
-        self._file.write(json.dumps({"step": step, **{name: value for name, value in numbers.items() if np.isfinite(value)}}) + "\n")
+        self._file.write(
+            json.dumps(
+                {
+                    "step": step,
+                    **{name: value for name, value in numbers.items() if np.isfinite(value)},
+                }
+            )
+            + "\n"
+        )
         self._file.flush()
         for name, value in {**numbers, **(board or {})}.items():
-            self._board.add_scalar(name.replace("@", "_at_"), value, step)  # TensorBoard's names have no @
+            self._board.add_scalar(
+                name.replace("@", "_at_"), value, step
+            )  # TensorBoard's names have no @
         for name in values.keys() - numbers.keys():
             self._histogram(name, np.asarray(values[name], float), step)
 
     def _histogram(self, name, counts, step):
         edges = np.linspace(0, 2, len(counts) + 1)
         centres = (edges[1:] + edges[:-1]) / 2
-        moments = dict(num=counts.sum(), sum=(counts * centres).sum(), sum_squares=(counts * centres**2).sum())
-        self._board.add_histogram_raw(name, min=0, max=2, **moments, bucket_limits=edges[1:].tolist(), bucket_counts=counts.tolist(), global_step=step)
+        moments = dict(
+            num=counts.sum(), sum=(counts * centres).sum(), sum_squares=(counts * centres**2).sum()
+        )
+        self._board.add_histogram_raw(
+            name,
+            min=0,
+            max=2,
+            **moments,
+            bucket_limits=edges[1:].tolist(),
+            bucket_counts=counts.tolist(),
+            global_step=step,
+        )
 
     def text(self, name: str, text: str) -> None:
         if self._board is not None:
@@ -126,7 +162,11 @@ class Log:
 
     def _board_lives(self) -> bool:
         """Whether its thread does: one that failed to write is dead, and everything given to it then waits for ever."""
-        worker = getattr(self._board.file_writer.event_writer, "_worker", None) if self._board.file_writer else None
+        worker = (
+            getattr(self._board.file_writer.event_writer, "_worker", None)
+            if self._board.file_writer
+            else None
+        )
         return worker is None or worker.is_alive()
 
 
@@ -134,7 +174,9 @@ def environment() -> str:
     """What ran: the command, the code's commit, versions and devices, as JSON."""
     root = pathlib.Path(__file__).parents[2]
     try:
-        git = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
+        git = subprocess.run(
+            ["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True
+        )
         commit = git.stdout.strip() if git.returncode == 0 and (root / ".git").exists() else ""
     except OSError:  # no git
         commit = ""
@@ -145,16 +187,23 @@ def environment() -> str:
         except importlib.metadata.PackageNotFoundError:
             pass
     found = {
-        "command": sys.argv, "commit": commit, "python": platform.python_version(),
-        "packages": versions, "processes": jax.process_count(), "devices": [f"{d} ({d.device_kind})" for d in jax.devices()],
-    }  # fmt: skip
+        "command": sys.argv,
+        "commit": commit,
+        "python": platform.python_version(),
+        "packages": versions,
+        "processes": jax.process_count(),
+        "devices": [f"{d} ({d.device_kind})" for d in jax.devices()],
+    }
     return json.dumps(found, indent=1)
 
 
 def device_mib() -> float:
     """The most that the first device had in use; a CPU has no count of its own but the process's."""
     stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**20
+    return (
+        stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        / 2**20
+    )
 
 
 def _lines(path: pathlib.Path) -> list[str]:

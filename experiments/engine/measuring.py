@@ -1,4 +1,5 @@
 """What the benchmarks share: memory, the machine's name, and a process of its own for each measurement."""
+
 import json
 import os
 import platform

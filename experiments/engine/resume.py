@@ -1,4 +1,5 @@
 """How a run ends early and goes on: being told to stop, and the last checkpoint that can be read."""
+
 import contextlib
 import signal
 import subprocess
@@ -27,7 +28,9 @@ if not sys.stdin.read():
 def last_word():
     """Has a process of its own say what happened where this one cannot: gloo and JAX's coordination abort it when another has gone."""
     told = "error: this process was aborted, as happens where another process of this run has gone: the same command goes on from the last checkpoint\n"
-    watch = subprocess.Popen([sys.executable, "-ISc", _WATCH, told], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    watch = subprocess.Popen(
+        [sys.executable, "-ISc", _WATCH, told], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
     try:
         yield
     finally:
@@ -42,20 +45,30 @@ def restore(workdir, config, runner, state):
         with checkpoint.Checkpoints(directory, read_only=True) as saved:
             for step in reversed(saved.all_steps()):
                 try:
-                    restored = runner.replicate(saved.restore(step, runner.whole(state)))
-                    start, best_score = step, saved.beside(step).get("best_score", -1.0)
+                    restored = runner.replicate(saved.restore(step, runner.to_global(state)))
+                    start, best_score = step, saved.metadata(step).get("best_score", -1.0)
                     break
-                except Exception as error:  # orbax, tensorstore and json have their own for each kind of damage
-                    damaged.append((step, str(error).splitlines()[0] if str(error) else repr(error)))
+                except (
+                    Exception
+                ) as error:  # orbax, tensorstore and json have their own for each kind of damage
+                    damaged.append(
+                        (step, str(error).splitlines()[0] if str(error) else repr(error))
+                    )
     if damaged and not start:
         steps = ", ".join(str(step) for step, _ in damaged)
-        raise logs.BadRun(f"none of the checkpoints of {workdir} can be read (steps {steps}): {damaged[0][1]}; remove {directory} to begin again")
+        raise logs.BadRun(
+            f"none of the checkpoints of {workdir} can be read (steps {steps}): {damaged[0][1]}; remove {directory} to begin again"
+        )
     for step, reason in damaged:
         aside = workdir / "damaged_checkpoints" / f"{step}-{uuid.uuid4().hex[:8]}"
         if jax.process_index() == 0:
             aside.parent.mkdir(exist_ok=True)
             (directory / str(step)).rename(aside)
-            print(f"the checkpoint of step {step} cannot be read and was moved to {aside}: {reason[:300]}", file=sys.stderr, flush=True)
+            print(
+                f"the checkpoint of step {step} cannot be read and was moved to {aside}: {reason[:300]}",
+                file=sys.stderr,
+                flush=True,
+            )
     multihost_utils.sync_global_devices("restored")
     return restored, start, best_score
 
@@ -82,7 +95,9 @@ def told_to_stop(every: int):
     def stop(step):
         if jax.process_count() == 1:
             return bool(told)
-        return step % every == 0 and bool(multihost_utils.process_allgather(np.array(bool(told))).any())
+        return step % every == 0 and bool(
+            multihost_utils.process_allgather(np.array(bool(told))).any()
+        )
 
     before = signal.signal(signal.SIGTERM, note)
     try:

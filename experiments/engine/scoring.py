@@ -10,7 +10,9 @@ def score_table(levels: dict, data, ks, clustering: bool) -> dict[str, dict[str,
     """{"L": {"recall@1": ..., ...}, "L,M": ..., ...} from the {level: (N, D)} embeddings of a set."""
     table = {}
     for name, embeddings in embedding.combinations(levels).items():
-        table[name] = metrics.retrieval_metrics(*embedding.by_role(embeddings, data), ks=ks)
+        table[name] = metrics.retrieval_metrics(
+            *embedding.queries_and_gallery(embeddings, data), ks=ks
+        )
         if clustering:
             table[name] |= metrics.clustering_metrics(embeddings, data.labels)
     return table

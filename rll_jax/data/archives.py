@@ -1,4 +1,5 @@
 """Unpacking a published archive: nothing outside the target, nothing overwritten, whole or not at all."""
+
 import os
 import pathlib
 import stat
@@ -26,7 +27,13 @@ def unpack(archive, target) -> list[pathlib.Path]:
         if tarfile.is_tarfile(archive):
             with tarfile.open(archive) as file:
                 return _into(target, archive, file, file.getmembers(), _tar_name)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, RuntimeError, NotImplementedError) as error:
+    except (
+        zipfile.BadZipFile,
+        tarfile.TarError,
+        EOFError,
+        RuntimeError,
+        NotImplementedError,
+    ) as error:
         raise ValueError(f"{archive}: cannot be unpacked: {error}")
     except OSError as error:  # gzip's and zlib's too
         raise ValueError(f"{archive}: cannot be unpacked into {target}: {error}")
@@ -47,13 +54,17 @@ def _into(target, archive, file, members, name_of) -> list[pathlib.Path]:
     for member in members:
         name = name_of(member)
         if name is None or not benchmarks.inside(name.removeprefix("./") or "."):
-            raise ValueError(f"{archive}: its member {getattr(member, 'name', None) or member.filename!r} is a link or leads out of the folder")
+            raise ValueError(
+                f"{archive}: its member {getattr(member, 'name', None) or member.filename!r} is a link or leads out of the folder"
+            )
         names.append(pathlib.PurePosixPath(name))
     tops = sorted({name.parts[0] for name in names if name.parts})
     if not tops:
         raise ValueError(f"{archive}: is empty")
     if there := [str(target / top) for top in tops if os.path.lexists(target / top)]:
-        raise ValueError(f"{archive}: {', '.join(there[:3])} is there already: leave out --unpack, or move it away")
+        raise ValueError(
+            f"{archive}: {', '.join(there[:3])} is there already: leave out --unpack, or move it away"
+        )
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target, prefix=".unpacking.") as aside:
         keep = {"filter": "data"} if isinstance(file, tarfile.TarFile) else {}

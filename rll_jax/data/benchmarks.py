@@ -4,6 +4,7 @@ Stanford Online Products (Song et al. 2016), CUB-200-2011 (Wah et al. 2011), CAR
 Clothes Retrieval (Liu et al. 2016), with the splits of Ranked List Loss. Metadata are read as data: what is not as published is
 refused with file and line, and no path leads out of the set.
 """
+
 import json
 import pathlib
 import subprocess
@@ -65,7 +66,7 @@ BENCHMARKS = {
 }  # fmt: skip
 
 
-def read(name: str, directory) -> Listing:
+def read_listing(name: str, directory) -> Listing:
     """The images of "sop", "cub", "cars" or "inshop" under a folder that holds the published files, unpacked.
 
     Raises:
@@ -90,8 +91,16 @@ def differences(name: str, rows: list[Row]) -> list[str]:
         text = f"{split} has {len(labels):,} images of {len(classes):,} classes; published are {images:,} of {benchmark.classes[split]:,}"
         if name != "inshop":  # its numbers have gaps
             first = 0 if split == TRAIN else benchmark.classes[TRAIN]
-            absent = [label + 1 for label in range(first, first + benchmark.classes[split]) if label not in classes]
-            text += f"; no image of class {', '.join(map(str, absent[:5]))}{', ...' * (len(absent) > 5)}" if absent else ""
+            absent = [
+                label + 1
+                for label in range(first, first + benchmark.classes[split])
+                if label not in classes
+            ]
+            text += (
+                f"; no image of class {', '.join(map(str, absent[:5]))}{', ...' * (len(absent) > 5)}"
+                if absent
+                else ""
+            )
         found.append(f"{benchmark.title}: {text}")
     return found
 
@@ -99,7 +108,13 @@ def differences(name: str, rows: list[Row]) -> list[str]:
 def inside(path: str) -> bool:
     """Whether a path from the root stays under it."""
     target = pathlib.PurePosixPath(path)
-    return bool(path) and not target.is_absolute() and ".." not in target.parts and "\0" not in path and "\\" not in path
+    return (
+        bool(path)
+        and not target.is_absolute()
+        and ".." not in target.parts
+        and "\0" not in path
+        and "\\" not in path
+    )
 
 
 def lines(path) -> Iterator[tuple[int, str]]:
@@ -108,7 +123,9 @@ def lines(path) -> Iterator[tuple[int, str]]:
         data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error}")
-    for number, line in enumerate(data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n"), start=1):
+    for number, line in enumerate(
+        data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n"), start=1
+    ):
         try:
             text = line.decode()
         except UnicodeDecodeError:
@@ -119,7 +136,11 @@ def lines(path) -> Iterator[tuple[int, str]]:
 
 def number(text: str) -> int | None:
     """A positive whole number, of at most nine digits, or None."""
-    return int(text) if text.isascii() and text.isdigit() and len(text) <= 9 and int(text) > 0 else None
+    return (
+        int(text)
+        if text.isascii() and text.isdigit() and len(text) <= 9 and int(text) > 0
+        else None
+    )
 
 
 def _fields(path, count: int, expected: str, skip: int = 0) -> Iterator[tuple[int, list[str]]]:
@@ -127,7 +148,9 @@ def _fields(path, count: int, expected: str, skip: int = 0) -> Iterator[tuple[in
     for at, text in list(lines(path))[skip:]:
         fields = text.split(maxsplit=count - 1)
         if len(fields) != count:
-            raise ValueError(f"{path}, line {at}: expected {expected}, found {text.strip()[:120]!r}")
+            raise ValueError(
+                f"{path}, line {at}: expected {expected}, found {text.strip()[:120]!r}"
+            )
         yield at, [field.strip() for field in fields]
 
 
@@ -139,14 +162,20 @@ def _find(directory, name: str, *files: str):
             if found:
                 return found[0].parent
     benchmark = BENCHMARKS[name]
-    archives = sorted(p.name for p in directory.iterdir() if p.name.endswith(ARCHIVES)) if directory.is_dir() else []
+    archives = (
+        sorted(p.name for p in directory.iterdir() if p.name.endswith(ARCHIVES))
+        if directory.is_dir()
+        else []
+    )
     how = f"{benchmark.download}, unpack it, and give the folder that it is in"
     if archives:
         how = (
             f"unpack {', '.join(archives[:4])} there (python -m experiments.prepare --dataset={name} --source={directory} --unpack does); "
             f"if that is something else, {how}"
         )
-    raise ValueError(f"no {benchmark.title} in {directory} (looked for {' or '.join(files)}): {how}")
+    raise ValueError(
+        f"no {benchmark.title} in {directory} (looked for {' or '.join(files)}): {how}"
+    )
 
 
 class _Rows:
@@ -166,18 +195,25 @@ class _Rows:
 
 
 def _sop(directory) -> Listing:
-    root, header = _find(directory, "sop", "Ebay_train.txt"), ["image_id", "class_id", "super_class_id", "path"]
+    root, header = (
+        _find(directory, "sop", "Ebay_train.txt"),
+        ["image_id", "class_id", "super_class_id", "path"],
+    )
     found, lines_of = _Rows(), {}
     for split in (TRAIN, TEST):
         path, before = root / f"Ebay_{split}.txt", len(found.rows)
         table = _fields(path, 4, "three numbers and a path")
         at, first = next(table, (1, []))
         if first != header:
-            raise ValueError(f"{path}, line {at}: expected the header {' '.join(header)!r}, found {' '.join(first)!r}")
+            raise ValueError(
+                f"{path}, line {at}: expected the header {' '.join(header)!r}, found {' '.join(first)!r}"
+            )
         for at, (*numbers, image) in table:
             key, label, super_label = values = [number(x) for x in numbers]
             if None in values or not inside(image):
-                raise ValueError(f"{path}, line {at}: expected three numbers and a path inside the set, found {[*numbers, image]}")
+                raise ValueError(
+                    f"{path}, line {at}: expected three numbers and a path inside the set, found {[*numbers, image]}"
+                )
             if lines_of.setdefault((split, key), at) != at:
                 raise ValueError(f"{path}, line {at}: image {key} is listed twice")
             found.add(f"{path}, line {at}", image, label - 1, split, super_label - 1)
@@ -188,17 +224,33 @@ def _sop(directory) -> Listing:
 
 def _cub(directory) -> Listing:
     root = _find(directory, "cub", "image_class_labels.txt")
-    paths = _by_id(root / "images.txt", lambda text: text if inside(text) else None, "a number and a path inside the set")
+    paths = _by_id(
+        root / "images.txt",
+        lambda text: text if inside(text) else None,
+        "a number and a path inside the set",
+    )
     labels = _by_id(root / "image_class_labels.txt", number, "a number and a class")
-    for file, ids, others in (("image_class_labels.txt", labels, paths), ("images.txt", paths, labels)):
+    for file, ids, others in (
+        ("image_class_labels.txt", labels, paths),
+        ("images.txt", paths, labels),
+    ):
         if absent := sorted(others.keys() - ids.keys()):
-            raise ValueError(f"{root / file} has no line for {len(absent)} images, such as {absent[:5]}")
+            raise ValueError(
+                f"{root / file} has no line for {len(absent)} images, such as {absent[:5]}"
+            )
     found = _Rows()
     for image, (at, path) in paths.items():
         line, label = labels[image]
         if label > _CUB_CLASSES:
-            raise ValueError(f"{root / 'image_class_labels.txt'}, line {line}: image {image} is of class {label}, expected 1 to {_CUB_CLASSES}")
-        found.add(f"{root / 'images.txt'}, line {at}", f"images/{path}", label - 1, _half(label, _CUB_CLASSES))
+            raise ValueError(
+                f"{root / 'image_class_labels.txt'}, line {line}: image {image} is of class {label}, expected 1 to {_CUB_CLASSES}"
+            )
+        found.add(
+            f"{root / 'images.txt'}, line {at}",
+            f"images/{path}",
+            label - 1,
+            _half(label, _CUB_CLASSES),
+        )
     return Listing(root, found.rows)
 
 
@@ -207,7 +259,9 @@ def _by_id(path, convert, expected) -> dict[int, tuple]:
     found = {}
     for at, (key, text) in _fields(path, 2, expected):
         if number(key) is None or (value := convert(text)) is None:
-            raise ValueError(f"{path}, line {at}: expected {expected}, found {key!r} and {text[:120]!r}")
+            raise ValueError(
+                f"{path}, line {at}: expected {expected}, found {key!r} and {text[:120]!r}"
+            )
         if number(key) in found:
             raise ValueError(f"{path}, line {at}: image {key} is listed twice")
         found[number(key)] = at, value
@@ -226,14 +280,25 @@ def _cars(directory) -> Listing:
     if (folder / "cars_annos.mat").exists():
         tables = [(folder / "cars_annos.mat", "relative_im_path", "")]
     else:
-        tested = [file for pattern in ("", "*/", "*/*/") for file in sorted(directory.glob(pattern + "cars_test_annos_withlabels*.mat"))]
+        tested = [
+            file
+            for pattern in ("", "*/", "*/*/")
+            for file in sorted(directory.glob(pattern + "cars_test_annos_withlabels*.mat"))
+        ]
         if not tested:
-            raise ValueError(f"no cars_test_annos_withlabels.mat in {directory}: {BENCHMARKS['cars'].download} (those in the devkit are without labels)")
-        tables = [(folder / "cars_train_annos.mat", "fname", "cars_train/"), (tested[0], "fname", "cars_test/")]
+            raise ValueError(
+                f"no cars_test_annos_withlabels.mat in {directory}: {BENCHMARKS['cars'].download} (those in the devkit are without labels)"
+            )
+        tables = [
+            (folder / "cars_train_annos.mat", "fname", "cars_train/"),
+            (tested[0], "fname", "cars_test/"),
+        ]
     found = _Rows()
     for file, column, prefix in tables:
         for at, (path, label) in enumerate(_annotations(file, column), start=1):
-            found.add(f"{file}, annotation {at}", prefix + path, label - 1, _half(label, _CARS_CLASSES))
+            found.add(
+                f"{file}, annotation {at}", prefix + path, label - 1, _half(label, _CARS_CLASSES)
+            )
     return Listing(_image_root(directory, folder, found.rows), found.rows)
 
 
@@ -254,13 +319,23 @@ print(json.dumps(rows))
 def _annotations(file, column: str) -> Iterator[tuple[str, int]]:
     """(path, class) of a CARS196 .mat, each row checked."""
     try:
-        child = subprocess.run([sys.executable, "-c", _READ_MAT, column], input=file.read_bytes(), capture_output=True, timeout=120)
-        reason = " ".join(child.stderr.decode(errors="replace").split()[:30]) or f"its reader ended with {child.returncode}"
+        child = subprocess.run(
+            [sys.executable, "-c", _READ_MAT, column],
+            input=file.read_bytes(),
+            capture_output=True,
+            timeout=120,
+        )
+        reason = (
+            " ".join(child.stderr.decode(errors="replace").split()[:30])
+            or f"its reader ended with {child.returncode}"
+        )
         pairs = json.loads(child.stdout) if child.returncode == 0 else None
     except subprocess.TimeoutExpired:
         pairs, reason = None, "its reader did not end"
     if pairs is None:
-        raise ValueError(f"{file}: expected MATLAB annotations with the columns {column} and class: {reason}")
+        raise ValueError(
+            f"{file}: expected MATLAB annotations with the columns {column} and class: {reason}"
+        )
     for row, (path, label) in enumerate(pairs, start=1):
         if not inside(path) or not 1 <= label <= _CARS_CLASSES or label != int(label):
             raise ValueError(
@@ -272,24 +347,40 @@ def _annotations(file, column: str) -> Iterator[tuple[str, int]]:
 
 
 def _inshop(directory) -> Listing:
-    folder, header = _find(directory, "inshop", "list_eval_partition.txt"), ["image_name", "item_id", "evaluation_status"]
+    folder, header = (
+        _find(directory, "inshop", "list_eval_partition.txt"),
+        ["image_name", "item_id", "evaluation_status"],
+    )
     path = folder / "list_eval_partition.txt"
     head = list(lines(path))[:2]
     if len(head) < 2 or number(head[0][1].strip()) is None or head[1][1].split() != header:
-        raise ValueError(f"{path}, line {head[0][0] if head else 1}: expected a number of images and then the header {' '.join(header)!r}, found {[text for _, text in head]}")
+        raise ValueError(
+            f"{path}, line {head[0][0] if head else 1}: expected a number of images and then the header {' '.join(header)!r}, found {[text for _, text in head]}"
+        )
     found = _Rows()
-    for at, (image, item, split) in _fields(path, 3, "a path, an item and train, query or gallery", skip=2):
+    for at, (image, item, split) in _fields(
+        path, 3, "a path, an item and train, query or gallery", skip=2
+    ):
         label = number(item.removeprefix("id_"))
         if not inside(image) or label is None or split not in (TRAIN, QUERY, GALLERY):
-            raise ValueError(f"{path}, line {at}: expected a path inside the set, an item such as id_00000002 and train, query or gallery, found {[image, item, split]}")
+            raise ValueError(
+                f"{path}, line {at}: expected a path inside the set, an item such as id_00000002 and train, query or gallery, found {[image, item, split]}"
+            )
         found.add(f"{path}, line {at}", image, label - 1, split)
     if len(found.rows) != number(head[0][1].strip()):
-        raise ValueError(f"{path}, line {head[0][0]}: says {head[0][1].strip()} images, {len(found.rows)} are listed")
+        raise ValueError(
+            f"{path}, line {head[0][0]}: says {head[0][1].strip()} images, {len(found.rows)} are listed"
+        )
     return Listing(_image_root(directory, folder, found.rows), found.rows)
 
 
 def _image_root(directory, folder, rows):
     """The folder that the images' paths begin at, near that of the metadata; the latter where no image is found."""
-    near = [folder, folder.parent, directory, *(p for p in sorted(directory.iterdir()) if p.is_dir())]  # an object store may list the directory too, which is harmless
+    near = [
+        folder,
+        folder.parent,
+        directory,
+        *(p for p in sorted(directory.iterdir()) if p.is_dir()),
+    ]  # an object store may list the directory too, which is harmless
     tops = {row.path.split("/")[0] for row in rows}
     return max(near, key=lambda root: sum((root / top).exists() for top in tops))

@@ -1,4 +1,5 @@
 """Pictures kept decoded and shrunk, in memory or in an ArrayRecord file: what is read twice is decoded once."""
+
 import dataclasses
 import hashlib
 import io
@@ -10,18 +11,18 @@ import numpy as np
 import tqdm
 
 from rll_jax.data import images
-from rll_jax.data.image_dataset import ImageSet
+from rll_jax.data.image_dataset import EncodedImageDataset
 
 _SAMPLE = 100  # pictures whose sizes tell the size of all
 
 
-def estimated_bytes(data: ImageSet, short_side: int) -> int:
+def estimated_bytes(data: EncodedImageDataset, short_side: int) -> int:
     """What the shrunk pictures of a set would take, from the sizes of some of them."""
     rows = np.unique(np.linspace(0, len(data) - 1, min(_SAMPLE, len(data))).astype(int))
     taken = []
     for row in rows:
         try:
-            width, height = data.picture(row).size
+            width, height = data.image(row).size
         except images.BadImageError:
             continue
         scale = min(1.0, short_side / min(width, height))
@@ -34,21 +35,33 @@ def free_memory() -> int:
     limits = []
     try:
         lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
-        limits.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
+        limits.append(
+            next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        )
         group = pathlib.Path("/sys/fs/cgroup")
-        given_back = sum(int(line.split()[1]) for line in (group / "memory.stat").read_text().splitlines() if line.startswith("inactive_file "))
-        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()) + given_back)
+        given_back = sum(
+            int(line.split()[1])
+            for line in (group / "memory.stat").read_text().splitlines()
+            if line.startswith("inactive_file ")
+        )
+        limits.append(
+            int((group / "memory.max").read_text())
+            - int((group / "memory.current").read_text())
+            + given_back
+        )
     except (OSError, ValueError, StopIteration):  # no Linux, or no limit
         pass
     return max(min(limits, default=2**62), 0)
 
 
-def in_memory(data: ImageSet, short_side: int) -> ImageSet:
+def in_memory(data: EncodedImageDataset, short_side: int) -> EncodedImageDataset:
     """The set with its pictures shrunk to a short side and kept from their first use on."""
     return dataclasses.replace(data, read=_Memory(data, short_side))
 
 
-def on_disk(data: ImageSet, short_side: int, directory, name: str) -> ImageSet:
+def on_disk(
+    data: EncodedImageDataset, short_side: int, directory, name: str
+) -> EncodedImageDataset:
     """The set with its pictures shrunk to a short side, from a file in `directory` that is written on first use.
 
     Another set, or one whose files have changed, has another file.
@@ -59,7 +72,9 @@ def on_disk(data: ImageSet, short_side: int, directory, name: str) -> ImageSet:
     """
     from array_record.python import array_record_data_source
 
-    path = pathlib.Path(directory) / f"cache_{name}_{short_side}_{digest(data)}.arrayrecord"  # another for other pictures, or another size
+    path = (
+        pathlib.Path(directory) / f"cache_{name}_{short_side}_{digest(data)}.arrayrecord"
+    )  # another for other pictures, or another size
     if not path.exists():
         try:
             _write(data, short_side, path)
@@ -69,7 +84,7 @@ def on_disk(data: ImageSet, short_side: int, directory, name: str) -> ImageSet:
     return dataclasses.replace(data, read=_Records(records), positions=np.arange(len(data)))
 
 
-def digest(data: ImageSet) -> str:
+def digest(data: EncodedImageDataset) -> str:
     """Of which files, as far as they are known, in which order."""
     files = hashlib.sha256("\n".join(data.paths.tolist()).encode(errors="surrogateescape"))
     for column in (data.sizes, data.changed):
@@ -82,12 +97,16 @@ def _write(data, short_side, path) -> None:
 
     need, free = estimated_bytes(data, short_side), shutil.disk_usage(path.parent).free
     if need > free:
-        raise ValueError(f"--cache=disk would take {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free in {path.parent}")
+        raise ValueError(
+            f"--cache=disk would take {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free in {path.parent}"
+        )
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         writer = array_record_module.ArrayRecordWriter(str(aside), "group_size:1")
-        for row in tqdm.tqdm(range(len(data)), desc=f"writing {path.name}", unit="image", mininterval=1):
-            writer.write(_shrunk(data.encoded(row), str(data.paths[row]), short_side))
+        for row in tqdm.tqdm(
+            range(len(data)), desc=f"writing {path.name}", unit="image", mininterval=1
+        ):
+            writer.write(_shrunk(data.image_bytes(row), str(data.paths[row]), short_side))
         writer.close()
         aside.replace(path)
     finally:
@@ -112,7 +131,9 @@ class _Memory:
 
     def __call__(self, position):
         if position not in self._kept:
-            self._kept[position] = _shrunk(self._data.read(position), self._name_of[position], self._short_side)
+            self._kept[position] = _shrunk(
+                self._data.read(position), self._name_of[position], self._short_side
+            )
         return self._kept[position]
 
 

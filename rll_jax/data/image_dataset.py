@@ -1,4 +1,5 @@
 """Sets of labelled pictures behind one interface, wherever the pictures are."""
+
 from concurrent import futures
 import dataclasses
 import os
@@ -13,7 +14,7 @@ from rll_jax.data import benchmarks, images
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageSet:
+class EncodedImageDataset:
     """One split: encoded pictures by row number, and what is known of each.
 
     Attributes:
@@ -39,61 +40,85 @@ class ImageSet:
     def __len__(self):
         return len(self.labels)
 
-    def image(self, row: int):
+    def decoded_image(self, row: int):
         """The decoded picture of a row; raises `images.BadImageError` naming its path."""
-        return self.picture(row).rgb()
+        return self.image(row).rgb()
 
-    def picture(self, row: int) -> images.Picture:
+    def image(self, row: int) -> images.EncodedImage:
         """The picture of a row for a view, which decodes what it needs; raises as `image`, as does the view."""
         try:
-            encoded = self.encoded(row)
-        except Exception as error:  # of the file system, of damaged ArrayRecord files, of an object store's client
-            raise images.BadImageError(f"cannot read the image {str(self.paths[row])!r}: {str(error)[:300]}") from error
-        return images.Picture(encoded, str(self.paths[row]))
+            encoded = self.image_bytes(row)
+        except (
+            Exception
+        ) as error:  # of the file system, of damaged ArrayRecord files, of an object store's client
+            raise images.BadImageError(
+                f"cannot read the image {str(self.paths[row])!r}: {str(error)[:300]}"
+            ) from error
+        return images.EncodedImage(encoded, str(self.paths[row]))
 
-    def encoded(self, row: int) -> bytes:
+    def image_bytes(self, row: int) -> bytes:
         return self.read(int(self.positions[row]))
 
-    def take(self, rows) -> "ImageSet":
+    def take(self, rows) -> "EncodedImageDataset":
         """The set of some rows, in their order."""
-        arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "read"}
-        return dataclasses.replace(self, **{name: None if a is None else a[rows] for name, a in arrays.items()})
+        arrays = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "read"
+        }
+        return dataclasses.replace(
+            self, **{name: None if a is None else a[rows] for name, a in arrays.items()}
+        )
 
 
-def check_splits(train: ImageSet, test: ImageSet) -> None:
+def check_splits(train: EncodedImageDataset, test: EncodedImageDataset) -> None:
     """Raises ValueError where a split is empty, a class is in both, or no test class has two images: nothing could be measured."""
     for name, data in (("train", train), ("test", test)):
         if not len(data):
             raise ValueError(f"the {name} split has no images")
     common = np.intersect1d(train.labels, test.labels)
     if len(common):
-        raise ValueError(f"{len(common)} classes are in train and in test, such as {common[:5].tolist()}")
+        raise ValueError(
+            f"{len(common)} classes are in train and in test, such as {common[:5].tolist()}"
+        )
     if test.in_gallery is not None:
         if not np.isin(test.labels[~test.in_gallery], test.labels[test.in_gallery]).any():
-            raise ValueError("no query has an image of its class in the gallery: there is nothing to retrieve")
+            raise ValueError(
+                "no query has an image of its class in the gallery: there is nothing to retrieve"
+            )
     elif len(np.unique(test.labels)) == len(test):
-        raise ValueError(f"each of the {len(test)} test classes has a single image: there is nothing to retrieve")
+        raise ValueError(
+            f"each of the {len(test)} test classes has a single image: there is nothing to retrieve"
+        )
 
 
-def find_bad(data: ImageSet, *, full: bool, threads: int = 2) -> dict[int, str]:
+def find_bad(data: EncodedImageDataset, *, full: bool, threads: int = 2) -> dict[int, str]:
     """{row: what is wrong} of the pictures that are missing or empty, or, where `full`, that do not decode."""
-    bad = {int(row): f"{data.paths[row]}: missing or empty" for row in np.flatnonzero(data.sizes == 0)}
+    bad = {
+        int(row): f"{data.paths[row]}: missing or empty" for row in np.flatnonzero(data.sizes == 0)
+    }
     if full:
 
         def decode(row):
             try:
-                data.image(row)
+                data.decoded_image(row)
             except images.BadImageError as error:
                 return row, str(error)
 
         todo = [row for row in range(len(data)) if row not in bad]
         with futures.ThreadPoolExecutor(threads) as pool:
-            done = tqdm.tqdm(pool.map(decode, todo), total=len(todo), desc="verifying", unit="image", mininterval=1)
+            done = tqdm.tqdm(
+                pool.map(decode, todo),
+                total=len(todo),
+                desc="verifying",
+                unit="image",
+                mininterval=1,
+            )
             bad |= dict(filter(None, done))
     return bad
 
 
-def without(data: ImageSet, bad: Iterable[int]) -> ImageSet:
+def skip_bad(data: EncodedImageDataset, bad: Iterable[int]) -> EncodedImageDataset:
     """The set without those rows, and without the classes that are left with one image because of them."""
     bad = np.fromiter(bad, np.int64)
     kept = ~np.isin(np.arange(len(data)), bad)
@@ -104,7 +129,7 @@ def without(data: ImageSet, bad: Iterable[int]) -> ImageSet:
     return data.take(np.flatnonzero(kept))
 
 
-def hold_out(train: ImageSet, share: float, seed: int) -> dict[str, ImageSet]:
+def hold_out(train: EncodedImageDataset, share: float, seed: int) -> dict[str, EncodedImageDataset]:
     """{"train": ..., "test": ...} of a training set: a share of its classes of two images or more, drawn by the seed, is test.
 
     Raises:
@@ -113,27 +138,43 @@ def hold_out(train: ImageSet, share: float, seed: int) -> dict[str, ImageSet]:
     classes, counts = np.unique(train.labels, return_counts=True)
     many = classes[counts > 1]
     if len(many) < 2:
-        raise ValueError(f"classes cannot be held out: expected at least two of two images or more, found {len(many)}")
-    held = np.random.default_rng(seed).permutation(many)[: min(max(round(len(classes) * share), 1), len(many) - 1)]
+        raise ValueError(
+            f"classes cannot be held out: expected at least two of two images or more, found {len(many)}"
+        )
+    held = np.random.default_rng(seed).permutation(many)[
+        : min(max(round(len(classes) * share), 1), len(many) - 1)
+    ]
     tested = np.isin(train.labels, held)
-    return {"train": train.take(np.flatnonzero(~tested)), "test": train.take(np.flatnonzero(tested))}
+    return {
+        "train": train.take(np.flatnonzero(~tested)),
+        "test": train.take(np.flatnonzero(tested)),
+    }
 
 
-def from_rows(root, rows: list[benchmarks.Row]) -> dict[str, ImageSet]:
+def from_rows(root, rows: list[benchmarks.Row]) -> dict[str, EncodedImageDataset]:
     """{"train": ..., "test": ...} of image files under `root`, a local folder or a gs:// or s3:// address."""
     root = epath.Path(root)
     read = _Files(root, [row.path for row in rows])
     with futures.ThreadPoolExecutor(16) as pool:  # a question to the file system each
-        sizes, changed = np.array(list(pool.map(lambda row: _size_and_time(root / row.path), rows)), np.int64).T
+        sizes, changed = np.array(
+            list(pool.map(lambda row: _size_and_time(root / row.path), rows)), np.int64
+        ).T
     columns = zip(*((row.label, row.path, row.super_label, row.split) for row in rows))
     labels, paths, super_labels, splits = (np.array(column) for column in columns)
     super_labels = super_labels.astype(np.int64) if np.ptp(super_labels) else None
-    everything = ImageSet(read, np.arange(len(rows)), labels.astype(np.int64), paths, sizes, changed, super_labels)
-    return by_split(everything, splits)
+    everything = EncodedImageDataset(
+        read, np.arange(len(rows)), labels.astype(np.int64), paths, sizes, changed, super_labels
+    )
+    return split_dataset(everything, splits)
 
 
-def by_split(everything: ImageSet, splits: np.ndarray) -> dict[str, ImageSet]:
-    train, test = (everything.take(np.flatnonzero(rows)) for rows in (splits == benchmarks.TRAIN, splits != benchmarks.TRAIN))
+def split_dataset(
+    everything: EncodedImageDataset, splits: np.ndarray
+) -> dict[str, EncodedImageDataset]:
+    train, test = (
+        everything.take(np.flatnonzero(rows))
+        for rows in (splits == benchmarks.TRAIN, splits != benchmarks.TRAIN)
+    )
     roles = splits[splits != benchmarks.TRAIN]
     if (roles != benchmarks.TEST).any():
         test = dataclasses.replace(test, in_gallery=roles == benchmarks.GALLERY)
@@ -161,6 +202,10 @@ def _size_and_time(path) -> tuple[int, int]:
             information = path.stat()
             return (0, 0) if information.is_directory else (information.length, information.mtime)
         information = os.stat(path)  # epath's fails where the owner's number has no name
-        return (0, 0) if stat.S_ISDIR(information.st_mode) else (information.st_size, information.st_mtime_ns)
+        return (
+            (0, 0)
+            if stat.S_ISDIR(information.st_mode)
+            else (information.st_size, information.st_mtime_ns)
+        )
     except OSError:
         return 0, 0

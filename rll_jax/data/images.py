@@ -1,4 +1,5 @@
 """Encoded pictures, decoded: RGB, upright, no more pixels than are needed."""
+
 import collections
 import contextlib
 import io
@@ -10,17 +11,25 @@ import simplejpeg
 
 _WHITE = (255, 255, 255)
 _ORIENTATION = 0x0112  # of EXIF
-_UPRIGHT = collections.defaultdict(lambda: lambda x: x, {
-    2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1], 5: lambda x: x.swapaxes(0, 1),
-    6: lambda x: x.swapaxes(0, 1)[:, ::-1], 7: lambda x: x[::-1, ::-1].swapaxes(0, 1), 8: lambda x: x.swapaxes(0, 1)[::-1],
-})  # fmt: skip
+_UPRIGHT = collections.defaultdict(
+    lambda: lambda x: x,
+    {
+        2: lambda x: x[:, ::-1],
+        3: lambda x: x[::-1, ::-1],
+        4: lambda x: x[::-1],
+        5: lambda x: x.swapaxes(0, 1),
+        6: lambda x: x.swapaxes(0, 1)[:, ::-1],
+        7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+        8: lambda x: x.swapaxes(0, 1)[::-1],
+    },
+)
 
 
 class BadImageError(ValueError):
     """An image that cannot be decoded; the message names it."""
 
 
-class Picture:
+class EncodedImage:
     """An encoded picture (PNG, JPEG, WebP, ...): its size from the header, its pixels when asked for, no more of them than needed.
 
     Upright by its EXIF tag, in RGB, transparency on white, 16 bits as 8. Takes the place of a Pillow image in the views.
@@ -37,10 +46,17 @@ class Picture:
         with self._named():
             image = self._open()
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are more than is safe to decode")
-            self._is_jpeg, self._stored = image.format == "JPEG" and image.mode in ("RGB", "L"), image.size
+                raise ValueError(
+                    f"{image.width} x {image.height} pixels are more than is safe to decode"
+                )
+            self._is_jpeg, self._stored = (
+                image.format == "JPEG" and image.mode in ("RGB", "L"),
+                image.size,
+            )
             # Pillow turns a TIFF by itself
-            self._orientation = 1 if image.format == "TIFF" else image.getexif().get(_ORIENTATION, 1)
+            self._orientation = (
+                1 if image.format == "TIFF" else image.getexif().get(_ORIENTATION, 1)
+            )
             self.size = image.size[::-1] if self._orientation in (5, 6, 7, 8) else image.size
 
     @property
@@ -97,7 +113,9 @@ class Picture:
         edges /= shrink
         if max(across, down) > 2 * shrink:
             box = (*edges[:2], *np.minimum(edges[2:], pixels.shape[1::-1]))
-            return np.asarray(Image.fromarray(pixels).resize(size, resample, box=box, reducing_gap=reducing_gap))
+            return np.asarray(
+                Image.fromarray(pixels).resize(size, resample, box=box, reducing_gap=reducing_gap)
+            )
         left, top, right, bottom = whole = edges.round().astype(int)
         if right > left and bottom > top and (nearest or (edges == whole).all()):
             return cv2.resize(pixels[top:bottom, left:right], size, interpolation=cv2.INTER_LINEAR)
@@ -111,12 +129,20 @@ class Picture:
         """The pixels of a grey or colour JPEG at 1/shrink, upright; None where it is something else, or not as it should be."""
         if not self._is_jpeg:
             return None
-        low = {"min_width": -(-self._stored[0] // shrink), "min_height": -(-self._stored[1] // shrink), "min_factor": shrink}
+        low = {
+            "min_width": -(-self._stored[0] // shrink),
+            "min_height": -(-self._stored[1] // shrink),
+            "min_factor": shrink,
+        }
         try:
             pixels = simplejpeg.decode_jpeg(self._data, "RGB", **low)
         except ValueError:  # it refuses what Pillow mends, too
             return None
-        return pixels if self._orientation == 1 else np.ascontiguousarray(_UPRIGHT[self._orientation](pixels))
+        return (
+            pixels
+            if self._orientation == 1
+            else np.ascontiguousarray(_UPRIGHT[self._orientation](pixels))
+        )
 
     def _open(self) -> Image.Image:
         return Image.open(io.BytesIO(self._data))
@@ -128,18 +154,24 @@ class Picture:
         except BadImageError:
             raise
         except Exception as error:  # damaged pictures raise anything in Pillow, struct.error and TypeError among it
-            reason = "it is of no kind that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
-            raise BadImageError(f"cannot decode the image {self._name!r} ({len(self._data)} bytes): {reason}") from error
+            reason = (
+                "it is of no kind that Pillow knows"
+                if isinstance(error, UnidentifiedImageError)
+                else error
+            )
+            raise BadImageError(
+                f"cannot decode the image {self._name!r} ({len(self._data)} bytes): {reason}"
+            ) from error
 
 
 def decode(data: bytes, name: str) -> Image.Image:
-    """The whole picture in `data`; see `Picture`."""
-    return Picture(data, name).rgb()
+    """The whole picture in `data`; see `EncodedImage`."""
+    return EncodedImage(data, name).rgb()
 
 
 def shrink(data: bytes, name: str, short_side: int) -> Image.Image:
-    """The whole picture, made smaller to a short side of so many pixels where it is larger; raises as `Picture`."""
-    picture = Picture(data, name)
+    """The whole picture, made smaller to a short side of so many pixels where it is larger; raises as `EncodedImage`."""
+    picture = EncodedImage(data, name)
     scale = short_side / min(picture.size)
     if scale >= 1:
         return picture.rgb()

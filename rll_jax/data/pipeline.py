@@ -1,4 +1,5 @@
 """From row numbers to batches on the devices: read, decode and augment in parallel (grain), ahead of the training."""
+
 import collections
 from typing import Callable, Iterable, Iterator
 
@@ -7,22 +8,32 @@ import grain
 import numpy as np
 
 from rll_jax.data import images
-from rll_jax.data.image_dataset import ImageSet
+from rll_jax.data.image_dataset import EncodedImageDataset
 
 _AUGMENT, _CLASS = 2, 3  # streams of random numbers of their own, beside the samplers'
 OnBad = Callable[[int], None]
 
 
 def train_batches(
-    data: ImageSet, sampler, augment: Callable, of_class: Callable | None = None, *, start: int, stop: int, spread: bool = True,
-    share: tuple[int, int] = (0, 1), threads: int = 2, processes: int = 0, on_bad: OnBad | None = None,
-) -> Iterator[dict]:  # fmt: skip
+    data: EncodedImageDataset,
+    sampler,
+    augment: Callable,
+    class_transform: Callable | None = None,
+    *,
+    start: int,
+    stop: int,
+    spread: bool = True,
+    share: tuple[int, int] = (0, 1),
+    threads: int = 2,
+    processes: int = 0,
+    on_bad: OnBad | None = None,
+) -> Iterator[dict]:
     """The batches of steps start to stop - 1, each a pure function of (the sampler's seed, step).
 
     Args:
       sampler: of `rll_jax.data.sampler`.
       augment: (image, rng) -> (H, W, 3) uint8, each image with random numbers of its own.
-      of_class: (pixels, rng) -> pixels, after it, all images of a class in the batch with the same random numbers; or None.
+      class_transform: (pixels, rng) -> pixels, after it, all images of a class in the batch with the same random numbers; or None.
       spread: order the rows so that devices, which take equal shares of them, each have images of as many classes as can be; otherwise
         the sampler's order, a class's images side by side.
       share: (i, n): only the i-th of n equal parts of the rows, for one host of many.
@@ -45,11 +56,18 @@ def train_batches(
         for i in order[len(rows) * part // parts : len(rows) * (part + 1) // parts]:
             seed = (sampler.seed, _AUGMENT, int(step), int(i))
             x, row = _view(data, rows, rows[i], augment, seed, None if on_bad is None else bad)
-            if of_class is not None:
-                x = of_class(x, np.random.default_rng((sampler.seed, _CLASS, int(step), int(data.labels[row]))))
+            if class_transform is not None:
+                x = class_transform(
+                    x,
+                    np.random.default_rng((sampler.seed, _CLASS, int(step), int(data.labels[row]))),
+                )
             pixels.append(x)
             labels.append(data.labels[row])
-        return {"image": np.stack(pixels), "label": np.array(labels, np.int32), "bad": np.array(bad, np.int64)}
+        return {
+            "image": np.stack(pixels),
+            "label": np.array(labels, np.int32),
+            "bad": np.array(bad, np.int64),
+        }
 
     for batch in _parallel(grain.MapDataset.range(start, stop).map(load), threads, processes):
         for row in batch.pop("bad"):
@@ -58,7 +76,13 @@ def train_batches(
 
 
 def test_batches(
-    data: ImageSet, view: Callable, *, batch_size: int, threads: int = 2, processes: int = 0, on_bad: OnBad | None = None
+    data: EncodedImageDataset,
+    view: Callable,
+    *,
+    batch_size: int,
+    threads: int = 2,
+    processes: int = 0,
+    on_bad: OnBad | None = None,
 ) -> Iterator[np.ndarray]:
     """(batch_size, H, W, 3) uint8: every row once, in order; the last batch is filled up with zeros.
 
@@ -67,7 +91,7 @@ def test_batches(
 
     def seen(row, bad):
         try:
-            return view(data.picture(row))
+            return view(data.image(row))
         except images.BadImageError:
             if on_bad is None:
                 raise
@@ -81,7 +105,9 @@ def test_batches(
         pixels = np.pad(pixels, [(0, batch_size - len(pixels))] + [(0, 0)] * (pixels.ndim - 1))
         return {"image": pixels, "bad": np.array(bad, np.int64)}
 
-    for batch in _parallel(grain.MapDataset.range(-(-len(data) // batch_size)).map(load), threads, processes):
+    for batch in _parallel(
+        grain.MapDataset.range(-(-len(data) // batch_size)).map(load), threads, processes
+    ):
         for row in batch["bad"]:
             on_bad(int(row))
         yield batch["image"]
@@ -91,7 +117,7 @@ def _view(data, batch, row, augment, seed, bad):
     """The augmented picture of a row and the row; or those of another that can be read. Those that cannot go into `bad`."""
     for at in _candidates(data, batch, row):
         try:
-            return augment(data.picture(at), np.random.default_rng(seed)), at
+            return augment(data.image(at), np.random.default_rng(seed)), at
         except images.BadImageError as error:
             if bad is None:
                 raise
@@ -116,7 +142,9 @@ def _spread(rows: int, images_per_class: int) -> np.ndarray:
 
 
 def _parallel(dataset, threads: int, processes: int) -> Iterator:
-    batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+    batches = dataset.to_iter_dataset(
+        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    )
     if not processes:
         yield from batches
         return

@@ -4,11 +4,16 @@ Nothing is remembered between steps, so that any step's batch can be made again 
 `ClassSampler` is the sampling of Ranked List Loss (Wang et al. 2019): an epoch is a random permutation of the classes, cut to a
 multiple of the classes of a batch; each class of the batch gives K distinct images. The others are what else the field uses.
 """
+
 import dataclasses
 
 import numpy as np
 
-_EPOCH, _STEP, _GROUPS = 0, 1, 4  # streams of random numbers that must not meet; 2 and 3 are the pipeline's
+_EPOCH, _STEP, _GROUPS = (
+    0,
+    1,
+    4,
+)  # streams of random numbers that must not meet; 2 and 3 are the pipeline's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +55,14 @@ class ClassSampler:
     def batch(self, step: int) -> np.ndarray:
         """(P * K,) row numbers of the batch of `step` (from 0), the images of a class side by side."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        classes = np.random.default_rng((self.seed, _EPOCH, epoch)).permutation(len(self._rows_of_class))
+        classes = np.random.default_rng((self.seed, _EPOCH, epoch)).permutation(
+            len(self._rows_of_class)
+        )
         chosen = classes[position * self.classes_per_batch :][: self.classes_per_batch]
         rng = np.random.default_rng((self.seed, _STEP, step))
-        return np.concatenate([_images(self._rows_of_class[c], self.images_per_class, rng) for c in chosen])
+        return np.concatenate(
+            [_images(self._rows_of_class[c], self.images_per_class, rng) for c in chosen]
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,18 +91,25 @@ class HierarchicalSampler:
 
     def __post_init__(self):
         _check_counts(self)
-        if self.super_classes_per_batch < 1 or self.classes_per_batch % self.super_classes_per_batch:
+        if (
+            self.super_classes_per_batch < 1
+            or self.classes_per_batch % self.super_classes_per_batch
+        ):
             raise ValueError(
                 f"classes_per_batch is {self.classes_per_batch}, which {self.super_classes_per_batch} super classes cannot share: "
                 "change one of them"
             )
         rows_of_class = _rows_of(self.labels)
         super_of_class = np.array([self.super_labels[rows[0]] for rows in rows_of_class])
-        if any((self.super_labels[rows] != s).any() for rows, s in zip(rows_of_class, super_of_class)):
+        if any(
+            (self.super_labels[rows] != s).any() for rows, s in zip(rows_of_class, super_of_class)
+        ):
             raise ValueError("a class has images of two super classes")
         object.__setattr__(self, "_rows_of_class", rows_of_class)
         size = self.classes_per_batch // self.super_classes_per_batch
-        object.__setattr__(self, "_classes_of_super", [c for c in _rows_of(super_of_class) if len(c) >= size])
+        object.__setattr__(
+            self, "_classes_of_super", [c for c in _rows_of(super_of_class) if len(c) >= size]
+        )
         if len(self._classes_of_super) < self.super_classes_per_batch:
             raise ValueError(
                 f"only {len(self._classes_of_super)} super classes hold the {size} classes that each of {self.super_classes_per_batch} "
@@ -101,7 +117,9 @@ class HierarchicalSampler:
             )
         groups = np.array([len(classes) // size for classes in self._classes_of_super])
         steps = groups.sum() // self.super_classes_per_batch
-        while np.minimum(groups, steps).sum() < steps * self.super_classes_per_batch:  # each gives one group to a batch
+        while (
+            np.minimum(groups, steps).sum() < steps * self.super_classes_per_batch
+        ):  # each gives one group to a batch
             steps = np.minimum(groups, steps).sum() // self.super_classes_per_batch
         object.__setattr__(self, "_steps", int(steps))
 
@@ -118,18 +136,24 @@ class HierarchicalSampler:
         epoch, position = divmod(step, self.steps_per_epoch)
         chosen = self._epoch(epoch)[position]
         rng = np.random.default_rng((self.seed, _STEP, step))
-        return np.concatenate([_images(self._rows_of_class[c], self.images_per_class, rng) for c in chosen])
+        return np.concatenate(
+            [_images(self._rows_of_class[c], self.images_per_class, rng) for c in chosen]
+        )
 
     def _epoch(self, epoch) -> np.ndarray:
         """(steps_per_epoch, P) classes: no super class twice in a batch, no class twice in an epoch."""
         rng = np.random.default_rng((self.seed, _GROUPS, epoch))
         size, batches = self.classes_per_batch // self.super_classes_per_batch, self.steps_per_epoch
         groups = []
-        for classes in (self._classes_of_super[s] for s in rng.permutation(len(self._classes_of_super))):
+        for classes in (
+            self._classes_of_super[s] for s in rng.permutation(len(self._classes_of_super))
+        ):
             mixed = rng.permutation(classes)
             groups += list(mixed[: min(len(mixed) // size, batches) * size].reshape(-1, size))
         # dealt round the batches like cards: a super class has at most as many groups as there are batches
-        dealt = [groups[b : batches * self.super_classes_per_batch : batches] for b in range(batches)]
+        dealt = [
+            groups[b : batches * self.super_classes_per_batch : batches] for b in range(batches)
+        ]
         return np.array([np.concatenate(batch) for batch in dealt])[rng.permutation(batches)]
 
 
@@ -156,7 +180,12 @@ class ShuffleSampler:
     seed: int = 0
 
     def __post_init__(self):
-        if self.min_positives < 1 or self.batch_size < 2 or self.batch_size % (1 + self.min_positives) or self.seed < 0:
+        if (
+            self.min_positives < 1
+            or self.batch_size < 2
+            or self.batch_size % (1 + self.min_positives)
+            or self.seed < 0
+        ):
             raise ValueError(
                 f"a batch of {self.batch_size} images cannot be made of images with {self.min_positives} positives each: expected a "
                 f"multiple of {1 + self.min_positives}"
@@ -167,7 +196,9 @@ class ShuffleSampler:
         object.__setattr__(self, "_class_of", class_of)
         object.__setattr__(self, "_rows", np.array(list(class_of), np.int64))
         if len(class_of) < self.batch_size // (1 + self.min_positives):
-            raise ValueError(f"only {len(class_of)} training images have another of their class: lower classes_per_batch")
+            raise ValueError(
+                f"only {len(class_of)} training images have another of their class: lower classes_per_batch"
+            )
 
     @property
     def images_per_class(self) -> int:
@@ -186,12 +217,16 @@ class ShuffleSampler:
         rng = np.random.default_rng((self.seed, _STEP, step))
         rows, taken = [], set(order[position * drawn :][:drawn].tolist())
         for row in order[position * drawn :][:drawn].tolist():
-            of_class = self._rows_of_class[self._class_of[row]]
-            drawn_of_class = of_class[rng.choice(len(of_class), min(len(of_class), self.batch_size), replace=False)]
+            class_rows = self._rows_of_class[self._class_of[row]]
+            drawn_of_class = class_rows[
+                rng.choice(len(class_rows), min(len(class_rows), self.batch_size), replace=False)
+            ]
             others = [r for r in drawn_of_class.tolist() if r != row]
             fresh = [r for r in others if r not in taken]
             # those of the class that the batch has not yet, then any
-            positives = np.resize([*fresh, *(r for r in others if r in taken)], self.min_positives).tolist()
+            positives = np.resize(
+                [*fresh, *(r for r in others if r in taken)], self.min_positives
+            ).tolist()
             taken.update(positives)
             rows += [row, *positives]
         return np.array(rows)

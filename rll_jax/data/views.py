@@ -1,4 +1,5 @@
-"""How a network looks at a picture: resized, cropped, augmented. A Pillow image or an `images.Picture` in, (H, W, 3) uint8 out."""
+"""How a network looks at a picture: resized, cropped, augmented. A Pillow image or an `images.EncodedImage` in, (H, W, 3) uint8 out."""
+
 import dataclasses
 import functools
 import math
@@ -16,20 +17,28 @@ _WHITE = (255, 255, 255)
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
-def resize_center_crop(image: Image.Image | images.Picture, size: int, resize: int) -> np.ndarray:
+def resize_center_crop(
+    image: Image.Image | images.EncodedImage, size: int, resize: int
+) -> np.ndarray:
     """(size, size, 3): the whole picture squeezed to resize x resize, its centre kept: the test view of the recipes."""
     edge = (resize - size) // 2
     return _resized(image, resize)[edge : edge + size, edge : edge + size]
 
 
 def _resized(image, side: int, box=None) -> np.ndarray:
-    if isinstance(image, images.Picture):
-        return image.resized((side, side), box, nearest=box is not None)  # of random windows, any is as good
-    return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0))
+    if isinstance(image, images.EncodedImage):
+        return image.resized(
+            (side, side), box, nearest=box is not None
+        )  # of random windows, any is as good
+    return np.asarray(
+        image.resize((side, side), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
+    )
 
 
 def _mirrored_by_chance(pixels, rng) -> np.ndarray:
-    return cv2.flip(pixels, 1) if rng.random() < 0.5 else pixels  # a view with steps backwards is slow to stack
+    return (
+        cv2.flip(pixels, 1) if rng.random() < 0.5 else pixels
+    )  # a view with steps backwards is slow to stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +47,7 @@ class RandomResizedCrop:
     half of the time.
 
     The train view of the 2020 recipes (resize to 256 x 256, then a crop of scale 0.5-1 and aspect 3/4-4/3), in one resize; of an
-    `images.Picture` its edges are whole pixels.
+    `images.EncodedImage` its edges are whole pixels.
     """
 
     size: int
@@ -46,7 +55,9 @@ class RandomResizedCrop:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
 
-    def __call__(self, image: Image.Image | images.Picture, rng: np.random.Generator) -> np.ndarray:
+    def __call__(
+        self, image: Image.Image | images.EncodedImage, rng: np.random.Generator
+    ) -> np.ndarray:
         area = rng.uniform(*self.scale)
         aspect = math.exp(rng.uniform(*map(math.log, self.ratio)))
         # at an area near 1 no window of another aspect fits
@@ -66,7 +77,9 @@ class ResizeCrop:
     size: int
     resize: int
 
-    def __call__(self, image: Image.Image | images.Picture, rng: np.random.Generator) -> np.ndarray:
+    def __call__(
+        self, image: Image.Image | images.EncodedImage, rng: np.random.Generator
+    ) -> np.ndarray:
         left, top = rng.integers(0, self.resize - self.size + 1, 2)
         pixels = _resized(image, self.resize)[top : top + self.size, left : left + self.size]
         return _mirrored_by_chance(pixels, rng)
@@ -82,13 +95,15 @@ class BorderCrop:
     size: int
     fit: int
 
-    def __call__(self, image: Image.Image | images.Picture, rng: np.random.Generator) -> np.ndarray:
+    def __call__(
+        self, image: Image.Image | images.EncodedImage, rng: np.random.Generator
+    ) -> np.ndarray:
         left, top = rng.integers(0, self.fit - self.size + 1, 2)
         pixels = _without_border(image, self.fit)[top : top + self.size, left : left + self.size]
         return _mirrored_by_chance(pixels, rng)
 
 
-def border_center_crop(image: Image.Image | images.Picture, size: int, fit: int) -> np.ndarray:
+def border_center_crop(image: Image.Image | images.EncodedImage, size: int, fit: int) -> np.ndarray:
     """(size, size, 3): the test view that goes with `BorderCrop`."""
     edge = (fit - size) // 2
     return _without_border(image, fit)[edge : edge + size, edge : edge + size]
@@ -98,14 +113,21 @@ def _without_border(image, fit: int, white: int = 250, pad: int = 15) -> np.ndar
     image = _whole(image)
     drawn = np.asarray(image.convert("L")) < white
     if drawn.any():
-        (top, bottom), (left, right) = (np.flatnonzero(drawn.any(axis=axis))[[0, -1]] for axis in (1, 0))
-        box = (max(left - pad, 0), max(top - pad, 0), min(right + 1 + pad, image.width), min(bottom + 1 + pad, image.height))
+        (top, bottom), (left, right) = (
+            np.flatnonzero(drawn.any(axis=axis))[[0, -1]] for axis in (1, 0)
+        )
+        box = (
+            max(left - pad, 0),
+            max(top - pad, 0),
+            min(right + 1 + pad, image.width),
+            min(bottom + 1 + pad, image.height),
+        )
         image = image.crop(tuple(map(int, box)))
     return np.asarray(ImageOps.pad(image, (fit, fit), Image.Resampling.BILINEAR, color=_WHITE))
 
 
 def _whole(image) -> Image.Image:
-    return image.rgb() if isinstance(image, images.Picture) else image
+    return image.rgb() if isinstance(image, images.EncodedImage) else image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,18 +152,30 @@ class RandomAffine:
     colour: float = 0.1
     grey: float = 0.0
 
-    def __call__(self, image: Image.Image | images.Picture, rng: np.random.Generator) -> np.ndarray:
+    def __call__(
+        self, image: Image.Image | images.EncodedImage, rng: np.random.Generator
+    ) -> np.ndarray:
         angle = np.deg2rad(rng.uniform(-self.rotate, self.rotate))
         zoom = np.exp(rng.uniform(*np.log(self.zoom)))
         stretch = np.exp(rng.uniform(-self.stretch, self.stretch) / 2)
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         # Pillow's matrix maps the result's pixels to the source's
-        matrix = turn @ np.diag([image.width / (zoom * stretch), image.height * stretch / zoom]) / self.size
-        centre = np.array([image.width, image.height]) * (0.5 + rng.uniform(-self.shift, self.shift, 2))
+        matrix = (
+            turn
+            @ np.diag([image.width / (zoom * stretch), image.height * stretch / zoom])
+            / self.size
+        )
+        centre = np.array([image.width, image.height]) * (
+            0.5 + rng.uniform(-self.shift, self.shift, 2)
+        )
         offset = centre - matrix @ [self.size / 2, self.size / 2]
         coefficients = (*matrix[0], offset[0], *matrix[1], offset[1])
         view = _whole(image).transform(
-            (self.size, self.size), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC, fillcolor=_WHITE
+            (self.size, self.size),
+            Image.Transform.AFFINE,
+            coefficients,
+            Image.Resampling.BICUBIC,
+            fillcolor=_WHITE,
         )
         pixels = np.asarray(view)
         if not self.colour and not self.grey:
@@ -150,7 +184,9 @@ class RandomAffine:
         if rng.random() < self.grey:
             mix = np.outer(mix @ np.ones(3, np.float32), _LUMA)
         # colours change around white, so that the paper stays white
-        moved = (pixels.astype(np.float32) - 255) @ mix.T * np.float32(np.exp(rng.normal(0, self.colour))) + 255
+        moved = (pixels.astype(np.float32) - 255) @ mix.T * np.float32(
+            np.exp(rng.normal(0, self.colour))
+        ) + 255
         return np.clip(moved, 0, 255).astype(np.uint8)
 
 
@@ -200,11 +236,17 @@ class Jittered:
         try:
             _changes(self.strong, 0)
         except ImportError:
-            raise ValueError("this augmentation needs albumentations: pip install albumentations==2.0.8")
+            raise ValueError(
+                "this augmentation needs albumentations: pip install albumentations==2.0.8"
+            )
 
-    def __call__(self, image: Image.Image | images.Picture, rng: np.random.Generator) -> np.ndarray:
+    def __call__(
+        self, image: Image.Image | images.EncodedImage, rng: np.random.Generator
+    ) -> np.ndarray:
         pixels = np.ascontiguousarray(self.view(image, rng))
-        changes = _changes(self.strong, threading.get_ident())  # they remember their random state: one for each thread
+        changes = _changes(
+            self.strong, threading.get_ident()
+        )  # they remember their random state: one for each thread
         changes.set_random_seed(int(rng.integers(2**31)))
         return changes(image=pixels)["image"]
 
@@ -215,10 +257,27 @@ def _changes(strong: bool, thread: int):
     import albumentations as A
 
     if not strong:
-        return A.Compose([A.ColorJitter(brightness=(0.75, 1.25), contrast=(0.75, 1.25), saturation=(0.75, 1.25), hue=(-0.05, 0.05), p=0.8)])
+        return A.Compose(
+            [
+                A.ColorJitter(
+                    brightness=(0.75, 1.25),
+                    contrast=(0.75, 1.25),
+                    saturation=(0.75, 1.25),
+                    hue=(-0.05, 0.05),
+                    p=0.8,
+                )
+            ]
+        )
     one_of = [
-        A.ColorJitter(brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.6, 1.4), hue=(-0.1, 0.1), p=1), A.AutoContrast(p=1),
-        A.Equalize(p=1), A.Posterize(num_bits=(4, 7), p=1), A.Solarize(p=1), A.Sharpen(p=1), A.ToGray(p=1),
+        A.ColorJitter(
+            brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.6, 1.4), hue=(-0.1, 0.1), p=1
+        ),
+        A.AutoContrast(p=1),
+        A.Equalize(p=1),
+        A.Posterize(num_bits=(4, 7), p=1),
+        A.Solarize(p=1),
+        A.Sharpen(p=1),
+        A.ToGray(p=1),
         A.Affine(rotate=(-25, 25), shear=(-15, 15), translate_percent=(-0.1, 0.1), p=1),
-    ]  # fmt: skip
+    ]
     return A.Compose([A.SomeOf(one_of, n=2, replace=False)])

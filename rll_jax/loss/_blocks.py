@@ -53,8 +53,12 @@ def _coefficients(spec, hyper, p, scale_pos, scale_neg, terms=None, ct_log_mass=
     """A function (d, u, w) -> derivative of the queries' weighted sum by each distance, over that distance."""
     share_pos = share_neg = 0
     if ct_log_mass is not None:
-        share_pos = ct_log_mass * jnp.where(p.sum_pos == 0, 0, jnp.exp(p.log_scale_pos - terms.log_mass))
-        share_neg = ct_log_mass * jnp.where(p.sum_neg == 0, 0, jnp.exp(p.log_scale_neg - terms.log_mass))
+        share_pos = ct_log_mass * jnp.where(
+            p.sum_pos == 0, 0, jnp.exp(p.log_scale_pos - terms.log_mass)
+        )
+        share_neg = ct_log_mass * jnp.where(
+            p.sum_neg == 0, 0, jnp.exp(p.log_scale_neg - terms.log_mass)
+        )
 
     def coefficient(d, u, w):
         pos, d = w > 0, jnp.abs(d)
@@ -66,7 +70,9 @@ def _coefficients(spec, hyper, p, scale_pos, scale_neg, terms=None, ct_log_mass=
             slope = slope + temperature * (jnp.abs(_hinge(spec, hyper, u)) - term)
         by_distance = by_distance * slope
         if ct_log_mass is not None:
-            by_distance += jnp.where(pos, hyper.temperature_pos * share_pos, hyper.temperature_neg * share_neg)
+            by_distance += jnp.where(
+                pos, hyper.temperature_pos * share_pos, hyper.temperature_neg * share_neg
+            )
         # A pair at distance 0 has no direction.
         return jnp.where(d == 0, 0, w * by_distance / d)
 
@@ -81,20 +87,30 @@ def _gradient(p, coefficient, q, rows, g, columns, gallery_gradient=False):
 
     def direct(pulls, column, hit):
         pull_q, pull_g = pulls
-        push = coefficient(*(row_sum(jnp.where(hit, x, 0)) for x in (p.d, p.u, p.w))) * (q - at(column, g))
-        return pull_q - push, None if pull_g is None else pull_g.at[column[:, 0]].add(push, mode="drop")
+        push = coefficient(*(row_sum(jnp.where(hit, x, 0)) for x in (p.d, p.u, p.w))) * (
+            q - at(column, g)
+        )
+        return pull_q - push, None if pull_g is None else pull_g.at[column[:, 0]].add(
+            push, mode="drop"
+        )
 
     # The loop also keeps XLA on the CPU from fusing a product with what follows, which slows it down by a third.
     pull_q, pull_g = each_near(p.any_near, (pull_q, pull_g), direct, lambda _: p.d)
-    return (row_sum(far), pull_q), None if pull_g is None else jnp.sum(far, axis=0)[:, None] * columns.centred - pull_g
+    return (row_sum(far), pull_q), None if pull_g is None else jnp.sum(far, axis=0)[
+        :, None
+    ] * columns.centred - pull_g
 
 
 def _blocks_of(spec, tree):
     """How many blocks, and a function from a block's number to its part of `tree`, the last padded with zeros."""
     n, size = jax.tree.leaves(tree)[0].shape[0], spec.block_size
     count = -(-n // size)
-    padded = jax.tree.map(lambda x: jnp.pad(x, [(0, count * size - n)] + [(0, 0)] * (x.ndim - 1)), tree)
-    return count, lambda k: jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, k * size, size), padded)
+    padded = jax.tree.map(
+        lambda x: jnp.pad(x, [(0, count * size - n)] + [(0, 0)] * (x.ndim - 1)), tree
+    )
+    return count, lambda k: jax.tree.map(
+        lambda x: lax.dynamic_slice_in_dim(x, k * size, size), padded
+    )
 
 
 def _joined(n, tree):
@@ -138,7 +154,9 @@ def _fixed_forward(spec, q, rows, g, columns, hyper):
             # One sum over the pairs instead of a sum for each list.
             t = None
             loss = row_sum(p.w * jnp.where(p.w > 0, *scales) * _hinge(spec, hyper, p.u))
-        return (loss, _log_mass(p)), _gradient(p, _coefficients(spec, hyper, p, *scales, t), q, rows, g, columns)[0]
+        return (loss, _log_mass(p)), _gradient(
+            p, _coefficients(spec, hyper, p, *scales, t), q, rows, g, columns
+        )[0]
 
     outputs, (total, pull) = _map(spec, body, q, rows)
     return outputs, total * rows.centred - pull
@@ -155,7 +173,12 @@ fixed_gallery_loss.__wrapped__.defvjp(_fixed_forward, _fixed_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def list_terms(spec, q, rows, g, columns, hyper):
     """`Terms` of every query, the first three differentiable; the gallery's gradient is 0 unless in the spec."""
-    return _map(spec, lambda q, rows: _terms(spec, hyper, make_pairs(spec, hyper, q, rows, g, columns)), q, rows)
+    return _map(
+        spec,
+        lambda q, rows: _terms(spec, hyper, make_pairs(spec, hyper, q, rows, g, columns)),
+        q,
+        rows,
+    )
 
 
 def _terms_forward(spec, *args):

@@ -66,7 +66,9 @@ class Pairs(NamedTuple):
 
 def dot(a, b, contract):
     # TF32 (GPU) or bfloat16 (TPU) products would move a distance by 1e-2.
-    return lax.dot_general(a, b, (contract, ((), ())), precision=lax.Precision.HIGHEST, preferred_element_type=a.dtype)
+    return lax.dot_general(
+        a, b, (contract, ((), ())), precision=lax.Precision.HIGHEST, preferred_element_type=a.dtype
+    )
 
 
 def row_sum(x):
@@ -101,7 +103,9 @@ def _excess(hyper, same, d):
 
 def _extremes(u):
     """The farthest positive's and the nearest negative's u, 0 for an empty list."""
-    return jnp.maximum(jnp.max(u, axis=1, keepdims=True), 0), jnp.minimum(jnp.min(u, axis=1, keepdims=True), 0)
+    return jnp.maximum(jnp.max(u, axis=1, keepdims=True), 0), jnp.minimum(
+        jnp.min(u, axis=1, keepdims=True), 0
+    )
 
 
 def make_pairs(spec, hyper, q, rows, g, columns):
@@ -111,7 +115,9 @@ def make_pairs(spec, hyper, q, rows, g, columns):
     same = rows.label == columns.label
     # A positive so near is trivial and needs no digits, unless alpha - margin is tiny too.
     near = (d2 < _NEAR * size) & ~(same & (hyper.alpha_pos**2 > 2 * _NEAR * size))
-    d = jnp.where(near, -jnp.maximum(d, jnp.finfo(d.dtype).tiny), d)  # a negative 0 would not be found
+    d = jnp.where(
+        near, -jnp.maximum(d, jnp.finfo(d.dtype).tiny), d
+    )  # a negative 0 would not be found
     # A pair left out becomes a positive at distance 0, which is on no list.
     if columns.valid is not None:
         same = same | ~columns.valid
@@ -131,17 +137,25 @@ def make_pairs(spec, hyper, q, rows, g, columns):
     reach = jnp.sqrt(_NEAR * (rows.size + jnp.max(columns.size)))
     slack = 8 * jnp.finfo(d.dtype).eps * hyper.alpha
     any_near = jnp.any((hyper.alpha + nearest <= reach + slack) | (hyper.alpha_pos <= 1.5 * reach))
-    d, u, (farthest, nearest) = each_near(any_near, (d, u, (farthest, nearest)), exact, lambda carry: carry[0])
+    d, u, (farthest, nearest) = each_near(
+        any_near, (d, u, (farthest, nearest)), exact, lambda carry: carry[0]
+    )
 
     pos = u > 0
-    w = jnp.exp(jnp.where(pos, hyper.temperature_pos * (u - farthest), hyper.temperature_neg * (nearest - u)))
+    w = jnp.exp(
+        jnp.where(
+            pos, hyper.temperature_pos * (u - farthest), hyper.temperature_neg * (nearest - u)
+        )
+    )
     w = jnp.where(u == 0, 0, jnp.where(pos, w, -w))  # NaN is not 0, and shows
     # Two different zeros below: equal ones XLA on the CPU would share, stored as a matrix.
     return Pairs(
-        d, u, w,
+        d,
+        u,
+        w,
         sum_pos=row_sum(jnp.maximum(w, 0)),
         sum_neg=-row_sum(jnp.minimum(w, -0.0)),
         log_scale_pos=hyper.temperature_pos * farthest,
         log_scale_neg=-hyper.temperature_neg * nearest,
         any_near=any_near,
-    )  # fmt: skip
+    )

@@ -14,6 +14,7 @@ arrays of a wrong shape or dtype.
 
 This module imports jax and numpy alone.
 """
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -33,7 +34,9 @@ __all__ = [
 ]
 
 
-def contrastive_loss(embeddings, labels, *, pos_margin=0.0, neg_margin=1.0, where=None, axis_name=None):
+def contrastive_loss(
+    embeddings, labels, *, pos_margin=0.0, neg_margin=1.0, where=None, axis_name=None
+):
     """Contrastive loss (Hadsell, Chopra, LeCun, CVPR 2006) with margins on the distance, not its square.
 
     The mean of the positive pairs' [d - pos_margin]_+ and that of the negative pairs' [neg_margin - d]_+, each over those above 0, added.
@@ -60,7 +63,10 @@ def triplet_loss(embeddings, labels, *, margin=0.2, mining="semihard", where=Non
     x, same, other, _ = _batch(embeddings, labels, where, axis_name)
     d = _distances(x)
     if mining == "hard":
-        far, near = jnp.max(d, axis=1, initial=0, where=same), jnp.min(d, axis=1, initial=4, where=other)
+        far, near = (
+            jnp.max(d, axis=1, initial=0, where=same),
+            jnp.min(d, axis=1, initial=4, where=other),
+        )
         return _mean_above_zero(far - near + margin, same.any(axis=1) & other.any(axis=1))
 
     def of_anchor(row):  # one (N, N) matrix at a time, computed again for the gradient
@@ -74,7 +80,9 @@ def triplet_loss(embeddings, labels, *, margin=0.2, mining="semihard", where=Non
     return jnp.sum(total) / jnp.maximum(jnp.sum(count.astype(d.dtype)), 1)
 
 
-def lifted_structure_loss(embeddings, labels, *, pos_margin=0.0, neg_margin=1.0, where=None, axis_name=None):
+def lifted_structure_loss(
+    embeddings, labels, *, pos_margin=0.0, neg_margin=1.0, where=None, axis_name=None
+):
     """Lifted structured embedding (Song et al., CVPR 2016, equation 4).
 
     The mean over the ordered positive pairs (i, j) of [log sum_k exp(neg_margin - d_ik) + sum_k exp(neg_margin - d_jk) + d_ij -
@@ -100,11 +108,15 @@ def n_pair_loss(embeddings, labels, *, scale=1.0, normalize=True, where=None, ax
     anchor = valid & ~earlier & same.any(axis=1)
     positives = x[jnp.argmax(same, axis=1)]
     logits = jnp.where(anchor[None, :], scale * _pairs.dot(x, positives, ((1,), (1,))), -jnp.inf)
-    logits = jnp.where(anchor[:, None], logits, 0)  # rows that are no anchors: finite, and masked below
+    logits = jnp.where(
+        anchor[:, None], logits, 0
+    )  # rows that are no anchors: finite, and masked below
     return _mean(jax.nn.logsumexp(logits, axis=1) - jnp.diagonal(logits), anchor)
 
 
-def multi_similarity_loss(embeddings, labels, *, alpha=2.0, beta=50.0, base=0.5, epsilon=0.1, where=None, axis_name=None):
+def multi_similarity_loss(
+    embeddings, labels, *, alpha=2.0, beta=50.0, base=0.5, epsilon=0.1, where=None, axis_name=None
+):
     """Multi-similarity loss with its mining (Wang et al., CVPR 2019, equations 11 to 13), on cosine similarities.
 
     Args:
@@ -121,13 +133,18 @@ def multi_similarity_loss(embeddings, labels, *, alpha=2.0, beta=50.0, base=0.5,
         fixed = lax.stop_gradient(s)
         nearest_other = jnp.max(fixed, axis=1, keepdims=True, initial=-jnp.inf, where=other)
         farthest_same = jnp.min(fixed, axis=1, keepdims=True, initial=jnp.inf, where=same)
-        same, other = same & (fixed - epsilon < nearest_other), other & (fixed + epsilon > farthest_same)
+        same, other = (
+            same & (fixed - epsilon < nearest_other),
+            other & (fixed + epsilon > farthest_same),
+        )
     pulled = _log_one_plus_sum_exp(alpha * (base - s), same) / alpha
     pushed = _log_one_plus_sum_exp(beta * (s - base), other) / beta
     return _mean(pulled + pushed, valid)
 
 
-def proxy_anchor_loss(embeddings, labels, proxies, *, margin=0.1, alpha=32.0, where=None, axis_name=None):
+def proxy_anchor_loss(
+    embeddings, labels, proxies, *, margin=0.1, alpha=32.0, where=None, axis_name=None
+):
     """Proxy anchor loss (Kim et al., CVPR 2020, equation 4), on cosine similarities.
 
     Args:
@@ -139,9 +156,13 @@ def proxy_anchor_loss(embeddings, labels, proxies, *, margin=0.1, alpha=32.0, wh
     """
     x, _, _, valid = _batch(embeddings, labels, where, axis_name)
     if not hasattr(proxies, "dtype") or not jnp.issubdtype(proxies.dtype, jnp.floating):
-        raise TypeError(f"proxies must be a floating array: found {getattr(proxies, 'dtype', type(proxies).__name__)}")
+        raise TypeError(
+            f"proxies must be a floating array: found {getattr(proxies, 'dtype', type(proxies).__name__)}"
+        )
     if proxies.ndim != 2 or proxies.shape[1] != x.shape[1] or not proxies.shape[0]:
-        raise ValueError(f"proxies must go with embeddings: found shape {proxies.shape}, expected (C, {x.shape[1]})")
+        raise ValueError(
+            f"proxies must go with embeddings: found shape {proxies.shape}, expected (C, {x.shape[1]})"
+        )
     labels = _gathered(jnp.asarray(labels), axis_name)
     s = _pairs.dot(x, _problem.normalize_rows(proxies.astype(x.dtype)), ((1,), (1,)))
     own = labels[:, None] == jnp.arange(proxies.shape[0])
@@ -179,7 +200,16 @@ def sup_con_loss(embeddings, labels, *, temperature=0.1, where=None, axis_name=N
 
 
 def pml_ranked_list_loss(
-    embeddings, labels, *, alpha=1.2, margin=0.4, temperature_pos=0.0, temperature_neg=10.0, balance=0.5, where=None, axis_name=None
+    embeddings,
+    labels,
+    *,
+    alpha=1.2,
+    margin=0.4,
+    temperature_pos=0.0,
+    temperature_neg=10.0,
+    balance=0.5,
+    where=None,
+    axis_name=None,
 ):
     """What pytorch-metric-learning 2.9 calls RankedListLoss, its differences from the paper included, to compare with.
 
@@ -192,10 +222,14 @@ def pml_ranked_list_loss(
     def term(listed, hinge, exponent):
         weight = jnp.where(listed, jnp.exp(jnp.where(listed, exponent, 0)), 0)
         epsilon = 1e-5 * jnp.sum(valid, dtype=d.dtype)
-        return jnp.sum(weight * jnp.where(listed, hinge, 0), axis=1) / (jnp.sum(weight, axis=1) + epsilon)
+        return jnp.sum(weight * jnp.where(listed, hinge, 0), axis=1) / (
+            jnp.sum(weight, axis=1) + epsilon
+        )
 
     alpha_pos = alpha - margin
-    positive = term(same & (d > alpha_pos) & (d > 0), d - alpha_pos, temperature_pos * (d - alpha_pos))
+    positive = term(
+        same & (d > alpha_pos) & (d > 0), d - alpha_pos, temperature_pos * (d - alpha_pos)
+    )
     negative = term(other & (d < alpha) & (d > 0), alpha - d, temperature_neg * (alpha - d))
     return _mean((1 - balance) * positive + balance * negative, valid)
 
@@ -225,7 +259,9 @@ def _gathered(x, axis_name):
 
 
 def _distances(x):
-    x = x - lax.stop_gradient(jnp.mean(x, axis=0))  # rows that are near each other keep their digits
+    x = x - lax.stop_gradient(
+        jnp.mean(x, axis=0)
+    )  # rows that are near each other keep their digits
     size = jnp.sum(x * x, axis=1)
     both = size[:, None] + size[None, :]
     d2 = jnp.maximum(both - 2 * _pairs.dot(x, x, ((1,), (1,))), 0)

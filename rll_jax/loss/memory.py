@@ -36,7 +36,10 @@ def init(capacity, dim, dtype=jnp.float32, label_dtype=jnp.int32):
     if capacity < 1 or dim < 1:
         raise ValueError(f"capacity and dim must be at least 1: found {capacity} and {dim}")
     return CrossBatchMemory(
-        jnp.zeros((capacity, dim), dtype), jnp.zeros(capacity, label_dtype), jnp.zeros(capacity, bool), jnp.int32(0)
+        jnp.zeros((capacity, dim), dtype),
+        jnp.zeros(capacity, label_dtype),
+        jnp.zeros(capacity, bool),
+        jnp.int32(0),
     )
 
 
@@ -59,9 +62,13 @@ def push(memory, embeddings, labels, where=None):
     _problem.check_rows("embeddings", embeddings, "labels", labels, "where", where)
     n = embeddings.shape[0]
     if embeddings.shape != (n, dim):
-        raise ValueError(f"embeddings must be (N, {dim}) for this memory: found shape {embeddings.shape}")
+        raise ValueError(
+            f"embeddings must be (N, {dim}) for this memory: found shape {embeddings.shape}"
+        )
     if isinstance(labels, np.ndarray) and np.any(labels.astype(memory.labels.dtype) != labels):
-        raise ValueError(f"labels must fit the memory's {memory.labels.dtype}: found {labels.min()} to {labels.max()}")
+        raise ValueError(
+            f"labels must fit the memory's {memory.labels.dtype}: found {labels.min()} to {labels.max()}"
+        )
     stored = jnp.ones(n, bool) if where is None else jnp.asarray(where)
     rank = jnp.cumsum(stored, dtype=jnp.int32)
     count = rank[-1]

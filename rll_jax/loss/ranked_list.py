@@ -28,6 +28,7 @@ __all__ = [
     "tpami2020",
 ]
 
+
 class RankedListLossTerms(NamedTuple):
     """Per query, each (N,); 0 for rows with `where` False."""
 
@@ -131,7 +132,7 @@ def ranked_list_loss(
     Source: arXiv 1903.03238 and the authors' layers of 2019-07 and 2020-06; `cvpr2019`, `caffe2019`, `tpami2020` are
     the settings.
     """
-    problem = _problem.prepare(**locals())
+    problem = _problem.make_problem(**locals())
     spec, valid = problem.spec, problem.valid
     if gallery_gradient or (weight_gradient and query_weighting == "mass"):
         t = _blocks.list_terms(spec, *problem.args)
@@ -175,11 +176,13 @@ def ranked_list_loss_terms(
         whole batch and nothing scaled. Differentiable as the loss is: `positive` and `negative` by their query alone,
         unless gallery_gradient; `weight` not at all, unless weight_gradient with query_weighting="mass".
     """
-    problem = _problem.prepare(**locals())
+    problem = _problem.make_problem(**locals())
     t, valid = _blocks.list_terms(problem.spec, *problem.args), problem.valid
     log_mass = t.log_mass if weight_gradient else lax.stop_gradient(t.log_mass)
     weight = _query_weight(query_weighting, log_mass, valid, axis_name)
-    masked = (jnp.where(valid, x, 0) for x in (t.positive, t.negative, t.num_positives, t.num_negatives))
+    masked = (
+        jnp.where(valid, x, 0) for x in (t.positive, t.negative, t.num_positives, t.num_negatives)
+    )
     return RankedListLossTerms(*(x[:, 0] for x in (*masked, weight)))
 
 
@@ -226,13 +229,17 @@ def ranked_list_loss_of_query(
         exponent = exponent if weight_gradient else lax.stop_gradient(exponent)
         largest = lax.stop_gradient(jnp.max(exponent, initial=-jnp.inf, where=listed))
         weight = jnp.where(listed, jnp.exp(jnp.where(listed, exponent - largest, 0)), 0)
-        return jnp.sum(weight * jnp.where(listed, hinge, 0)) / jnp.where(jnp.any(listed), jnp.sum(weight), 1)
+        return jnp.sum(weight * jnp.where(listed, hinge, 0)) / jnp.where(
+            jnp.any(listed), jnp.sum(weight), 1
+        )
 
     size, size_pos, size_neg = d, alpha_pos, alpha
     if pair_term == "squared":
         size, size_pos, size_neg = d2 / 2, alpha_pos**2 / 2, alpha**2 / 2
     same = gallery_labels == label
-    positive = term(listed & same & ~(d <= alpha_pos), size - size_pos, temperature_pos * (d - alpha_pos))
+    positive = term(
+        listed & same & ~(d <= alpha_pos), size - size_pos, temperature_pos * (d - alpha_pos)
+    )
     negative = term(listed & ~same & ~(d >= alpha), size_neg - size, temperature_neg * (alpha - d))
     return (1 - balance) * positive + balance * negative
 
@@ -247,7 +254,9 @@ def cvpr2019(embeddings, labels, **overrides):
 
 def caffe2019(embeddings, labels, **overrides):
     """The released layer of 2019-07: squared pair term, queries weighted by mass; otherwise `cvpr2019`. Keywords override."""
-    return ranked_list_loss(embeddings, labels, **{"pair_term": "squared", "query_weighting": "mass", **overrides})
+    return ranked_list_loss(
+        embeddings, labels, **{"pair_term": "squared", "query_weighting": "mass", **overrides}
+    )
 
 
 def tpami2020(embeddings, labels, *, margin=0.4, **overrides):
@@ -269,5 +278,9 @@ def _query_weight(query_weighting, log_mass, valid, axis_name):
     active = valid & ~(log_mass == -jnp.inf)
     largest = lax.stop_gradient(jnp.max(jnp.where(active, log_mass, -jnp.inf)))
     largest = largest if axis_name is None else lax.pmax(largest, axis_name)
-    mass = jnp.where(active, jnp.exp(jnp.where(active, log_mass, 0) - jnp.where(largest == -jnp.inf, 0, largest)), 0)
+    mass = jnp.where(
+        active,
+        jnp.exp(jnp.where(active, log_mass, 0) - jnp.where(largest == -jnp.inf, 0, largest)),
+        0,
+    )
     return mass / jnp.where(largest == -jnp.inf, 1, total(jnp.sum(mass)))

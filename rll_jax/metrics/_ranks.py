@@ -7,6 +7,7 @@ lead to different scores, the query is ranked again in float64. What comes out d
 A random rotation of all vectors comes first. It changes no cosine, and makes the rounding errors of a sum of D products
 independent, about sqrt(D) of them instead of D: in vectors of equal components, or of 0 and 1, all would go one way.
 """
+
 import functools
 from typing import NamedTuple
 
@@ -63,14 +64,28 @@ def make_problem(queries, query_labels, gallery, gallery_labels) -> Problem:
             f"query_labels and gallery_labels are {query_labels.dtype} and {gallery_labels.dtype}: no integer type holds both"
         )
     classes, dense = np.unique(np.concatenate([query_labels, gallery_labels]), return_inverse=True)
-    query_labels, gallery_labels = dense[: len(queries)].astype(np.int32), dense[len(queries) :].astype(np.int32)
+    query_labels, gallery_labels = (
+        dense[: len(queries)].astype(np.int32),
+        dense[len(queries) :].astype(np.int32),
+    )
     counts = np.bincount(gallery_labels, minlength=len(classes))
     start = np.cumsum(counts) - counts
     order = np.argsort(gallery_labels, kind="stable")
     gallery_norms = _norms(gallery)
     query_norms = gallery_norms if own else _norms(queries)
     start, size = start[query_labels], counts[query_labels]
-    return Problem(queries, query_norms, query_labels, gallery, gallery_norms, gallery_labels, own, order, start, size)
+    return Problem(
+        queries,
+        query_norms,
+        query_labels,
+        gallery,
+        gallery_norms,
+        gallery_labels,
+        own,
+        order,
+        start,
+        size,
+    )
 
 
 def score(problem: Problem, ks, block_size: int) -> tuple[np.ndarray, Scores]:
@@ -78,7 +93,9 @@ def score(problem: Problem, ks, block_size: int) -> tuple[np.ndarray, Scores]:
     positives = problem.size - problem.own
     rows = np.flatnonzero(positives > 0)
     few = rows[positives[rows] <= MOST_POSITIVES]
-    few = few[np.argsort(-positives[few], kind="stable")]  # so that a block's queries have about as many positives
+    few = few[
+        np.argsort(-positives[few], kind="stable")
+    ]  # so that a block's queries have about as many positives
     scores = Scores(*(np.zeros(len(positives)) for _ in Scores._fields))
 
     def put(at, values):
@@ -89,10 +106,14 @@ def score(problem: Problem, ks, block_size: int) -> tuple[np.ndarray, Scores]:
     if len(few):
         similarity = _similarity_of_positives(problem, few)
         at_least, above = _count(problem, few, similarity, block_size)
-        place = np.where(np.isfinite(similarity), np.arange(1, similarity.shape[1] + 1), _ABSENT // 2)
+        place = np.where(
+            np.isfinite(similarity), np.arange(1, similarity.shape[1] + 1), _ABSENT // 2
+        )
         worst, best = (Scores.of(place + count, positives[few]) for count in (at_least, above))
         put(few, worst)
-        unclear = (worst.r_precision != best.r_precision) | (worst.average_precision != best.average_precision)
+        unclear = (worst.r_precision != best.r_precision) | (
+            worst.average_precision != best.average_precision
+        )
         unclear |= 1 / best.first_rank - 1 / worst.first_rank > _MRR_EXACT_TO
         for k in ks:
             unclear |= (best.first_rank <= k) & (worst.first_rank > k)
@@ -111,7 +132,9 @@ def _norms(x) -> np.ndarray:
         part = x[first : first + _FLOAT64_COLUMNS].astype(np.float64)
         largest = np.abs(part).max(axis=1, keepdims=True)
         part /= largest
-        out[first : first + len(part)] = largest * np.sqrt(np.einsum("nd,nd->n", part, part))[:, None]
+        out[first : first + len(part)] = (
+            largest * np.sqrt(np.einsum("nd,nd->n", part, part))[:, None]
+        )
     return out
 
 
@@ -178,13 +201,20 @@ def _count(problem, rows, similarity, block_size) -> tuple[np.ndarray, np.ndarra
     columns = np.arange(len(problem.gallery))
     if problem.own:  # the queries' order first: the gallery is then the queries, and one product serves both ways
         columns = np.concatenate([rows, np.setdiff1d(columns, rows)])
-    gallery, pad = _padded(unit_rows(problem.gallery[columns], problem.gallery_norms[columns], rotation), block_size)
+    gallery, pad = _padded(
+        unit_rows(problem.gallery[columns], problem.gallery_norms[columns], rotation), block_size
+    )
     gallery_labels, _ = _padded(problem.gallery_labels[columns], block_size)
     if problem.own:
         queries, query_labels, blocks = gallery, gallery_labels, len(gallery) // block_size
     else:
-        queries, _ = _padded(unit_rows(problem.queries[rows], problem.query_norms[rows], rotation), block_size)
-        query_labels, blocks = _padded(problem.query_labels[rows], block_size)[0], len(queries) // block_size
+        queries, _ = _padded(
+            unit_rows(problem.queries[rows], problem.query_norms[rows], rotation), block_size
+        )
+        query_labels, blocks = (
+            _padded(problem.query_labels[rows], block_size)[0],
+            len(queries) // block_size,
+        )
     most = similarity.shape[1]
     # absent positives and queries have a threshold above every similarity
     thresholds = np.full((blocks * block_size, most), 3.0)
@@ -195,13 +225,26 @@ def _count(problem, rows, similarity, block_size) -> tuple[np.ndarray, np.ndarra
 
     mesh = Mesh(np.array(jax.local_devices()), ("device",))
     tiles = [
-        (i, j) for i in range(blocks) if slots[i] for j in range(i if problem.own else 0, len(gallery) // block_size)
+        (i, j)
+        for i in range(blocks)
+        if slots[i]
+        for j in range(i if problem.own else 0, len(gallery) // block_size)
     ]
     share = -(-len(tiles) // mesh.size)
     number = np.clip(len(tiles) - share * np.arange(mesh.size), 0, share).astype(np.int32)
     tiles = np.pad(np.array(tiles, np.int32), [(0, share * mesh.size - len(tiles)), (0, 0)])
     found = _count_on_devices(
-        queries, query_labels, low, high, slots, gallery, gallery_labels, tiles, number, mesh=mesh, own=problem.own
+        queries,
+        query_labels,
+        low,
+        high,
+        slots,
+        gallery,
+        gallery_labels,
+        tiles,
+        number,
+        mesh=mesh,
+        own=problem.own,
     )
     counts = []
     for count, counted in zip(found, (low <= 0, high < 0)):
@@ -213,14 +256,27 @@ def _count(problem, rows, similarity, block_size) -> tuple[np.ndarray, np.ndarra
 
 def _padded(x, multiple):
     pad = -len(x) % multiple
-    return (np.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1), constant_values=-1 if x.ndim == 1 else 0), pad) if pad else (x, 0)
+    return (
+        (
+            np.pad(
+                x, [(0, pad)] + [(0, 0)] * (x.ndim - 1), constant_values=-1 if x.ndim == 1 else 0
+            ),
+            pad,
+        )
+        if pad
+        else (x, 0)
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "own"))
-def _count_on_devices(queries, query_labels, low, high, slots, gallery, gallery_labels, tiles, number, *, mesh, own):
+def _count_on_devices(
+    queries, query_labels, low, high, slots, gallery, gallery_labels, tiles, number, *, mesh, own
+):
     block = low.shape[2]
 
-    def count_tiles(tiles, number, queries, query_labels, low, high, slots, gallery, gallery_labels):
+    def count_tiles(
+        tiles, number, queries, query_labels, low, high, slots, gallery, gallery_labels
+    ):
         def tile(n, counts):
             i, j = tiles[n]
             rows = lax.dynamic_slice_in_dim(queries, i * block, block)
@@ -230,26 +286,39 @@ def _count_on_devices(queries, query_labels, low, high, slots, gallery, gallery_
                 lax.dynamic_slice_in_dim(query_labels, i * block, block)[:, None]
                 == lax.dynamic_slice_in_dim(gallery_labels, j * block, block)[None, :]
             )
-            similarity = lax.optimization_barrier(jnp.where(same, -2, similarity))  # once, not once for each positive
+            similarity = lax.optimization_barrier(
+                jnp.where(same, -2, similarity)
+            )  # once, not once for each positive
             counts = lax.fori_loop(0, slots[i], functools.partial(slot, similarity, i, 1), counts)
             if own:
-                counts = lax.fori_loop(0, jnp.where(i == j, 0, slots[j]), functools.partial(slot, similarity, j, 0), counts)
+                counts = lax.fori_loop(
+                    0,
+                    jnp.where(i == j, 0, slots[j]),
+                    functools.partial(slot, similarity, j, 0),
+                    counts,
+                )
             return counts
 
         def slot(similarity, at, axis, k, counts):
             at_least, above = (jnp.expand_dims(limit[at, k], axis) for limit in (low, high))
             # two counts in one sum: a block has fewer than 2^16 rows
-            both = (similarity >= at_least).astype(jnp.uint32) + ((similarity > above).astype(jnp.uint32) << 16)
-            both = jnp.sum(both, axis=axis)
-            return counts[0].at[at, k].add((both & 0xFFFF).astype(jnp.int32)), counts[1].at[at, k].add(
-                (both >> 16).astype(jnp.int32)
+            both = (similarity >= at_least).astype(jnp.uint32) + (
+                (similarity > above).astype(jnp.uint32) << 16
             )
+            both = jnp.sum(both, axis=axis)
+            return counts[0].at[at, k].add((both & 0xFFFF).astype(jnp.int32)), counts[1].at[
+                at, k
+            ].add((both >> 16).astype(jnp.int32))
 
         none = jnp.zeros(low.shape, jnp.int32)
         return lax.fori_loop(0, number[0], tile, (none, none))
 
     split, whole = PartitionSpec("device"), PartitionSpec()
     sharded = jax.shard_map(
-        count_tiles, mesh=mesh, in_specs=(split, split) + (whole,) * 7, out_specs=(split, split), check_vma=False
+        count_tiles,
+        mesh=mesh,
+        in_specs=(split, split) + (whole,) * 7,
+        out_specs=(split, split),
+        check_vma=False,
     )
     return sharded(tiles, number, queries, query_labels, low, high, slots, gallery, gallery_labels)

@@ -37,9 +37,13 @@ def clustering_metrics(embeddings, labels, *, seed=0) -> dict[str, float]:
     init = "k-means++" if classes <= _KMEANS_PLUS_PLUS_UP_TO else "random"
     kmeans = cluster.KMeans(classes, init=init, n_init=1, max_iter=20, random_state=seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", exceptions.ConvergenceWarning)  # fewer distinct points than clusters
+        warnings.simplefilter(
+            "ignore", exceptions.ConvergenceWarning
+        )  # fewer distinct points than clusters
         clusters = kmeans.fit_predict(_ranks.unit_rows(embeddings))
-    (_, false_pairs), (missed_pairs, pairs) = metrics.pair_confusion_matrix(labels, clusters).tolist()
+    (_, false_pairs), (missed_pairs, pairs) = metrics.pair_confusion_matrix(
+        labels, clusters
+    ).tolist()
     return {
         "nmi": float(metrics.normalized_mutual_info_score(labels, clusters)),
         "f1": 2 * pairs / max(2 * pairs + false_pairs + missed_pairs, 1),

@@ -3,6 +3,7 @@
 The retrieval scores follow from the ranks of the positives alone, and a positive's rank is one more than the number of
 gallery items before it: blocks of a matrix product, compares and counts (`rll_jax.metrics._ranks`), no sorting of the gallery.
 """
+
 import numbers
 
 import numpy as np
@@ -14,7 +15,13 @@ _NEAREST_ROWS = 256
 
 
 def retrieval_metrics(
-    queries, query_labels, gallery=None, gallery_labels=None, *, ks=(1, 10, 100, 1000), block_size=None
+    queries,
+    query_labels,
+    gallery=None,
+    gallery_labels=None,
+    *,
+    ks=(1, 10, 100, 1000),
+    block_size=None,
 ) -> dict[str, float]:
     """How well queries rank a gallery by cosine similarity.
 
@@ -59,7 +66,9 @@ def retrieval_metrics(
     }
 
 
-def scores_by_query(queries, query_labels, gallery=None, gallery_labels=None, *, block_size=None) -> dict[str, np.ndarray]:
+def scores_by_query(
+    queries, query_labels, gallery=None, gallery_labels=None, *, block_size=None
+) -> dict[str, np.ndarray]:
     """What `retrieval_metrics` takes the means of, for each query that has a match in the gallery; arguments as there.
 
     Returns:
@@ -75,9 +84,13 @@ def _score(queries, query_labels, gallery, gallery_labels, ks, block_size):
     if (gallery is None) != (gallery_labels is None):
         raise ValueError("gallery and gallery_labels go together: found one without the other")
     if gallery is not None:
-        gallery, gallery_labels = _checks.labelled_rows("gallery", gallery, "gallery_labels", gallery_labels)
+        gallery, gallery_labels = _checks.labelled_rows(
+            "gallery", gallery, "gallery_labels", gallery_labels
+        )
         if gallery.shape[1] != queries.shape[1]:
-            raise ValueError(f"queries have {queries.shape[1]} dimensions and gallery {gallery.shape[1]}: expected the same")
+            raise ValueError(
+                f"queries have {queries.shape[1]} dimensions and gallery {gallery.shape[1]}: expected the same"
+            )
     largest = max(len(queries), 0 if gallery is None else len(gallery))
     block_size = min(_BLOCK, largest) if block_size is None else block_size
     if not isinstance(block_size, numbers.Integral) or not 1 <= block_size <= 1 << 15:
@@ -85,7 +98,9 @@ def _score(queries, query_labels, gallery, gallery_labels, ks, block_size):
     problem = _ranks.make_problem(queries, query_labels, gallery, gallery_labels)
     rows, found = _ranks.score(problem, ks, int(min(block_size, largest)))
     if not len(rows):
-        where = "no class has two images" if gallery is None else "no query's class is in the gallery"
+        where = (
+            "no class has two images" if gallery is None else "no query's class is in the gallery"
+        )
         raise ValueError(f"{where}: there is nothing to retrieve")
     return rows, found
 
@@ -105,16 +120,29 @@ def nearest(queries, gallery, k: int, *, leave_out=None) -> tuple[np.ndarray, np
       ValueError, TypeError: as `retrieval_metrics`, for a k that is not from 1 to N (N - 1 with `leave_out`), and for a `leave_out` of
         another shape or with rows that the gallery has not.
     """
-    queries, gallery = (_checks.embedding_rows(name, x) for name, x in (("queries", queries), ("gallery", gallery)))
+    queries, gallery = (
+        _checks.embedding_rows(name, x) for name, x in (("queries", queries), ("gallery", gallery))
+    )
     most = len(gallery) - (leave_out is not None)
     if queries.shape[1] != gallery.shape[1] or not 1 <= k <= most:
-        raise ValueError(f"queries {queries.shape}, gallery {gallery.shape}, k = {k}: expected (Q, D), (N, D) and k from 1 to {most}")
+        raise ValueError(
+            f"queries {queries.shape}, gallery {gallery.shape}, k = {k}: expected (Q, D), (N, D) and k from 1 to {most}"
+        )
     if leave_out is not None:
         leave_out = np.asarray(leave_out)
-        if leave_out.shape != queries.shape[:1] or not np.issubdtype(leave_out.dtype, np.integer) or not np.isin(leave_out, np.arange(len(gallery))).all():
-            raise ValueError(f"leave_out must be ({len(queries)},) integers from 0 to {len(gallery) - 1}, found {leave_out.dtype} {leave_out.shape}")
+        if (
+            leave_out.shape != queries.shape[:1]
+            or not np.issubdtype(leave_out.dtype, np.integer)
+            or not np.isin(leave_out, np.arange(len(gallery))).all()
+        ):
+            raise ValueError(
+                f"leave_out must be ({len(queries)},) integers from 0 to {len(gallery) - 1}, found {leave_out.dtype} {leave_out.shape}"
+            )
     queries, gallery = _ranks.unit_rows(queries), _ranks.unit_rows(gallery)
-    rows, similarities = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
+    rows, similarities = (
+        np.empty((len(queries), k), np.int64),
+        np.empty((len(queries), k), np.float32),
+    )
     for first in range(0, len(queries), _NEAREST_ROWS):
         some = slice(first, first + _NEAREST_ROWS)
         similarity = queries[some] @ gallery.T

@@ -35,16 +35,18 @@ class GoogLeNetV2Config:
     mean: tuple[float, ...] = (104.0, 117.0, 128.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     bgr = True  # the order of the channels that the published weights expect
-    num_ends = len(_INCEPTION_ENDS)
+    num_stages = len(_INCEPTION_ENDS)
 
     def stage_of(self, module: str) -> int:
         """The stage, from 1, of a module of this network by its name; 0 for the stem."""
         if not module.startswith("inception_"):
             return 0
         order = list(_INCEPTIONS)
-        return 1 + sum(order.index(end) < order.index(module[len("inception_") :]) for end in _INCEPTION_ENDS)
+        return 1 + sum(
+            order.index(end) < order.index(module[len("inception_") :]) for end in _INCEPTION_ENDS
+        )
 
-    def ends(self, x, conv, norm, remat=(), frozen=0) -> list:
+    def stage_ends(self, x, conv, norm, remat=(), frozen=0) -> list:
         """The maps at the ends of inception 3c, 4e and 5b: stages 1, 2, 3 for `x`, `remat` and `frozen`, with all blocks since the one
         before; see `ResNetConfig.ends`."""
         ends, x = given_ends(x) if isinstance(x, dict) else ([], self._stem(x, conv, norm))
@@ -82,7 +84,11 @@ class _ConvUnit(nn.Module):
     def __call__(self, x):
         pad = [(self.kernel // 2, self.kernel // 2)] * 2
         kernel, strides = (self.kernel, self.kernel), (self.strides, self.strides)
-        return nn.relu(self.norm(name="bn")(self.conv(self.features, kernel, strides, padding=pad, name="conv")(x)))
+        return nn.relu(
+            self.norm(name="bn")(
+                self.conv(self.features, kernel, strides, padding=pad, name="conv")(x)
+            )
+        )
 
 
 class _Inception(nn.Module):
@@ -104,7 +110,11 @@ class _Inception(nn.Module):
         if not one:
             return jnp.concatenate([a, b, _ceil_max_pool(x, a.shape[1:3])], axis=-1)
         around = [(1, 1)] * 2
-        pooled = nn.max_pool(x, (3, 3), padding=around) if self.max_pool else nn.avg_pool(x, (3, 3), padding=around)
+        pooled = (
+            nn.max_pool(x, (3, 3), padding=around)
+            if self.max_pool
+            else nn.avg_pool(x, (3, 3), padding=around)
+        )
         first = unit(one, 1, 1, "1x1")(x)
         return jnp.concatenate([first, a, b, unit(pool, 1, 1, "pool_proj")(pooled)], axis=-1)
 

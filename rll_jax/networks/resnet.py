@@ -44,19 +44,21 @@ class ResNetConfig:
 
     def __post_init__(self):
         if not self.stage_sizes or min(self.stage_sizes) < 1:
-            raise ValueError(f"stage_sizes={self.stage_sizes}: expected one or more blocks for each stage, such as (3, 4, 6, 3)")
+            raise ValueError(
+                f"stage_sizes={self.stage_sizes}: expected one or more blocks for each stage, such as (3, 4, 6, 3)"
+            )
         if self.width < 1 or self.stem_pool < 1:
             raise ValueError(f"width={self.width}, stem_pool={self.stem_pool}: expected at least 1")
 
     @property
-    def num_ends(self) -> int:
+    def num_stages(self) -> int:
         return len(self.stage_sizes)
 
     def stage_of(self, module: str) -> int:
         """The stage, from 1, of a module of this network by its name; 0 for the stem."""
         return int(module[len("layer") :].split("_")[0]) if module.startswith("layer") else 0
 
-    def ends(self, x, conv, norm, remat=(), frozen=0) -> list:
+    def stage_ends(self, x, conv, norm, remat=(), frozen=0) -> list:
         """The maps at the ends of the stages, of images or, by {stage: map}, of the ends of some first stages, the last of which goes on.
 
         Blocks of the stages in `remat` (from 1) are computed again for the gradient, which does not reach the first `frozen` ones.
@@ -66,14 +68,23 @@ class ResNetConfig:
             block_class = nn.remat(ResNetBlock) if stage in remat else ResNetBlock
             for block in range(blocks):
                 strides = 2 if stage > 1 and block == 0 else 1
-                x = block_class(self, self.width << (stage - 1), strides, conv, norm, name=f"layer{stage}_{block}")(x)
+                x = block_class(
+                    self,
+                    self.width << (stage - 1),
+                    strides,
+                    conv,
+                    norm,
+                    name=f"layer{stage}_{block}",
+                )(x)
             x = lax.stop_gradient(x) if stage <= frozen else x
             ends.append(x)
         return ends
 
     def _stem(self, x, conv, norm):
         kernel, strides, pad = (3, 1, 1) if self.small_images else (7, 2, 3)
-        x = conv(self.width, (kernel, kernel), (strides, strides), padding=[(pad, pad)] * 2, name="conv1")(x)
+        x = conv(
+            self.width, (kernel, kernel), (strides, strides), padding=[(pad, pad)] * 2, name="conv1"
+        )(x)
         x = nn.relu(norm(name="bn1")(x))
         if self.small_images:
             return nn.avg_pool(x, (self.stem_pool,) * 2, (self.stem_pool,) * 2)
@@ -98,7 +109,13 @@ class ResNetBlock(nn.Module):
         y = x
         for i, (kernel, strides, widen) in enumerate(kernels, start=1):
             pad = [(kernel // 2, kernel // 2)] * 2
-            y = self.conv(self.features * widen, (kernel, kernel), (strides, strides), padding=pad, name=f"conv{i}")(y)
+            y = self.conv(
+                self.features * widen,
+                (kernel, kernel),
+                (strides, strides),
+                padding=pad,
+                name=f"conv{i}",
+            )(y)
             y = self.norm(name=f"bn{i}")(y)
             y = nn.relu(y) if i < len(kernels) else y
         if self.strides != 1 or x.shape[-1] != y.shape[-1]:

@@ -2,6 +2,7 @@
 
 Kept are the maps at the ends of those stages from which the rest of the network goes on, as float16: rounded to one part in 2,000.
 """
+
 import contextlib
 import fcntl
 import math
@@ -20,7 +21,9 @@ _VIEWS = 4  # the stream of random numbers of the views, beside the pipeline's
 _BYTES = 2**28  # of what is embedded at a time
 
 
-def rest_of(model: embedding_net.EmbeddingNet, image_size: int) -> embedding_net.EmbeddingNet:
+def trainable_part(
+    model: embedding_net.EmbeddingNet, image_size: int
+) -> embedding_net.EmbeddingNet:
     """The network behind the frozen stages: the same parameters, and what is kept of an image instead of the image.
 
     Raises:
@@ -28,32 +31,47 @@ def rest_of(model: embedding_net.EmbeddingNet, image_size: int) -> embedding_net
     """
     if not model.frozen_stages:
         raise ValueError("frozen_stages=0: there is nothing to keep")
-    first_level = model.backbone.num_ends - len(embedding_net.LEVELS) + 1  # the stage at whose end L is taken
+    first_level = (
+        model.backbone.num_stages - len(embedding_net.LEVELS) + 1
+    )  # the stage at whose end L is taken
     of_levels = {first_level + embedding_net.LEVELS.index(level) for level in model.levels}
-    stages = sorted({stage for stage in of_levels if stage <= model.frozen_stages} | {model.frozen_stages})
+    stages = sorted(
+        {stage for stage in of_levels if stage <= model.frozen_stages} | {model.frozen_stages}
+    )
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.uint8)
-    ends = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, features=True)[0], images)
+    ends = jax.eval_shape(
+        lambda x: model.init_with_output(jax.random.key(0), x, features=True)[0], images
+    )
     return model.clone(given=tuple((stage, ends[stage - 1].shape[1:]) for stage in stages))
 
 
-def width(rest: embedding_net.EmbeddingNet) -> int:
+def feature_size(rest: embedding_net.EmbeddingNet) -> int:
     """Values kept of a view."""
     return sum(math.prod(shape) for _, shape in rest.given)
 
 
-def step(rest: embedding_net.EmbeddingNet) -> Callable:
-    """(state of the whole network, (n, H, W, 3) images) -> {"kept": (n, `width`) float16}, for `parallel.Runner.embed`."""
+def feature_step(rest: embedding_net.EmbeddingNet) -> Callable:
+    """(state of the whole network, (n, H, W, 3) images) -> {"kept": (n, `feature_size`) float16}, for `parallel.Runner.embed`."""
     whole = rest.clone(given=())
 
     def kept(state, images):
-        ends = whole.apply({"params": state.params, "batch_stats": state.batch_stats}, images, train=False, features=True)
-        return {"kept": jnp.concatenate([ends[stage - 1].reshape(len(images), -1) for stage, _ in rest.given], axis=1).astype(np.float16)}
+        ends = whole.apply(
+            {"params": state.params, "batch_stats": state.batch_stats},
+            images,
+            train=False,
+            features=True,
+        )
+        return {
+            "kept": jnp.concatenate(
+                [ends[stage - 1].reshape(len(images), -1) for stage, _ in rest.given], axis=1
+            ).astype(np.float16)
+        }
 
     return kept
 
 
-class Kept:
-    """What is kept of a set, in the place of the set: `picture(row)` is (views, values) float16.
+class CachedFeatures:
+    """What is kept of a set, in the place of the set: `image(row)` is (views, values) float16.
 
     Raises:
       ValueError: the file is damaged, or not of so many rows and values.
@@ -63,7 +81,11 @@ class Kept:
         self.labels = labels
         try:
             self._maps = np.load(path, mmap_mode="r", allow_pickle=False)
-            wrong = "" if self._maps.shape[::2] == (len(labels), width(rest)) else f"it holds {self._maps.shape}"
+            wrong = (
+                ""
+                if self._maps.shape[::2] == (len(labels), feature_size(rest))
+                else f"it holds {self._maps.shape}"
+            )
         except (ValueError, EOFError) as error:
             wrong = str(error)
         if wrong:
@@ -72,11 +94,11 @@ class Kept:
     def __len__(self):
         return len(self.labels)
 
-    def picture(self, row: int) -> np.ndarray:
+    def image(self, row: int) -> np.ndarray:
         return self._maps[row]
 
 
-def any_view(kept: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def random_view(kept: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return kept[rng.integers(len(kept))]
 
 
@@ -84,18 +106,20 @@ def first_view(kept: np.ndarray) -> np.ndarray:
     return kept[0]
 
 
-def rows_at_a_time(rest: embedding_net.EmbeddingNet) -> int:
-    return max(1, _BYTES // (2 * width(rest)))
+def batch_rows(rest: embedding_net.EmbeddingNet) -> int:
+    return max(1, _BYTES // (2 * feature_size(rest)))
 
 
-def write(path, data, view: Callable, views: int, rest: embedding_net.EmbeddingNet, embed: Callable) -> None:
-    """The file that `Kept` reads, unless it is there. Of processes that want the same, one writes and the others wait for it.
+def write(
+    path, data, view: Callable, views: int, rest: embedding_net.EmbeddingNet, embed: Callable
+) -> None:
+    """The file that `CachedFeatures` reads, unless it is there. Of processes that want the same, one writes and the others wait for it.
 
     Args:
-      data: the set of pictures, such as `datasets.ImageSet`.
+      data: the set of pictures, such as `datasets.EncodedImageDataset`.
       view: (image, rng) -> (H, W, 3) uint8; the generator depends on the row and on which of the views it is.
       views: of each picture.
-      embed: a set, whose `picture(row)` is a view -> {"kept": (N, values)}: `evaluate.embed_images` with `step`.
+      embed: a set, whose `image(row)` is a view -> {"kept": (N, values)}: `evaluate.embed_images` with `feature_step`.
 
     Raises:
       ValueError: a value is too large for float16 or not finite.
@@ -117,17 +141,23 @@ def write(path, data, view: Callable, views: int, rest: embedding_net.EmbeddingN
 
 
 def _write(aside, name, data, view, views, rest, embed):
-    maps = np.lib.format.open_memmap(aside, "w+", np.float16, (len(data), views, width(rest)))
+    maps = np.lib.format.open_memmap(
+        aside, "w+", np.float16, (len(data), views, feature_size(rest))
+    )
     if hasattr(os, "posix_fallocate"):
-        with aside.open("r+b") as file:  # a full disk is told of now; in a file with holes it would be a SIGBUS on the way
+        with (
+            aside.open("r+b") as file
+        ):  # a full disk is told of now; in a file with holes it would be a SIGBUS on the way
             os.posix_fallocate(file.fileno(), 0, aside.stat().st_size)
-    rows = rows_at_a_time(rest)
+    rows = batch_rows(rest)
     parts = [(number, first) for number in range(views) for first in range(0, len(data), rows)]
     for number, first in tqdm.tqdm(parts, desc=f"writing {name}", unit="part", mininterval=1):
         part = _Drawn(data, view, number, first, min(first + rows, len(data)))
         found = embed(part)["kept"]
         if not np.isfinite(found).all():
-            raise ValueError("what the frozen stages make of a picture is not finite in float16: it cannot be kept")
+            raise ValueError(
+                "what the frozen stages make of a picture is not finite in float16: it cannot be kept"
+            )
         maps[first : first + len(part), number] = found
     maps.flush()
 
@@ -146,11 +176,17 @@ class _Drawn:
     """A view of each of some pictures, side by side."""
 
     def __init__(self, data, view, number, start, stop):
-        self._data, self._view, self._number, self._start, self._stop = data, view, number, start, stop
+        self._data, self._view, self._number, self._start, self._stop = (
+            data,
+            view,
+            number,
+            start,
+            stop,
+        )
 
     def __len__(self):
         return self._stop - self._start
 
-    def picture(self, row):
+    def image(self, row):
         row += self._start
-        return self._view(self._data.picture(row), np.random.default_rng((_VIEWS, self._number, row)))
+        return self._view(self._data.image(row), np.random.default_rng((_VIEWS, self._number, row)))

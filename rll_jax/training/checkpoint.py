@@ -1,4 +1,5 @@
 """Saving and restoring a train state; the only file that knows orbax."""
+
 import contextlib
 import os
 import pathlib
@@ -17,7 +18,10 @@ class Checkpoints:
 
     def __init__(self, directory: str | os.PathLike, keep: int = 2, read_only: bool = False):
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=not read_only, read_only=read_only, create=not read_only
+            max_to_keep=keep,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            create=not read_only,
         )
         self._manager = ocp.CheckpointManager(pathlib.Path(directory).absolute(), options=options)
 
@@ -27,13 +31,15 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state, beside: dict | None = None) -> None:
-        """`beside`: numbers and texts that go with the arrays, for `beside`."""
+    def save(self, step: int, state, metadata: dict | None = None) -> None:
+        """`metadata`: numbers and texts that go with the arrays, for `metadata`."""
         if step not in self._manager.all_steps():
             with _as_os_error():
-                self._manager.save(step, args=ocp.args.StandardSave(_arrays(state)), custom_metadata=beside)
+                self._manager.save(
+                    step, args=ocp.args.StandardSave(_arrays(state)), custom_metadata=metadata
+                )
 
-    def beside(self, step: int) -> dict:
+    def metadata(self, step: int) -> dict:
         return self._manager.metadata(step).custom_metadata or {}
 
     def restore(self, step: int, state):
@@ -41,11 +47,13 @@ class Checkpoints:
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(state))
         return state.replace(**self._manager.restore(step, args=ocp.args.StandardRestore(target)))
 
-    def restore_some(self, step: int, arrays: dict) -> dict:
+    def restore_subset(self, step: int, arrays: dict) -> dict:
         """Some of the saved state's trees by name, placed as the arrays or `jax.ShapeDtypeStruct`s given."""
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, arrays)
         how = ocp.checkpoint_utils.construct_restore_args(target)
-        return self._manager.restore(step, args=ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True))
+        return self._manager.restore(
+            step, args=ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True)
+        )
 
     def wait(self) -> None:
         """Until what was saved is on disk."""
@@ -73,7 +81,9 @@ def _as_os_error():
     try:
         yield
     except Exception as error:  # tensorstore's and orbax's own
-        raise OSError(f"a checkpoint cannot be saved: {str(error).splitlines()[0] if str(error) else error!r}") from error
+        raise OSError(
+            f"a checkpoint cannot be saved: {str(error).splitlines()[0] if str(error) else error!r}"
+        ) from error
 
 
 def _arrays(state) -> dict:

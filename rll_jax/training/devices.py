@@ -1,4 +1,5 @@
 """All that knows of devices: running a step over them, and placing what it needs. Nothing else here does."""
+
 import functools
 from typing import Callable, NamedTuple
 
@@ -17,20 +18,20 @@ class Runner(NamedTuple):
       train: train_step(state, batch, axis_name=...) -> (state, batch) -> (state, metrics); the old state is donated.
       embed: embed_step(state, images) -> the same over this process's devices, rows in order.
       replicate: a tree of arrays, the same in every process -> the same on every device.
-      place: a tree of host arrays, rows first, this process's share -> the same, split by rows over all devices.
-      place_here: the same over this process's devices alone, for `embed`.
-      here: a replicated tree as `embed` takes it.
-      whole: a replicated tree as arrays over all processes, as checkpoints are written and read; and `replicate` takes them back.
+      shard: a tree of host arrays, rows first, this process's share -> the same, split by rows over all devices.
+      shard_local: the same over this process's devices alone, for `embed`.
+      to_local: a replicated tree as `embed` takes it.
+      to_global: a replicated tree as arrays over all processes, as checkpoints are written and read; and `replicate` takes them back.
     """
 
     num_devices: int
     train: Callable
     embed: Callable
     replicate: Callable
-    place: Callable
-    place_here: Callable
-    here: Callable
-    whole: Callable
+    shard: Callable
+    shard_local: Callable
+    to_local: Callable
+    to_global: Callable
 
 
 def make_runner(parallel: str, devices=None) -> Runner:
@@ -53,45 +54,66 @@ def make_runner(parallel: str, devices=None) -> Runner:
     alone = len(own) == len(devices)
 
     def embed(step):
-        return jax.jit(jax.shard_map(step, mesh=own_mesh, in_specs=(all_of_it, rows), out_specs=rows))
+        return jax.jit(
+            jax.shard_map(step, mesh=own_mesh, in_specs=(all_of_it, rows), out_specs=rows)
+        )
 
-    def whole(tree):
+    def to_global(tree):
         if alone:
             return tree
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(everywhere, np.asarray(_local(x))), tree)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(everywhere, np.asarray(_local(x))),
+            tree,
+        )
 
-    def here(tree):
+    def to_local(tree):
         return tree if alone else jax.device_put(jax.tree.map(_local, tree), everywhere_here)
 
-    place_here = functools.partial(jax.device_put, device=NamedSharding(own_mesh, rows))
+    shard_local = functools.partial(jax.device_put, device=NamedSharding(own_mesh, rows))
     if parallel == "pmap":
 
         def train(step):
             step = functools.partial(step, axis_name=AXIS)
-            return jax.pmap(step, AXIS, in_axes=(None, 0), out_axes=(None, None), devices=given, donate_argnums=0)
+            return jax.pmap(
+                step,
+                AXIS,
+                in_axes=(None, 0),
+                out_axes=(None, None),
+                devices=given,
+                donate_argnums=0,
+            )
 
-        def place(tree):  # what pmap takes and gives is of this process
-            return jax.device_put(jax.tree.map(lambda x: x.reshape(len(own), -1, *x.shape[1:]), tree), NamedSharding(own_mesh, rows))
+        def shard(tree):  # what pmap takes and gives is of this process
+            return jax.device_put(
+                jax.tree.map(lambda x: x.reshape(len(own), -1, *x.shape[1:]), tree),
+                NamedSharding(own_mesh, rows),
+            )
 
         def replicate(tree):
             return jax.device_put(tree if alone else jax.tree.map(_local, tree), everywhere_here)
 
-        return Runner(len(devices), train, embed, replicate, place, place_here, here, whole)
+        return Runner(
+            len(devices), train, embed, replicate, shard, shard_local, to_local, to_global
+        )
 
     def train(step):
         step = functools.partial(step, axis_name=AXIS)
-        mapped = jax.shard_map(step, mesh=mesh, in_specs=(all_of_it, rows), out_specs=(all_of_it, all_of_it))
+        mapped = jax.shard_map(
+            step, mesh=mesh, in_specs=(all_of_it, rows), out_specs=(all_of_it, all_of_it)
+        )
         return jax.jit(mapped, donate_argnums=0)
 
-    def place(tree):
+    def shard(tree):
         if alone:
-            return place_here(tree)
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(NamedSharding(mesh, rows), x), tree)
+            return shard_local(tree)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(NamedSharding(mesh, rows), x), tree
+        )
 
     def replicate(tree):
-        return jax.device_put(tree, everywhere) if alone else whole(tree)
+        return jax.device_put(tree, everywhere) if alone else to_global(tree)
 
-    return Runner(len(devices), train, embed, replicate, place, place_here, here, whole)
+    return Runner(len(devices), train, embed, replicate, shard, shard_local, to_local, to_global)
 
 
 def _local(x):

@@ -1,4 +1,5 @@
 """The train state and one step of training: pure functions, for one device or an axis of many."""
+
 import functools
 from typing import Any
 
@@ -30,7 +31,14 @@ class TrainState(train_state.TrainState):
 
 
 def create_train_state(
-    model, optimizer, image_size: int, seed: int, *, with_ema: bool = False, proxies: int = 0, memory_size: int = 0
+    model,
+    optimizer,
+    image_size: int,
+    seed: int,
+    *,
+    with_ema: bool = False,
+    proxies: int = 0,
+    memory_size: int = 0,
 ) -> TrainState:
     """A fresh state of `model` for (B, image_size, image_size, 3) images; the same for the same seed.
 
@@ -40,11 +48,18 @@ def create_train_state(
     """
     images = jnp.zeros((1, image_size, image_size, 3), jnp.float32)
     variables = jax.jit(lambda: model.init(jax.random.key(seed), images, train=False))()
-    levels = jax.eval_shape(lambda: model.apply(variables, images, train=False)) if memory_size else {}
+    levels = (
+        jax.eval_shape(lambda: model.apply(variables, images, train=False)) if memory_size else {}
+    )
     params = variables["params"]
     if proxies:
-        rng, scale = np.random.default_rng(seed), (2 / proxies) ** 0.5  # as the authors of Proxy Anchor begin
-        drawn = {level: scale * rng.normal(size=(proxies, model.embedding_dim)) for level in model.levels}
+        rng, scale = (
+            np.random.default_rng(seed),
+            (2 / proxies) ** 0.5,
+        )  # as the authors of Proxy Anchor begin
+        drawn = {
+            level: scale * rng.normal(size=(proxies, model.embedding_dim)) for level in model.levels
+        }
         params = {**params, PROXIES: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), drawn)}
     return TrainState.create(
         apply_fn=model.apply,
@@ -53,11 +68,14 @@ def create_train_state(
         skipped=jnp.zeros(3, jnp.int32),
         tx=optimizer,
         ema=jax.tree.map(jnp.copy, params) if with_ema else None,  # a copy: steps donate both
-        memory={level: memory_lib.init(memory_size, e.shape[-1]) for level, e in levels.items()} or None,
+        memory={level: memory_lib.init(memory_size, e.shape[-1]) for level, e in levels.items()}
+        or None,
     )
 
 
-def train_step(state: TrainState, batch, *, loss, axis_name=None, ema_decay=0.0, embed_chunk=0, watch=None):
+def train_step(
+    state: TrainState, batch, *, loss, axis_name=None, ema_decay=0.0, embed_chunk=0, watch=None
+):
     """One update from this device's share of the batch; (new state, metrics), the same on all devices of `axis_name`.
 
     Where the loss, the gradient or the batch statistics are not finite, only `step` and `skipped` of the state change.
@@ -92,30 +110,57 @@ def train_step(state: TrainState, batch, *, loss, axis_name=None, ema_decay=0.0,
             stored, given = _remember(stored, levels, batch["label"], axis_name)
         for level, proxies in params.get(PROXIES, {}).items():
             given[level] = given[level] | {PROXIES: proxies}
-        losses = {level: loss(e, batch["label"], axis_name=axis_name, **given[level]) for level, e in levels.items()}
+        losses = {
+            level: loss(e, batch["label"], axis_name=axis_name, **given[level])
+            for level, e in levels.items()
+        }
         # a pair with NaN is neither near nor far: the loss alone would not show it
-        losses = {level: jnp.where(jnp.isfinite(levels[level]).all(), value, jnp.nan) for level, value in losses.items()}
-        seen = {} if watch is None else {level: watch(lax.stop_gradient(e), batch["label"], axis_name=axis_name) for level, e in levels.items()}
+        losses = {
+            level: jnp.where(jnp.isfinite(levels[level]).all(), value, jnp.nan)
+            for level, value in losses.items()
+        }
+        seen = (
+            {}
+            if watch is None
+            else {
+                level: watch(lax.stop_gradient(e), batch["label"], axis_name=axis_name)
+                for level, e in levels.items()
+            }
+        )
         return sum(losses.values()), (losses, seen, stored)
 
     gradient = functools.partial(_chunked_gradient, chunk=embed_chunk) if embed_chunk else _gradient
-    total, (losses, seen, stored), batch_stats, grads = gradient(embed, objective, params, batch["image"])
+    total, (losses, seen, stored), batch_stats, grads = gradient(
+        embed, objective, params, batch["image"]
+    )
     if axis_name is not None:
-        total, losses, seen, grads, batch_stats = lax.pmean((total, losses, seen, grads, batch_stats), axis_name)
+        total, losses, seen, grads, batch_stats = lax.pmean(
+            (total, losses, seen, grads, batch_stats), axis_name
+        )
     metrics = {"loss": total, "gradient_norm": optax.tree.norm(grads)}
     if len(losses) > 1:
         metrics |= {f"loss_{level}": value for level, value in losses.items()}
-    metrics |= {f"{name}_{level}": value for level, values in seen.items() for name, value in values.items()}
+    metrics |= {
+        f"{name}_{level}": value for level, values in seen.items() for name, value in values.items()
+    }
     # the statistics too: XLA's ReLU on CPUs makes NaN 0, and the loss is as if nothing had been
-    finite = jnp.isfinite(total) & jnp.isfinite(metrics["gradient_norm"]) & jnp.isfinite(optax.tree.norm(batch_stats))
+    finite = (
+        jnp.isfinite(total)
+        & jnp.isfinite(metrics["gradient_norm"])
+        & jnp.isfinite(optax.tree.norm(batch_stats))
+    )
     new = state.apply_gradients(grads=grads, batch_stats=batch_stats, memory=stored)
     if state.ema is not None:
         decay = jnp.minimum(ema_decay, (1 + new.step) / (10 + new.step))
         # by the difference, which keeps what does not move (frozen stages) to the bit
-        new = new.replace(ema=jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, new.params))
+        new = new.replace(
+            ema=jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, new.params)
+        )
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
     in_a_row = jnp.where(finite, 0, state.skipped[0] + 1)
-    skipped = jnp.stack([in_a_row, jnp.maximum(state.skipped[1], in_a_row), state.skipped[2] + ~finite])
+    skipped = jnp.stack(
+        [in_a_row, jnp.maximum(state.skipped[1], in_a_row), state.skipped[2] + ~finite]
+    )
     return kept.replace(step=new.step, skipped=skipped), metrics
 
 
@@ -125,16 +170,31 @@ def _remember(memory, levels, labels, axis_name):
     if axis_name is not None:
         at, devices, n = lax.axis_index(axis_name), lax.axis_size(axis_name), len(labels)
         if any(bank.valid.size % devices for bank in memory.values()):
-            raise ValueError(f"the rows of a memory must be a multiple of the {devices} devices: found {[b.valid.size for b in memory.values()]}")
+            raise ValueError(
+                f"the rows of a memory must be a multiple of the {devices} devices: found {[b.valid.size for b in memory.values()]}"
+            )
 
-        def of_all(x):  # a sum with zeros, exact: what all_gather gives counts as another on each device
-            return lax.psum(lax.dynamic_update_slice_in_dim(jnp.zeros((n * devices, *x.shape[1:]), x.dtype), x, at * n, 0), axis_name)
+        def of_all(
+            x,
+        ):  # a sum with zeros, exact: what all_gather gives counts as another on each device
+            return lax.psum(
+                lax.dynamic_update_slice_in_dim(
+                    jnp.zeros((n * devices, *x.shape[1:]), x.dtype), x, at * n, 0
+                ),
+                axis_name,
+            )
 
         rows = jax.tree.map(of_all, rows)
     memory = {level: memory_lib.push(memory[level], *rows[level]) for level in rows}
-    galleries = {level: dict(gallery=bank.embeddings, gallery_labels=bank.labels, gallery_where=bank.valid) for level, bank in memory.items()}
+    galleries = {
+        level: dict(gallery=bank.embeddings, gallery_labels=bank.labels, gallery_where=bank.valid)
+        for level, bank in memory.items()
+    }
     if axis_name is not None:
-        galleries = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, at * (len(x) // devices), len(x) // devices), galleries)
+        galleries = jax.tree.map(
+            lambda x: lax.dynamic_slice_in_dim(x, at * (len(x) // devices), len(x) // devices),
+            galleries,
+        )
     return memory, galleries
 
 
@@ -156,7 +216,9 @@ def _chunked_gradient(embed, objective, params, images, *, chunk):
     split = lambda e: e.reshape(-1, chunk, e.shape[-1])
     levels, batch_stats = lax.map(functools.partial(embed, params), chunks)
     levels = jax.tree.map(lambda e: e.reshape(-1, e.shape[-1]), levels)
-    (total, seen), (of_levels, grads) = jax.value_and_grad(objective, (0, 1), has_aux=True)(levels, params)
+    (total, seen), (of_levels, grads) = jax.value_and_grad(objective, (0, 1), has_aux=True)(
+        levels, params
+    )
 
     def back(grads, of_chunk):
         images, of_levels = of_chunk
@@ -175,16 +237,27 @@ def watch_distances(embeddings, labels, *, alpha, margin, axis_name=None, querie
     """
     gallery, gallery_labels, first = embeddings, labels, 0
     if axis_name is not None:
-        gallery, gallery_labels = (lax.all_gather(x, axis_name, tiled=True) for x in (embeddings, labels))
+        gallery, gallery_labels = (
+            lax.all_gather(x, axis_name, tiled=True) for x in (embeddings, labels)
+        )
         first = lax.axis_index(axis_name) * len(labels)
     q, of_q = embeddings[:queries], labels[:queries]
-    distance = jnp.sqrt(jnp.maximum(2 - 2 * jnp.matmul(q, gallery.T, precision=lax.Precision.HIGHEST), 0))
+    distance = jnp.sqrt(
+        jnp.maximum(2 - 2 * jnp.matmul(q, gallery.T, precision=lax.Precision.HIGHEST), 0)
+    )
     same = of_q[:, None] == gallery_labels
     others = jnp.arange(len(gallery_labels)) != (first + jnp.arange(len(q)))[:, None]
     found = {}
-    for name, pairs, nontrivial in (("positive", same & others, distance > alpha - margin), ("negative", ~same, distance < alpha)):
+    for name, pairs, nontrivial in (
+        ("positive", same & others, distance > alpha - margin),
+        ("negative", ~same, distance < alpha),
+    ):
         found[f"nontrivial_{name}s"] = jnp.sum(pairs & nontrivial) / jnp.maximum(jnp.sum(pairs), 1)
-        counts = jnp.bincount(jnp.minimum(distance * bins / 2, bins - 1).astype(jnp.int32).ravel(), pairs.ravel().astype(jnp.float32), length=bins)
+        counts = jnp.bincount(
+            jnp.minimum(distance * bins / 2, bins - 1).astype(jnp.int32).ravel(),
+            pairs.ravel().astype(jnp.float32),
+            length=bins,
+        )
         found[f"{name}_distances"] = counts
     return found
 

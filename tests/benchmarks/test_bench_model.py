@@ -1,4 +1,5 @@
 """The networks' benchmark: what its tables hold, and that PyTorch's side does the same work."""
+
 import re
 import subprocess
 import sys
@@ -15,14 +16,29 @@ from tests.helpers.paths import ROOT
 
 @pytest.mark.slow
 def test_both_tables_hold_finite_positive_numbers(tmp_path):
-    flags = ("--models=resnet_tiny", "--sizes=8", "--batch=8", "--dim=8", "--seconds=0", f"--table={tmp_path / 'table.md'}")
+    flags = (
+        "--models=resnet_tiny",
+        "--sizes=8",
+        "--batch=8",
+        "--dim=8",
+        "--seconds=0",
+        f"--table={tmp_path / 'table.md'}",
+    )
     command = [sys.executable, "-m", "experiments.benchmarks.model", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "table.md").read_text() == done.stdout
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if "resnet_tiny" in line]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in done.stdout.splitlines()
+        if "resnet_tiny" in line
+    ]
     forward, training, step = rows
-    assert forward[:3] == ["resnet_tiny", "8", "forward"] and training[:3] == ["resnet_tiny", "8", "train step"]
+    assert forward[:3] == ["resnet_tiny", "8", "forward"] and training[:3] == [
+        "resnet_tiny",
+        "8",
+        "train step",
+    ]
     assert step[:2] == ["resnet_tiny", "8"] and len(step) == 12
     for cell in forward[3:] + training[3:] + step[2:]:
         assert cell in ("", "not installed") or 0 < float(cell) < np.inf
@@ -30,8 +46,16 @@ def test_both_tables_hold_finite_positive_numbers(tmp_path):
 
 
 def test_mistakes_are_refused():
-    for flag, message in (("--models=resnet", "--models takes"), ("--sizes=30", "--sizes takes multiples of 4")):
-        done = subprocess.run([sys.executable, "-m", "experiments.benchmarks.model", flag], cwd=ROOT, capture_output=True, text=True)
+    for flag, message in (
+        ("--models=resnet", "--models takes"),
+        ("--sizes=30", "--sizes takes multiples of 4"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "experiments.benchmarks.model", flag],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode and re.search(message, done.stdout + done.stderr)
 
 
@@ -44,7 +68,10 @@ def test_pytorchs_side_is_the_same_network(name):
     config = backbones.ResNetConfig(**{**vars(config), "width": 8})
     torch.manual_seed(0)
     theirs = model_torch.EmbeddingResNet(config, 16)
-    published = {key.replace("embedding.", "H_embedding."): value.numpy() for key, value in theirs.state_dict().items()}
+    published = {
+        key.replace("embedding.", "H_embedding."): value.numpy()
+        for key, value in theirs.state_dict().items()
+    }
     pixels = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), np.uint8)
     x = (pixels.astype(np.float32) - np.float32(config.mean)) / np.float32(config.std)
     x = torch.from_numpy(x.transpose(0, 3, 1, 2))
@@ -53,8 +80,10 @@ def test_pytorchs_side_is_the_same_network(name):
     with jax.enable_x64(True):
         shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
         empty = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), dict(shapes))
-        variables = weights.from_published(published, empty, heads=True)
-        ours, _ = jax.jit(lambda v, p: model.apply(v, p, train=True, mutable=["batch_stats"]))(variables, pixels)
+        variables = weights.from_named_arrays(published, empty, heads=True)
+        ours, _ = jax.jit(lambda v, p: model.apply(v, p, train=True, mutable=["batch_stats"]))(
+            variables, pixels
+        )
     np.testing.assert_allclose(ours["H"], theirs.double()(x.double()).detach(), atol=1e-4)
 
 
@@ -64,7 +93,9 @@ def test_pytorchs_side_is_the_same_loss():
 
     x, labels = np.random.default_rng(0).normal(size=(24, 4)).astype(np.float32), np.arange(24) // 4
     rows = torch.from_numpy(x).requires_grad_()
-    value = model_torch.ranked_list_loss(torch.nn.functional.normalize(rows), torch.from_numpy(labels))
+    value = model_torch.ranked_list_loss(
+        torch.nn.functional.normalize(rows), torch.from_numpy(labels)
+    )
     value.backward()
     expected, gradient = jax.value_and_grad(loss.ranked_list_loss)(x, labels)
     assert value.item() == pytest.approx(float(expected), rel=1e-5)

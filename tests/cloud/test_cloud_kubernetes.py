@@ -1,13 +1,24 @@
 """kubernetes.sh and its manifest; the stand-ins are those of test_cloud."""
+
 from tests.helpers.cloud import DATA, RUN, manifest
 
 
 def test_kubernetes_applies_what_it_prints(machine):  # noqa: F811
-    arguments = ["--name=run", "--image=host/rll_jax:cuda13", "--hosts=2", "--chips=8", "--namespace=mine", "--bucket=some.bucket", *DATA]
+    arguments = [
+        "--name=run",
+        "--image=host/rll_jax:cuda13",
+        "--hosts=2",
+        "--chips=8",
+        "--namespace=mine",
+        "--bucket=some.bucket",
+        *DATA,
+    ]
     shown = machine.run("kubernetes.sh", "--dry_run", *arguments)
     assert machine.calls() == []
     first, *lines, last = shown.stdout.splitlines()
-    assert first == "kubectl apply --namespace=mine --filename=- <<'MANIFEST'" and last == "MANIFEST"
+    assert (
+        first == "kubectl apply --namespace=mine --filename=- <<'MANIFEST'" and last == "MANIFEST"
+    )
     assert machine.run("kubernetes.sh", *arguments).returncode == 0
     assert machine.calls() == [["kubectl", "apply", "--namespace=mine", "--filename=-"]]
     assert (machine.folder / "manifest").read_text().splitlines() == lines
@@ -16,41 +27,90 @@ def test_kubernetes_applies_what_it_prints(machine):  # noqa: F811
 
 def test_kubernetes_manifest(machine):  # noqa: F811
     def made(*options):
-        shown = machine.run("kubernetes.sh", "--dry_run", "--name=run", "--image=host/rll_jax:a", *options, *DATA)
+        shown = machine.run(
+            "kubernetes.sh", "--dry_run", "--name=run", "--image=host/rll_jax:a", *options, *DATA
+        )
         assert shown.returncode == 0, shown.stderr
         jobset = manifest("\n".join(shown.stdout.splitlines()[1:-1]))
         (job,) = jobset["spec"]["replicatedJobs"]
         spec = job["template"]["spec"]
         (container,) = spec["template"]["spec"]["containers"]
-        assert {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]} == {"shm": "/dev/shm", "data": "/data"}
+        assert {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]} == {
+            "shm": "/dev/shm",
+            "data": "/data",
+        }
         return jobset, spec, spec["template"]["spec"], container
 
     jobset, job, pod, container = made("--hosts=2", "--chips=8", "--claim=data", "--max_restarts=7")
-    assert (jobset["apiVersion"], jobset["kind"], jobset["metadata"]["name"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet", "run")
+    assert (jobset["apiVersion"], jobset["kind"], jobset["metadata"]["name"]) == (
+        "jobset.x-k8s.io/v1alpha2",
+        "JobSet",
+        "run",
+    )
     policy = jobset["spec"]["failurePolicy"]
     assert policy["maxRestarts"] == 7
-    assert [(rule["action"], rule["onJobFailureReasons"]) for rule in policy["rules"]] == [("FailJobSet", ["PodFailurePolicy"])]
+    assert [(rule["action"], rule["onJobFailureReasons"]) for rule in policy["rules"]] == [
+        ("FailJobSet", ["PodFailurePolicy"])
+    ]
     (rule,) = job["podFailurePolicy"]["rules"]  # 2 ends it, and 2 alone
-    assert rule == {"action": "FailJob", "onExitCodes": {"containerName": container["name"], "operator": "In", "values": [2]}}
-    assert (job["completions"], job["parallelism"], job["backoffLimit"], job["completionMode"]) == (2, 2, 0, "Indexed")
+    assert rule == {
+        "action": "FailJob",
+        "onExitCodes": {"containerName": container["name"], "operator": "In", "values": [2]},
+    }
+    assert (job["completions"], job["parallelism"], job["backoffLimit"], job["completionMode"]) == (
+        2,
+        2,
+        0,
+        "Indexed",
+    )
     assert pod["restartPolicy"] == "Never" and pod["securityContext"]["runAsNonRoot"]
-    assert container["resources"] == {"limits": {"nvidia.com/gpu": 8}} and container["image"] == "host/rll_jax:a"
+    assert (
+        container["resources"] == {"limits": {"nvidia.com/gpu": 8}}
+        and container["image"] == "host/rll_jax:a"
+    )
     flags = [flag.replace("$(", "$$(") for flag in DATA[1:]]  # Kubernetes makes $( of it
     coordinator = "--coordinator_address=run-run-0-0.run:8476"
-    assert container["args"] == [*flags, "--multihost", coordinator, "--num_processes=2", "--process_id=$(PROCESS_ID)"]
+    assert container["args"] == [
+        *flags,
+        "--multihost",
+        coordinator,
+        "--num_processes=2",
+        "--process_id=$(PROCESS_ID)",
+    ]
     assert "PROCESS_ID" in [variable["name"] for variable in container["env"]]
     shm = {"name": "shm", "emptyDir": {"medium": "Memory"}}
     assert pod["volumes"] == [shm, {"name": "data", "persistentVolumeClaim": {"claimName": "data"}}]
     assert job["template"]["metadata"]["annotations"] == jobset["metadata"]["annotations"] == {}
 
     on_bucket = "--bucket=some.bucket"
-    jobset, job, pod, container = made(on_bucket, "--accelerator=tpu", "--tpu_type=tpu-v6e-slice", "--tpu_topology=4x4", "--hosts=4", "--chips=4")
-    assert container["args"] == [*flags, "--multihost"] and container["resources"] == {"limits": {"google.com/tpu": 4}}
+    jobset, job, pod, container = made(
+        on_bucket,
+        "--accelerator=tpu",
+        "--tpu_type=tpu-v6e-slice",
+        "--tpu_topology=4x4",
+        "--hosts=4",
+        "--chips=4",
+    )
+    assert container["args"] == [*flags, "--multihost"] and container["resources"] == {
+        "limits": {"google.com/tpu": 4}
+    }
     assert set(pod["nodeSelector"].values()) == {"tpu-v6e-slice", "4x4"}
-    attributes = {"bucketName": "some.bucket", "mountOptions": "implicit-dirs,rename-dir-limit=200000,metadata-cache:ttl-secs:0,uid=1000,gid=1000"}
-    assert pod["volumes"] == [shm, {"name": "data", "csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}}]
+    attributes = {
+        "bucketName": "some.bucket",
+        "mountOptions": "implicit-dirs,rename-dir-limit=200000,metadata-cache:ttl-secs:0,uid=1000,gid=1000",
+    }
+    assert pod["volumes"] == [
+        shm,
+        {
+            "name": "data",
+            "csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes},
+        },
+    ]
     assert pod["securityContext"]["runAsUser"] == 1000
-    assert job["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true", "gke-gcsfuse/memory-limit": "2Gi"}
+    assert job["template"]["metadata"]["annotations"] == {
+        "gke-gcsfuse/volumes": "true",
+        "gke-gcsfuse/memory-limit": "2Gi",
+    }
     assert [*jobset["metadata"]["annotations"].values()] == ["cloud.google.com/gke-nodepool"]
     *_, container = made("--accelerator=cpu", "--claim=data")
     assert container["args"] == flags and container["resources"] == {"limits": {}}

@@ -1,4 +1,5 @@
 """evaluate, embed and search, as a user gives them."""
+
 import json
 import os
 import shutil
@@ -31,9 +32,9 @@ def folder(tmp_path, emoji):
     for row in range(60):
         path = root / f"class {test.labels[row]}" / f"{row}.PNG"
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(test.encoded(row))
+        path.write_bytes(test.image_bytes(row))
     (root / "empty.jpg").touch()
-    (root / "broken.png").write_bytes(test.encoded(0)[:100])
+    (root / "broken.png").write_bytes(test.image_bytes(0)[:100])
     (root / "notes.txt").write_text("not a picture")
     return root
 
@@ -59,8 +60,9 @@ def embed(workdir, folder, out, code):
 def test_embed_and_what_changed_since(workdir, folder, tmp_path):
     result = embed(workdir, folder, tmp_path / "first.npz", 1)
     assert [line for line in result.stderr.splitlines() if "unreadable" in line] == [
-        "unreadable: broken.png", "unreadable: empty.jpg",
-    ]  # fmt: skip
+        "unreadable: broken.png",
+        "unreadable: empty.jpg",
+    ]
     with np.load(tmp_path / "first.npz") as first:
         files, embeddings = first["files"], first["embeddings"]
     assert len(files) == 60 and embeddings.dtype == np.float32 and list(files) == sorted(files)
@@ -89,14 +91,22 @@ def test_an_index_survives_what_happens_to_files(workdir, folder, tmp_path):
     (folder / "broken.png").unlink()
     shutil.copy(sorted(folder.glob("*/7.PNG"))[0], folder / "broken.png")
     result = embed(workdir, folder, tmp_path / "second.npz", 1)
-    assert "61 images x 32, 61 of them embedded now" in result.stdout and "unreadable: empty.jpg" in result.stderr
+    assert (
+        "61 images x 32, 61 of them embedded now" in result.stdout
+        and "unreadable: empty.jpg" in result.stderr
+    )
     result = embed(workdir, folder, tmp_path / "third.npz", 1)
     assert "61 images x 32, 0 of them embedded now" in result.stdout
 
 
 def test_embed_parquet(workdir, folder, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
-    result = run(f"--workdir={workdir}", f"--images={folder}", f"--out={tmp_path / 'e.parquet'}", name="embed")
+    result = run(
+        f"--workdir={workdir}",
+        f"--images={folder}",
+        f"--out={tmp_path / 'e.parquet'}",
+        name="embed",
+    )
     assert result.returncode == 1, result.stderr
     table = parquet.read_table(tmp_path / "e.parquet")
     assert table.column_names == ["file", "embedding"] and len(table["embedding"][0]) == 32
@@ -104,7 +114,9 @@ def test_embed_parquet(workdir, folder, tmp_path):
 
 def test_search_finds_the_picture_itself(workdir, folder, tmp_path):
     query = sorted(folder.glob("*/7.PNG"))[0]
-    result = run(f"--workdir={workdir}", f"--images={folder}", f"--query={query}", "--k=4", name="search")
+    result = run(
+        f"--workdir={workdir}", f"--images={folder}", f"--query={query}", "--k=4", name="search"
+    )
     assert result.returncode == 1, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0] == str(query) and lines[1] == f"  1.000  {query}" and len(lines) == 6
@@ -119,10 +131,16 @@ def test_search_by_a_folder(workdir, folder, tmp_path):
         shutil.copy(path, queries / path.name)
     (queries / "bad.png").write_text("bad")
     result = run(
-        f"--workdir={workdir}", f"--images={folder}", f"--query={queries}", f"--out={tmp_path / 'page.html'}", "--k=2",
+        f"--workdir={workdir}",
+        f"--images={folder}",
+        f"--query={queries}",
+        f"--out={tmp_path / 'page.html'}",
+        "--k=2",
         name="search",
-    )  # fmt: skip
-    assert result.returncode == 1 and "bad.png" in result.stderr and "Traceback" not in result.stderr
+    )
+    assert (
+        result.returncode == 1 and "bad.png" in result.stderr and "Traceback" not in result.stderr
+    )
     assert (tmp_path / "page.html").read_text().count('class="query"') == 3
 
 
@@ -141,13 +159,56 @@ def test_mistakes(workdir, folder, tmp_path):
     own = f"--workdir={workdir}"
     refused("holds no run", f"--workdir={tmp_path}", name="evaluate")
     refused("holds no checkpoint of step 2: there are", own, "--step=2", name="evaluate")
-    refused("exists: choose another name", own, f"--images={folder}", f"--out={tmp_path / 'there.npz'}", name="embed")
-    refused("ends in .npz or .parquet", own, f"--images={folder}", f"--out={tmp_path / 'e.csv'}", name="embed")
-    refused("no images in it", own, f"--images={tmp_path / 'none'}", f"--out={tmp_path / 'e.npz'}", name="embed")
-    refused("no such folder", own, f"--images={tmp_path / 'no'}", f"--out={tmp_path / 'e.npz'}", name="embed")
-    refused("no such file or folder", own, f"--images={folder}", f"--query={tmp_path / 'no'}", name="search")
-    refused("cannot be read as an image", own, f"--images={folder}", f"--query={tmp_path / 'there.npz'}", name="search")
-    refused("expected at least 1", own, f"--images={folder}", f"--query={folder}", "--k=0", name="search")
+    refused(
+        "exists: choose another name",
+        own,
+        f"--images={folder}",
+        f"--out={tmp_path / 'there.npz'}",
+        name="embed",
+    )
+    refused(
+        "ends in .npz or .parquet",
+        own,
+        f"--images={folder}",
+        f"--out={tmp_path / 'e.csv'}",
+        name="embed",
+    )
+    refused(
+        "no images in it",
+        own,
+        f"--images={tmp_path / 'none'}",
+        f"--out={tmp_path / 'e.npz'}",
+        name="embed",
+    )
+    refused(
+        "no such folder",
+        own,
+        f"--images={tmp_path / 'no'}",
+        f"--out={tmp_path / 'e.npz'}",
+        name="embed",
+    )
+    refused(
+        "no such file or folder",
+        own,
+        f"--images={folder}",
+        f"--query={tmp_path / 'no'}",
+        name="search",
+    )
+    refused(
+        "cannot be read as an image",
+        own,
+        f"--images={folder}",
+        f"--query={tmp_path / 'there.npz'}",
+        name="search",
+    )
+    refused(
+        "expected at least 1",
+        own,
+        f"--images={folder}",
+        f"--query={folder}",
+        "--k=0",
+        name="search",
+    )
     refused("--workdir", f"--images={folder}", name="search")
     assert (tmp_path / "there.npz").stat().st_size == 0
 
@@ -169,13 +230,26 @@ def test_pretrained_and_the_way_back(workdir, tmp_path):
     first = []
     for name, donor in (("file", out), ("folder", workdir)):
         given = [*small, "--steps=1", "--levels=M,H", "--pretrained_head", f"--pretrained={donor}"]
-        result = run(*given, f"--workdir={tmp_path / name}", "--ema=0.9", "--head_lr_multiplier=10", "--clip_gradient=1")
+        result = run(
+            *given,
+            f"--workdir={tmp_path / name}",
+            "--ema=0.9",
+            "--head_lr_multiplier=10",
+            "--clip_gradient=1",
+        )
         assert result.returncode == 0, result.stderr
         first.append(json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0]))
     last = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()][-1]
     assert first[0]["recall@1"] == first[1]["recall@1"] == pytest.approx(last["recall@1"], abs=1e-3)
-    refused("2 of another shape", *small, f"--pretrained={out}", "--pretrained_head", "--levels=M,H", "--embedding_dim=8",
-            f"--workdir={tmp_path / 'other'}")  # fmt: skip
+    refused(
+        "2 of another shape",
+        *small,
+        f"--pretrained={out}",
+        "--pretrained_head",
+        "--levels=M,H",
+        "--embedding_dim=8",
+        f"--workdir={tmp_path / 'other'}",
+    )
 
 
 def test_pytorch_loads_what_export_writes(workdir, tmp_path):
@@ -189,20 +263,27 @@ def test_pytorch_loads_what_export_writes(workdir, tmp_path):
     out = tmp_path / "model.safetensors"
     assert run(f"--workdir={workdir}", f"--out={out}", name="export").returncode == 0
     config = backbones.BACKBONES["resnet_tiny"]
-    theirs = torch_networks.EmbeddingResNet("MH", stages=config.stage_sizes, bottleneck=False, width=config.width, small_images=True)
+    theirs = torch_networks.EmbeddingResNet(
+        "MH", stages=config.stage_sizes, bottleneck=False, width=config.width, small_images=True
+    )
     theirs.load_state_dict(load_file(out))  # strict: every name, no other
     pixels = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
     x = (pixels.astype(np.float32) - np.float32(config.mean)) / np.float32(config.std)
     with torch.no_grad():
         found = theirs.eval()(torch.from_numpy(x.transpose(0, 3, 1, 2)))
     ours = build.load(workdir)
-    expected = embedding_net.concatenated(build.make_model(ours.config).clone(axis_name=None).apply(ours.variables, pixels))
+    expected = embedding_net.concatenate_levels(
+        build.make_model(ours.config).clone(axis_name=None).apply(ours.variables, pixels)
+    )
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_stablehlo_runs_without_this_package(workdir, folder, tmp_path):
     out = tmp_path / "model.stablehlo"
-    assert run(f"--workdir={workdir}", f"--out={out}", "--format=stablehlo", name="export").returncode == 0
+    assert (
+        run(f"--workdir={workdir}", f"--out={out}", "--format=stablehlo", name="export").returncode
+        == 0
+    )
     embed(workdir, folder, tmp_path / "e.npz", 1)
     with np.load(tmp_path / "e.npz") as saved:
         files, expected = saved["files"], saved["embeddings"]
@@ -215,6 +296,8 @@ def test_stablehlo_runs_without_this_package(workdir, folder, tmp_path):
         "np.save(sys.argv[2], np.concatenate([call(pixels[:7]), call(pixels[7:])]));"
         "assert not any(name.startswith(('rll_jax', 'flax')) for name in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code, out, tmp_path / "pixels.npy"], check=True, cwd=tmp_path)
+    subprocess.run(
+        [sys.executable, "-c", code, out, tmp_path / "pixels.npy"], check=True, cwd=tmp_path
+    )
     found = np.load(tmp_path / "pixels.npy")
     np.testing.assert_allclose(found, expected, atol=1e-5)

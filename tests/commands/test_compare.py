@@ -1,4 +1,5 @@
 """A comparison: what it runs, the rates it chooses, its table, and the command on a few pictures."""
+
 import json
 import pathlib
 import statistics
@@ -17,7 +18,10 @@ BASE = {**vars(config.Config()), "workdir": "w", "report": False, "steps": 20}
 def write_scores(run, recall, step=None):
     folder = pathlib.Path(run.workdir)
     folder.mkdir(parents=True)
-    lines = [{"step": 0, "recall@1": 0.01, "map@r": 0.01}, {"step": step or run.steps, "recall@1": recall, "map@r": recall / 2}]
+    lines = [
+        {"step": 0, "recall@1": 0.01, "map@r": 0.01},
+        {"step": step or run.steps, "recall@1": recall, "map@r": recall / 2},
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -29,15 +33,21 @@ def test_equal_terms():
     assert len(tuned) == 2 * len(names) and len(compared) == 5 * len(names)
     for (name, value), one in [*tuned.items(), *compared.items()]:
         of_tuning = (name, value) in tuned
-        free = {*compare.ENTRIES[name].options, "learning_rate", "seed", "workdir"} | ({"validation_share", "steps"} if of_tuning else set())
-        assert all(getattr(one, field) == BASE[field] for field in many_runs.FIELDS if field not in free)
+        free = {*compare.ENTRIES[name].options, "learning_rate", "seed", "workdir"} | (
+            {"validation_share", "steps"} if of_tuning else set()
+        )
+        assert all(
+            getattr(one, field) == BASE[field] for field in many_runs.FIELDS if field not in free
+        )
         assert (one.validation_share, one.steps) == ((0.3, 10) if of_tuning else (0, 20))
     assert len({run.workdir for run in [*tuned.values(), *compared.values()]}) == 7 * len(names)
     assert [seed for _, seed in compared][: len(names)] == [0] * len(names)
 
 
 def test_rates_are_tried_until_the_best_is_not_at_an_end(tmp_path):
-    options = types.SimpleNamespace(rates="1e-3,3e-3,9e-3", more_rates=2, choose_by="map@r", tuning_share=0.3, tuning_steps=0)
+    options = types.SimpleNamespace(
+        rates="1e-3,3e-3,9e-3", more_rates=2, choose_by="map@r", tuning_share=0.3, tuning_steps=0
+    )
     recalls = {
         "rll": {3e-3: 0.6},  # in the middle
         "sup_con": {9e-3: 0.6, 3e-2: 0.7, 9e-2: 0.8},  # ever better
@@ -62,31 +72,52 @@ def test_rates_are_tried_until_the_best_is_not_at_an_end(tmp_path):
 
 def test_the_table_is_of_the_runs_scores(tmp_path):
     found = {"rll": [0.50, 0.54, 0.52], "triplet_hard": [0.47, 0.52, 0.49]}
-    compared = compare._runs_to_compare(BASE | {"workdir": str(tmp_path)}, {"rll": 1e-2, "triplet_hard": 1e-3}, 3)
+    compared = compare._runs_to_compare(
+        BASE | {"workdir": str(tmp_path)}, {"rll": 1e-2, "triplet_hard": 1e-3}, 3
+    )
     for (name, seed), one in compared.items():
         write_scores(one, found[name][seed])
-    first, second, third = compare._rows(compared, {"rll": 1e-2, "triplet_hard": 1e-3}, ["rll", "triplet_hard", "lifted"])
-    assert first["recall@1"]["mean"] == pytest.approx(52) and first["recall@1"]["std"] == pytest.approx(2)
+    first, second, third = compare._rows(
+        compared, {"rll": 1e-2, "triplet_hard": 1e-3}, ["rll", "triplet_hard", "lifted"]
+    )
+    assert first["recall@1"]["mean"] == pytest.approx(52) and first["recall@1"][
+        "std"
+    ] == pytest.approx(2)
     differences = [-3, -2, -3]  # by seed
     found = second["recall@1"]["difference"]
     assert found["values"] == pytest.approx(differences)
-    low, high = stats.t.interval(0.95, 2, statistics.fmean(differences), statistics.stdev(differences) / 3**0.5)
-    assert (found["mean"] - found["half"], found["mean"] + found["half"]) == pytest.approx((low, high))
+    low, high = stats.t.interval(
+        0.95, 2, statistics.fmean(differences), statistics.stdev(differences) / 3**0.5
+    )
+    assert (found["mean"] - found["half"], found["mean"] + found["half"]) == pytest.approx(
+        (low, high)
+    )
     assert second["map@r"]["mean"] == pytest.approx(24.667, abs=1e-3)
-    text = compare._as_markdown([first, second, third], "", compare._untrained(compared["rll", 0])).splitlines()
-    assert text[-3] == "| Triplet, batch-hard | 0.001 | 49.3 ± 2.5 | -2.7 ± 1.4 | 24.7 ± 1.3 | -1.3 ± 0.7 | 3 |"
+    text = compare._as_markdown(
+        [first, second, third], "", compare._untrained(compared["rll", 0])
+    ).splitlines()
+    assert (
+        text[-3]
+        == "| Triplet, batch-hard | 0.001 | 49.3 ± 2.5 | -2.7 ± 1.4 | 24.7 ± 1.3 | -1.3 ± 0.7 | 3 |"
+    )
     assert text[-2] == "| Lifted structure | failed | - | - | - | - | 0 |"
     assert text[-1] == "| the network before its first step | | 1.0 | | 1.0 | | 1 |"
 
 
-@pytest.mark.parametrize("arguments, text", [
-    (["--only=rll,rlll"], "--only=rll,rlll: expected some of rll, rll_both_ends, "),
-    (["--rates=0.1,fast"], "--rates=0.1,fast: expected learning rates"),
-    (["--margin=0.2", "--query_weighting=mass"], "--query_weighting is for the comparison to choose"),
-    (["--out=/no/such/folder"], "--out=/no/such/folder: no such folder"),
-    (["--classes_per_batch=1"], "--classes_per_batch=1"),
-    (["--dry_run"], "--dry_run is of one run"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (["--only=rll,rlll"], "--only=rll,rlll: expected some of rll, rll_both_ends, "),
+        (["--rates=0.1,fast"], "--rates=0.1,fast: expected learning rates"),
+        (
+            ["--margin=0.2", "--query_weighting=mass"],
+            "--query_weighting is for the comparison to choose",
+        ),
+        (["--out=/no/such/folder"], "--out=/no/such/folder: no such folder"),
+        (["--classes_per_batch=1"], "--classes_per_batch=1"),
+        (["--dry_run"], "--dry_run is of one run"),
+    ],
+)
 def test_mistakes_before_anything_is_written(arguments, text, tmp_path):
     refused(text, *arguments, f"--workdir={tmp_path / 'compare'}", name="compare")
     assert not (tmp_path / "compare").exists()
@@ -96,7 +127,10 @@ def test_another_comparison_in_the_folder_is_refused(tmp_path):
     base = BASE | {"workdir": str(tmp_path), "tuning_share": "0.3"}
     many_runs.claim("compare", base, [("seeds", 3)])
     many_runs.claim("compare", base | {"threads": 7}, [("seeds", 5)])
-    for changed, text in (({"tuning_share": "0.5"}, "--tuning_share=0.3 there, 0.5 here"), ({"steps": 9}, "--steps=20 there, 9 here")):
+    for changed, text in (
+        ({"tuning_share": "0.5"}, "--tuning_share=0.3 there, 0.5 here"),
+        ({"steps": 9}, "--steps=20 there, 9 here"),
+    ):
         with pytest.raises(ValueError, match=text):
             many_runs.claim("compare", base | changed, [("seeds", 3)])
 
@@ -104,7 +138,15 @@ def test_another_comparison_in_the_folder_is_refused(tmp_path):
 @pytest.mark.slow
 def test_the_command_goes_on_with_more_seeds(tmp_path):
     tiny = [flag for flag in TINY if not flag.startswith(("--memory", "--steps"))]
-    given = [*tiny, "--steps=4", "--only=rll_lmh,pml_rll,proxy_anchor", "--rates=1e-3,1e-2", "--more_rates=0", "--jobs=2", f"--workdir={tmp_path / 'compare'}"]
+    given = [
+        *tiny,
+        "--steps=4",
+        "--only=rll_lmh,pml_rll,proxy_anchor",
+        "--rates=1e-3,1e-2",
+        "--more_rates=0",
+        "--jobs=2",
+        f"--workdir={tmp_path / 'compare'}",
+    ]
     given = [flag.replace("resnet_tiny", "resnet_smaller") for flag in given]
     result = run(*given, "--seeds=1", name="compare")
     assert result.returncode == 0, result.stderr
@@ -112,9 +154,19 @@ def test_the_command_goes_on_with_more_seeds(tmp_path):
     assert len(before) == 6 + 3
     result = run(*given, "--seeds=2", f"--out={tmp_path}", name="compare")
     assert result.returncode == 0 and result.stdout.count("finished before") == 6 + 3, result.stderr
-    assert all(path.stat().st_mtime_ns == time for path, time in before.items()) and len(list(tmp_path.rglob("metrics.jsonl"))) == 6 + 6
+    assert (
+        all(path.stat().st_mtime_ns == time for path, time in before.items())
+        and len(list(tmp_path.rglob("metrics.jsonl"))) == 6 + 6
+    )
     rows = json.loads((tmp_path / "compare.json").read_text())
     assert [row["seeds"] for row in rows] == [[0, 1]] * 3
-    assert (tmp_path / "compare.md").read_text() in result.stdout and (tmp_path / "compare.png").stat().st_size > 10_000
-    refused("holds another compare (--embedding_dim=16 there, 8 here)", *given, "--embedding_dim=8", name="compare")
+    assert (tmp_path / "compare.md").read_text() in result.stdout and (
+        tmp_path / "compare.png"
+    ).stat().st_size > 10_000
+    refused(
+        "holds another compare (--embedding_dim=16 there, 8 here)",
+        *given,
+        "--embedding_dim=8",
+        name="compare",
+    )
     refused("--tuning_share", *given, "--tuning_share=0.5", name="compare")

@@ -1,4 +1,5 @@
 """A sweep as a user gives it, on a few pictures."""
+
 import ast
 import dataclasses
 import fcntl
@@ -28,53 +29,101 @@ def small(tmp_path_factory):
     """Options of a run of two steps on 30 pictures."""
     root = tmp_path_factory.mktemp("pictures")
     make_folders(root, [f"class {c}" for c in range(10)])
-    tiny = [flag for flag in TINY if not any(name in flag for name in ("steps", "classes", "report"))]
-    return [*tiny, "--dataset=folder", f"--data_dir={root}", "--classes_per_batch=2", "--steps=2", "--augment=affine"]
+    tiny = [
+        flag for flag in TINY if not any(name in flag for name in ("steps", "classes", "report"))
+    ]
+    return [
+        *tiny,
+        "--dataset=folder",
+        f"--data_dir={root}",
+        "--classes_per_batch=2",
+        "--steps=2",
+        "--augment=affine",
+    ]
 
 
 def times(workdir):
-    return {name: path.stat().st_mtime_ns for name in RUNS if (path := workdir / name / "metrics.jsonl").exists()}
+    return {
+        name: path.stat().st_mtime_ns
+        for name in RUNS
+        if (path := workdir / name / "metrics.jsonl").exists()
+    }
 
 
 @pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_to_its_table(small, tmp_path):
     workdir = tmp_path / "sweep"
     given = [*small, *SWEEP, f"--workdir={workdir}"]
-    process = subprocess.Popen(**command(*given, name="sweep"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        **command(*given, name="sweep"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     deadline = time.time() + 120
-    while not (workdir / RUNS[1] / "flags.txt").exists() and time.time() < deadline and process.poll() is None:
+    while (
+        not (workdir / RUNS[1] / "flags.txt").exists()
+        and time.time() < deadline
+        and process.poll() is None
+    ):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     told, complaint = process.communicate(timeout=60)
     assert process.returncode == 130, complaint
-    assert told.splitlines()[-1] == "stopped at 2/4 margin=0.2 seed=6: the same command goes on from there"
+    assert (
+        told.splitlines()[-1]
+        == "stopped at 2/4 margin=0.2 seed=6: the same command goes on from there"
+    )
     assert "Traceback" not in complaint
     finished = times(workdir)
-    assert (workdir / RUNS[0] / "report.html").exists() and not (workdir / RUNS[1] / "report.html").exists()
+    assert (workdir / RUNS[0] / "report.html").exists() and not (
+        workdir / RUNS[1] / "report.html"
+    ).exists()
 
     result = run(*given, name="sweep")
     assert result.returncode == 0, result.stderr
-    assert "1/4 margin=0.2 seed=5: recall@1" in result.stdout and result.stdout.count("finished before") == 1
+    assert (
+        "1/4 margin=0.2 seed=5: recall@1" in result.stdout
+        and result.stdout.count("finished before") == 1
+    )
     assert times(workdir)[RUNS[0]] == finished[RUNS[0]] and len(times(workdir)) == 4
     _check_table(workdir, result.stdout)
 
-    finished = times(workdir)  # all of them: the table is made again, of one seed, from what is there
-    result = run(f"--flagfile={workdir / 'sweep.flags'}", "--seeds=1", f"--workdir={workdir}", name="sweep")
+    finished = times(
+        workdir
+    )  # all of them: the table is made again, of one seed, from what is there
+    result = run(
+        f"--flagfile={workdir / 'sweep.flags'}", "--seeds=1", f"--workdir={workdir}", name="sweep"
+    )
     assert result.returncode == 0 and result.stdout.count("finished before") == 2, result.stderr
-    assert times(workdir) == finished and [line.split("|")[3].strip() for line in result.stdout.splitlines()[-3:-1]] == ["-", "-"]
-    refused("another sweep (--embedding_dim=16 there, 8 here)", *given, "--embedding_dim=8", name="sweep")
-    refused("another sweep (--margin=(swept) there, 0.4 here)", *small, "--seed=5", f"--workdir={workdir}", name="sweep")
+    assert times(workdir) == finished and [
+        line.split("|")[3].strip() for line in result.stdout.splitlines()[-3:-1]
+    ] == ["-", "-"]
+    refused(
+        "another sweep (--embedding_dim=16 there, 8 here)",
+        *given,
+        "--embedding_dim=8",
+        name="sweep",
+    )
+    refused(
+        "another sweep (--margin=(swept) there, 0.4 here)",
+        *small,
+        "--seed=5",
+        f"--workdir={workdir}",
+        name="sweep",
+    )
 
 
 def _check_table(workdir, stdout):
     """The numbers are those that the runs' own files say."""
     last = {}
     for name in RUNS:
-        lines = [json.loads(line) for line in (workdir / name / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line) for line in (workdir / name / "metrics.jsonl").read_text().splitlines()
+        ]
         last[name] = lines[-1]
         assert lines[-1]["step"] == 2
     rows = json.loads((workdir / "sweep.json").read_text())
-    assert [(row["options"], row["seeds"], row["failed"]) for row in rows] == [({"margin": m}, [5, 6], {}) for m in (0.2, 0.4)]
+    assert [(row["options"], row["seeds"], row["failed"]) for row in rows] == [
+        ({"margin": m}, [5, 6], {}) for m in (0.2, 0.4)
+    ]
     text = (workdir / "sweep.md").read_text()
     assert text in stdout
     for row, names, line in zip(rows, (RUNS[:2], RUNS[2:]), text.splitlines()[2:], strict=True):
@@ -84,13 +133,27 @@ def _check_table(workdir, stdout):
             assert found["values"] == values and found["mean"] == sum(values) / 2
             assert found["std"] == pytest.approx(statistics.stdev(values))
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
-        expected = [100 * row["scores"][name][part] for name in ("recall@1", "map@r") for part in ("mean", "std")]
-        assert cells == [str(row["options"]["margin"]), *(f"{value:.1f}" for value in expected), "2"]
+        expected = [
+            100 * row["scores"][name][part]
+            for name in ("recall@1", "map@r")
+            for part in ("mean", "std")
+        ]
+        assert cells == [
+            str(row["options"]["margin"]),
+            *(f"{value:.1f}" for value in expected),
+            "2",
+        ]
 
 
 def test_commands_are_those_of_the_runs(tmp_path):
     """They parse, for the module of the data set, into the options that were given."""
-    given = ["--dataset=sop", "--alpha=1.4", "--sweep=levels=H;L,M,H", "--sweep=weight_gradient=false,true", "--commands"]
+    given = [
+        "--dataset=sop",
+        "--alpha=1.4",
+        "--sweep=levels=H;L,M,H",
+        "--sweep=weight_gradient=false,true",
+        "--commands",
+    ]
     result = run(*given, f"--workdir={tmp_path / 'a sweep'}", name="sweep")
     assert result.returncode == 0, result.stderr
     lines = [shlex.split(line) for line in result.stdout.splitlines()]
@@ -103,51 +166,79 @@ def test_commands_are_those_of_the_runs(tmp_path):
         found.append(config.from_flags(values))
     assert found == [
         config.Config(
-            dataset="sop", backbone="resnet50", image_size=224, alpha=1.4, levels=levels, weight_gradient=weight,
-            workdir=str(tmp_path / "a sweep" / f"levels={levels},weight_gradient={weight}" / "seed=0"),
+            dataset="sop",
+            backbone="resnet50",
+            image_size=224,
+            alpha=1.4,
+            levels=levels,
+            weight_gradient=weight,
+            workdir=str(
+                tmp_path / "a sweep" / f"levels={levels},weight_gradient={weight}" / "seed=0"
+            ),
         )
-        for levels in ("H", "L,M,H") for weight in (False, True)
-    ]  # fmt: skip
+        for levels in ("H", "L,M,H")
+        for weight in (False, True)
+    ]
     assert [path.name for path in (tmp_path / "a sweep").iterdir()] == ["sweep.flags"]
 
 
 @pytest.mark.parametrize("dataset", datasets.SOURCES)
 def test_the_usual_options_of_each_command_are_known(dataset):
-    calls = [node for node in ast.walk(ast.parse((ROOT / f"experiments/{dataset}.py").read_text())) if isinstance(node, ast.Call)]
-    own = next({word.arg: word.value.value for word in call.keywords} for call in calls if ast.unparse(call.func) == "config.define_flags")
+    calls = [
+        node
+        for node in ast.walk(ast.parse((ROOT / f"experiments/{dataset}.py").read_text()))
+        if isinstance(node, ast.Call)
+    ]
+    own = next(
+        {word.arg: word.value.value for word in call.keywords}
+        for call in calls
+        if ast.unparse(call.func) == "config.define_flags"
+    )
     usual = {} if dataset == "emoji" else {"backbone": "resnet50", "image_size": 224}
     assert own == {"dataset": dataset, "workdir": f"runs/{dataset}"} | usual
 
 
-@pytest.mark.parametrize("texts, error", [
-    (["margn=0.2"], "--sweep=margn=0.2: expected NAME=VALUE,VALUE,... of an option"),
-    (["margin"], "--sweep=margin: expected NAME=VALUE"),
-    (["seed=1,2"], "other than dataset, seed and workdir"),
-    (["margin=0.2,"], "--sweep=margin=0.2,: "),
-    (["weight_gradient=maybe"], "--sweep=weight_gradient=maybe: "),
-    (["margin=0.2,0.20"], "a value is there twice: margin=0.2"),
-    (["margin=0.2", "margin=0.4"], "an option or a value is there twice"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "texts, error",
+    [
+        (["margn=0.2"], "--sweep=margn=0.2: expected NAME=VALUE,VALUE,... of an option"),
+        (["margin"], "--sweep=margin: expected NAME=VALUE"),
+        (["seed=1,2"], "other than dataset, seed and workdir"),
+        (["margin=0.2,"], "--sweep=margin=0.2,: "),
+        (["weight_gradient=maybe"], "--sweep=weight_gradient=maybe: "),
+        (["margin=0.2,0.20"], "a value is there twice: margin=0.2"),
+        (["margin=0.2", "margin=0.4"], "an option or a value is there twice"),
+    ],
+)
 def test_sweeps_that_cannot_be(texts, error, monkeypatch):
     values = flags.FlagValues()
     config.define_flags(flag_values=values)
     monkeypatch.setattr(flags, "FLAGS", values)
     with pytest.raises(ValueError, match=re.escape(error)):
-        sweep._plan(dataclasses.asdict(config.Config()), [sweep._axis(text) for text in texts], seeds=1)
+        sweep._plan(
+            dataclasses.asdict(config.Config()), [sweep._axis(text) for text in texts], seeds=1
+        )
 
 
 def test_folders_of_runs_have_safe_names():
     base = dataclasses.asdict(config.Config(workdir="w"))
-    runs = sweep._plan(base, [("pretrained", ["", "../a b/c?.npz"]), ("levels", ["L,M,H"])], seeds=2)
+    runs = sweep._plan(
+        base, [("pretrained", ["", "../a b/c?.npz"]), ("levels", ["L,M,H"])], seeds=2
+    )
     folders = ["levels=L,M,H,pretrained=", "levels=L,M,H,pretrained=..%2Fa b%2Fc%3F.npz"]
-    assert [run.workdir for run in runs] == [f"w/{folder}/seed={seed}" for folder in folders for seed in (0, 1)]
+    assert [run.workdir for run in runs] == [
+        f"w/{folder}/seed={seed}" for folder in folders for seed in (0, 1)
+    ]
     assert runs[3].pretrained == "../a b/c?.npz" and runs[3].seed == 1
 
 
-@pytest.mark.parametrize("arguments, text", [
-    (["--sweep=margin=0.2,1.4"], "margin=1.4: --margin=1.4 must not be above --alpha=1.2"),
-    (["--seeds=0"], "seeds"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (["--sweep=margin=0.2,1.4"], "margin=1.4: --margin=1.4 must not be above --alpha=1.2"),
+        (["--seeds=0"], "seeds"),
+    ],
+)
 def test_mistakes_before_anything_is_written(arguments, text, tmp_path):
     refused(text, *arguments, f"--workdir={tmp_path / 'sweep'}", name="sweep")
     assert not (tmp_path / "sweep").exists()
@@ -161,12 +252,23 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 def test_runs_that_fail(tmp_path):
     """The first ends the sweep with its line, or all of them are in the table; one that another process runs is left to it."""
-    given = ["--dataset=folder", f"--data_dir={tmp_path / 'none'}", "--seeds=2", f"--workdir={tmp_path / 'sweep'}"]
+    given = [
+        "--dataset=folder",
+        f"--data_dir={tmp_path / 'none'}",
+        "--seeds=2",
+        f"--workdir={tmp_path / 'sweep'}",
+    ]
     refused("1/2 base seed=0: exit code 2: ", *given, name="sweep")
     result = run(*given, "--keep_going", name="sweep")
-    assert result.returncode == 1 and "2/2 base seed=1: exit code 2: " in result.stderr, result.stderr
+    assert result.returncode == 1 and "2/2 base seed=1: exit code 2: " in result.stderr, (
+        result.stderr
+    )
     (row,) = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
-    assert row["seeds"] == [] and "no such folder" in row["failed"]["0"] and "| 0, 2 failed |" in result.stdout
+    assert (
+        row["seeds"] == []
+        and "no such folder" in row["failed"]["0"]
+        and "| 0, 2 failed |" in result.stdout
+    )
     with (tmp_path / "sweep/base/seed=0.log").open() as log:
         fcntl.flock(log, fcntl.LOCK_EX)
         refused("base seed=0 is being run by another process", *given, name="sweep")

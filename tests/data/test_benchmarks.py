@@ -1,4 +1,5 @@
 """The benchmarks' published layouts, read; what is not as published, refused by file and line; archives, unpacked within bounds."""
+
 import functools
 import io
 import os
@@ -22,22 +23,38 @@ from tests.helpers.benchmark_trees import (
 )
 
 
-def by_split(listing):
+def split_dataset(listing):
     rows = listing.rows
-    return {split: {row.label for row in rows if row.split == split} for split in sorted({row.split for row in rows})}
+    return {
+        split: {row.label for row in rows if row.split == split}
+        for split in sorted({row.split for row in rows})
+    }
 
 
-@pytest.mark.parametrize("make, name, expected", [
-    (make_sop, "sop", {"train": set(range(6)), "test": set(range(6, 12))}),
-    (make_cub, "cub", {"train": {0, 1, 2, 98, 99}, "test": {100, 101, 197, 198, 199}}),
-    (make_cars, "cars", {"train": {0, 1, 2, 96, 97}, "test": {98, 99, 193, 194, 195}}),
-    (functools.partial(make_cars, devkit=True), "cars", {"train": {0, 1, 2, 96, 97}, "test": {98, 99, 193, 194, 195}}),
-    (make_inshop, "inshop", {"train": {0, 1, 2, 3}, "query": {4, 5, 6, 7}, "gallery": {4, 5, 6, 7}}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, name, expected",
+    [
+        (make_sop, "sop", {"train": set(range(6)), "test": set(range(6, 12))}),
+        (make_cub, "cub", {"train": {0, 1, 2, 98, 99}, "test": {100, 101, 197, 198, 199}}),
+        (make_cars, "cars", {"train": {0, 1, 2, 96, 97}, "test": {98, 99, 193, 194, 195}}),
+        (
+            functools.partial(make_cars, devkit=True),
+            "cars",
+            {"train": {0, 1, 2, 96, 97}, "test": {98, 99, 193, 194, 195}},
+        ),
+        (
+            make_inshop,
+            "inshop",
+            {"train": {0, 1, 2, 3}, "query": {4, 5, 6, 7}, "gallery": {4, 5, 6, 7}},
+        ),
+    ],
+)
 def test_published_layouts(make, name, expected, tmp_path):
     make(tmp_path)
-    listing = benchmarks.read(name, tmp_path)
-    assert by_split(listing) == expected and len(listing.rows) == 4 * len(set.union(*expected.values()))
+    listing = benchmarks.read_listing(name, tmp_path)
+    assert split_dataset(listing) == expected and len(listing.rows) == 4 * len(
+        set.union(*expected.values())
+    )
     for row in listing.rows:  # a class's pictures are its own in these trees
         assert (listing.root / row.path).read_bytes() == jpeg(row.label + 1)
 
@@ -45,75 +62,114 @@ def test_published_layouts(make, name, expected, tmp_path):
 def test_the_folder_above_or_the_very_folder(tmp_path):
     root = make_cub(tmp_path / "data" / "birds")
     for directory in (tmp_path / "data", tmp_path / "data" / "birds", root):
-        assert benchmarks.read("cub", directory).root == root
+        assert benchmarks.read_listing("cub", directory).root == root
 
 
 def test_published_counts_are_compared(tmp_path):
     make_cub(tmp_path)
-    train, test = benchmarks.differences("cub", benchmarks.read("cub", tmp_path).rows)
+    train, test = benchmarks.differences("cub", benchmarks.read_listing("cub", tmp_path).rows)
     assert train == (
         "CUB-200-2011: train has 20 images of 5 classes; published are 5,864 of 100; no image of class 4, 5, 6, 7, 8, ..."
     )
     assert "published are 5,924 of 100; no image of class 103, 104" in test
-    whole = [benchmarks.Row(f"{c}/{i}", c, "train" if c < 100 else "test") for c in range(200) for i in range(58)]
+    whole = [
+        benchmarks.Row(f"{c}/{i}", c, "train" if c < 100 else "test")
+        for c in range(200)
+        for i in range(58)
+    ]
     sizes = {"train": 5864, "test": 5924}
-    extra = [benchmarks.Row(f"x/{s}{i}", 0 if s == "train" else 150, s) for s in sizes for i in range(sizes[s] - 5800)]
+    extra = [
+        benchmarks.Row(f"x/{s}{i}", 0 if s == "train" else 150, s)
+        for s in sizes
+        for i in range(sizes[s] - 5800)
+    ]
     assert benchmarks.differences("cub", whole + extra) == []
 
 
 @pytest.mark.parametrize("name", MAKE)
 def test_missing_says_what_to_download(name, tmp_path):
-    with pytest.raises(ValueError, match=rf"no {benchmarks.BENCHMARKS[name].title} in .*(download|ask for) .*https://"):
-        benchmarks.read(name, tmp_path)
+    with pytest.raises(
+        ValueError,
+        match=rf"no {benchmarks.BENCHMARKS[name].title} in .*(download|ask for) .*https://",
+    ):
+        benchmarks.read_listing(name, tmp_path)
     (tmp_path / "x.tgz").write_bytes(b"")
-    with pytest.raises(ValueError, match=f"unpack x.tgz there .*experiments.prepare --dataset={name} .*--unpack"):
-        benchmarks.read(name, tmp_path)
+    with pytest.raises(
+        ValueError, match=f"unpack x.tgz there .*experiments.prepare --dataset={name} .*--unpack"
+    ):
+        benchmarks.read_listing(name, tmp_path)
 
 
-@pytest.mark.parametrize("line, text", [
-    ("1 2 x.jpg", "Ebay_test.txt, line 3"),
-    ("9 9 1 ../../x.jpg", "a path inside the set"),
-    ("9 9 1 /etc/passwd", "a path inside the set"),
-    ("9 9 1 chair_final\\x.jpg", "a path inside the set"),
-    ("9 0 1 a.jpg", "line 3: expected three numbers"),
-    ("9 ٣ 1 a.jpg", "line 3: expected three numbers"),
-    (f"9 {'9' * 5000} 1 a.jpg", "line 3: expected three numbers"),
-    ("9 9 1 chair_final/112_0.JPG", "line .*listed twice"),
-    ("9 9 1 \udcff.jpg", "line 3: not UTF-8"),
-    ("9 1 1 new.jpg", "Ebay_test.txt, line 3: class 1 is of test here, and was of train"),
-    ("28 7 2 new.jpg", "Ebay_test.txt, line 3: image 28 is listed twice"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, text",
+    [
+        ("1 2 x.jpg", "Ebay_test.txt, line 3"),
+        ("9 9 1 ../../x.jpg", "a path inside the set"),
+        ("9 9 1 /etc/passwd", "a path inside the set"),
+        ("9 9 1 chair_final\\x.jpg", "a path inside the set"),
+        ("9 0 1 a.jpg", "line 3: expected three numbers"),
+        ("9 ٣ 1 a.jpg", "line 3: expected three numbers"),
+        (f"9 {'9' * 5000} 1 a.jpg", "line 3: expected three numbers"),
+        ("9 9 1 chair_final/112_0.JPG", "line .*listed twice"),
+        ("9 9 1 \udcff.jpg", "line 3: not UTF-8"),
+        ("9 1 1 new.jpg", "Ebay_test.txt, line 3: class 1 is of test here, and was of train"),
+        ("28 7 2 new.jpg", "Ebay_test.txt, line 3: image 28 is listed twice"),
+    ],
+)
 def test_sop_bad_line(tmp_path, line, text):
     index = make_sop(tmp_path) / "Ebay_test.txt"
     lines = index.read_text().split("\n")
     index.write_bytes("\n".join(lines[:2] + [line] + lines[2:]).encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=text):
-        benchmarks.read("sop", tmp_path)
+        benchmarks.read_listing("sop", tmp_path)
 
 
 def test_bom_blank_lines_and_endings_do_no_harm(tmp_path):
     root = make_cub(tmp_path)
-    before = benchmarks.read("cub", tmp_path)
+    before = benchmarks.read_listing("cub", tmp_path)
     for name in ("images.txt", "image_class_labels.txt"):
         text = (root / name).read_text()
         (root / name).write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n\r\n").encode())
-    assert benchmarks.read("cub", tmp_path) == before
+    assert benchmarks.read_listing("cub", tmp_path) == before
 
 
-@pytest.mark.parametrize("file, change, text", [
-    ("image_class_labels.txt", lambda t: t.replace("1 1\n", "1 201\n", 1), "image_class_labels.txt, line 1: image 1 is of class 201, expected 1 to 200"),
-    ("image_class_labels.txt", lambda t: t.replace("7 2\n", "", 1), r"image_class_labels.txt has no line for 1 images, such as \[7\]"),
-    ("image_class_labels.txt", lambda t: t + "99 3\n", r"images.txt has no line for 1 images, such as \[99\]"),
-    ("image_class_labels.txt", lambda t: t + "3 3\n", "line 41: image 3 is listed twice"),
-    ("images.txt", lambda t: t.replace("001.Some", "../001.Some", 1), "images.txt, line 1: expected a number and a path inside"),
-    ("images.txt", lambda t: "", "images.txt lists no image"),
-    ("images.txt", lambda t: t.replace("_0001_1.jpg", "_0000_1.jpg", 1), "images.txt, line 2: images/001.* is listed twice"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "file, change, text",
+    [
+        (
+            "image_class_labels.txt",
+            lambda t: t.replace("1 1\n", "1 201\n", 1),
+            "image_class_labels.txt, line 1: image 1 is of class 201, expected 1 to 200",
+        ),
+        (
+            "image_class_labels.txt",
+            lambda t: t.replace("7 2\n", "", 1),
+            r"image_class_labels.txt has no line for 1 images, such as \[7\]",
+        ),
+        (
+            "image_class_labels.txt",
+            lambda t: t + "99 3\n",
+            r"images.txt has no line for 1 images, such as \[99\]",
+        ),
+        ("image_class_labels.txt", lambda t: t + "3 3\n", "line 41: image 3 is listed twice"),
+        (
+            "images.txt",
+            lambda t: t.replace("001.Some", "../001.Some", 1),
+            "images.txt, line 1: expected a number and a path inside",
+        ),
+        ("images.txt", lambda t: "", "images.txt lists no image"),
+        (
+            "images.txt",
+            lambda t: t.replace("_0001_1.jpg", "_0000_1.jpg", 1),
+            "images.txt, line 2: images/001.* is listed twice",
+        ),
+    ],
+)
 def test_cub_broken(tmp_path, file, change, text):
     path = make_cub(tmp_path) / file
     path.write_text(change(path.read_text()))
     with pytest.raises(ValueError, match=text):
-        benchmarks.read("cub", tmp_path)
+        benchmarks.read_listing("cub", tmp_path)
 
 
 def test_cars_broken(tmp_path):
@@ -126,33 +182,48 @@ def test_cars_broken(tmp_path):
     ):
         annotations(file, relative_im_path=paths, **{"class": labels})
         with pytest.raises(ValueError, match=text):
-            benchmarks.read("cars", tmp_path)
+            benchmarks.read_listing("cars", tmp_path)
     annotations(file, fname=["a"], **{"class": [1]})
-    with pytest.raises(ValueError, match="cars_annos.mat: expected MATLAB annotations with the columns relative_im_path and class"):
-        benchmarks.read("cars", tmp_path)
+    with pytest.raises(
+        ValueError,
+        match="cars_annos.mat: expected MATLAB annotations with the columns relative_im_path and class",
+    ):
+        benchmarks.read_listing("cars", tmp_path)
 
 
 def test_cars_devkit_without_test_labels(tmp_path):
     make_cars(tmp_path, devkit=True)
     (tmp_path / "cars_test_annos_withlabels.mat").unlink()
     with pytest.raises(ValueError, match="no cars_test_annos_withlabels.mat in .*without labels"):
-        benchmarks.read("cars", tmp_path)
+        benchmarks.read_listing("cars", tmp_path)
 
 
-@pytest.mark.parametrize("change, text", [
-    (lambda t: t.replace("32\n", "33\n", 1), "line 1: says 33 images, 32 are listed"),
-    (lambda t: t.replace("32\n", "", 1), "expected a number of images and then the header"),
-    (lambda t: t.replace("query", "probe", 1), "train, query or gallery, found"),
-    (lambda t: t.replace(" id_00000001 ", " shirt ", 1), "line 3: expected .* an item such as id_00000002"),
-    (lambda t: t.replace("img/WOMEN", "/img/WOMEN", 1), "line 3: expected a path inside the set"),
-    (lambda t: t.replace(" id_00000001 ", " id_00000008 ", 1), "line .*: class 8 is of query here, and was of train"),
-    (lambda t: "", "line 1: expected a number of images"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (lambda t: t.replace("32\n", "33\n", 1), "line 1: says 33 images, 32 are listed"),
+        (lambda t: t.replace("32\n", "", 1), "expected a number of images and then the header"),
+        (lambda t: t.replace("query", "probe", 1), "train, query or gallery, found"),
+        (
+            lambda t: t.replace(" id_00000001 ", " shirt ", 1),
+            "line 3: expected .* an item such as id_00000002",
+        ),
+        (
+            lambda t: t.replace("img/WOMEN", "/img/WOMEN", 1),
+            "line 3: expected a path inside the set",
+        ),
+        (
+            lambda t: t.replace(" id_00000001 ", " id_00000008 ", 1),
+            "line .*: class 8 is of query here, and was of train",
+        ),
+        (lambda t: "", "line 1: expected a number of images"),
+    ],
+)
 def test_inshop_broken(tmp_path, change, text):
     path = make_inshop(tmp_path) / "Eval/list_eval_partition.txt"
     path.write_text(change(path.read_text()))
     with pytest.raises(ValueError, match=text):
-        benchmarks.read("inshop", tmp_path)
+        benchmarks.read_listing("inshop", tmp_path)
 
 
 FILES = {
@@ -169,10 +240,32 @@ def test_fuzzed_metadata_is_refused_or_right(key, tmp_path):
     file = tmp_path / FILES[key]
     whole = file.read_bytes()
     at = st.integers(0, len(whole) - 1)
-    pieces = st.sampled_from([b"\0", b"\xff", b"\r", b"\n\n", b"../", b"/", b" ", b"-1", b"9" * 30, b"\xef\xbb\xbf", b'"', b"\xe2\x80\xa8"])
-    change = st.tuples(at, st.integers(0, 40), st.one_of(st.just(b""), pieces, st.binary(max_size=8)))
+    pieces = st.sampled_from(
+        [
+            b"\0",
+            b"\xff",
+            b"\r",
+            b"\n\n",
+            b"../",
+            b"/",
+            b" ",
+            b"-1",
+            b"9" * 30,
+            b"\xef\xbb\xbf",
+            b'"',
+            b"\xe2\x80\xa8",
+        ]
+    )
+    change = st.tuples(
+        at, st.integers(0, 40), st.one_of(st.just(b""), pieces, st.binary(max_size=8))
+    )
 
-    @settings(max_examples=12 if name == "cars" else 80, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @settings(
+        max_examples=12 if name == "cars" else 80,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        derandomize=True,
+    )
     @given(st.lists(change, min_size=1, max_size=4))
     def check(changes):
         data = whole
@@ -180,13 +273,17 @@ def test_fuzzed_metadata_is_refused_or_right(key, tmp_path):
             data = data[:start] + piece + data[start + length :]
         file.write_bytes(data)
         try:
-            listing = benchmarks.read(name, tmp_path)
+            listing = benchmarks.read_listing(name, tmp_path)
         except ValueError as error:
             assert str(tmp_path) in str(error) and len(str(error)) < 1500
         else:
             for row in listing.rows:
                 target = os.path.abspath(listing.root / row.path)
-                assert target.startswith(str(tmp_path)) and row.split in benchmarks.SPLITS and 0 <= row.label < 10**9
+                assert (
+                    target.startswith(str(tmp_path))
+                    and row.split in benchmarks.SPLITS
+                    and 0 <= row.label < 10**9
+                )
 
     check()
 
@@ -230,14 +327,25 @@ def test_unpack_replaces_no_link_to_nowhere(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["x.zip", "x.tgz"])
-@pytest.mark.parametrize("name, data", [("../out.txt", b"x"), ("/tmp/rll_out.txt", b"x"), ("set/../../out.txt", b"x"), ("set/link", None)])
+@pytest.mark.parametrize(
+    "name, data",
+    [
+        ("../out.txt", b"x"),
+        ("/tmp/rll_out.txt", b"x"),
+        ("set/../../out.txt", b"x"),
+        ("set/link", None),
+    ],
+)
 def test_unpack_stays_inside(kind, name, data, tmp_path):
     target = tmp_path / "target"
     target.mkdir()
     archive = pack(tmp_path / kind, {"set/a.txt": b"a", name: data})
     with pytest.raises(ValueError, match="is a link or leads out of the folder"):
         archives.unpack(archive, target)
-    assert not list(target.iterdir()) and sorted(p.name for p in tmp_path.iterdir()) == ["target", kind]
+    assert not list(target.iterdir()) and sorted(p.name for p in tmp_path.iterdir()) == [
+        "target",
+        kind,
+    ]
 
 
 @pytest.mark.parametrize("kind", ["x.zip", "x.tgz"])

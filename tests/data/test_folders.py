@@ -13,11 +13,15 @@ def test_a_folder_for_each_class(tmp_path):
     (tmp_path / "class 3/more").mkdir()
     (tmp_path / "class 3/more/x.webp").write_bytes(b"")
     rows = folders.class_folders(tmp_path, test_share=0.3, seed=4)
-    assert len(rows) == 31 and {row.path.split("/")[0] for row in rows} == {f"class {c}" for c in range(10)}
+    assert len(rows) == 31 and {row.path.split("/")[0] for row in rows} == {
+        f"class {c}" for c in range(10)
+    }
     assert all(row.label == int(row.path.split("/")[0][-1]) for row in rows)
     tested = {row.label for row in rows if row.split == "test"}
     assert len(tested) == 3 and tested.isdisjoint(row.label for row in rows if row.split == "train")
-    assert folders.class_folders(tmp_path, 0.3, 4) == rows != folders.class_folders(tmp_path, 0.3, 5)
+    assert (
+        folders.class_folders(tmp_path, 0.3, 4) == rows != folders.class_folders(tmp_path, 0.3, 5)
+    )
 
 
 def test_train_and_test_folders(tmp_path):
@@ -25,8 +29,11 @@ def test_train_and_test_folders(tmp_path):
     make_folders(tmp_path / "test", ["c", "d"])
     rows = folders.class_folders(tmp_path)
     assert {(row.path.rsplit("/", 1)[0], row.split) for row in rows} == {
-        ("train/a", "train"), ("train/b", "train"), ("test/c", "test"), ("test/d", "test"),
-    }  # fmt: skip
+        ("train/a", "train"),
+        ("train/b", "train"),
+        ("test/c", "test"),
+        ("test/d", "test"),
+    }
     assert len({row.label for row in rows}) == 4
     make_folders(tmp_path / "test", ["a"])
     with pytest.raises(ValueError, match=r"1 classes are in train/ and in test/, such as \['a'\]"):
@@ -37,14 +44,21 @@ def test_folders_that_cannot_be(tmp_path):
     with pytest.raises(ValueError, match="nowhere: no such folder"):
         folders.class_folders(tmp_path / "nowhere")
     make_folders(tmp_path, ["alone"])
-    with pytest.raises(ValueError, match="expected a folder of images for each class .* found 1 with images"):
+    with pytest.raises(
+        ValueError, match="expected a folder of images for each class .* found 1 with images"
+    ):
         folders.class_folders(tmp_path)
 
 
-@pytest.mark.parametrize("names", [["train", "val"], ["train", "test", "val"], ["Train", "Test"], ["train", "test", "class"]])
+@pytest.mark.parametrize(
+    "names",
+    [["train", "val"], ["train", "test", "val"], ["Train", "Test"], ["train", "test", "class"]],
+)
 def test_splits_by_other_names_are_not_classes(names, tmp_path):
     make_folders(tmp_path, [f"{name}/{name}_{c}" for name in names for c in range(2)])
-    with pytest.raises(ValueError, match="expected train and test with the classes in them, or the classes alone"):
+    with pytest.raises(
+        ValueError, match="expected train and test with the classes in them, or the classes alone"
+    ):
         folders.class_folders(tmp_path)
 
 
@@ -62,32 +76,46 @@ def index(tmp_path, text, name="index.csv"):
 def test_a_table(tmp_path):
     text = '\ufeffpath,note,label,split\r\n\r\n"b, c.jpg",x,10,train\r\nd.jpg,,9,query\r\ne.jpg,,9,gallery\r\n'
     assert folders.read_index(index(tmp_path, text)) == [
-        benchmarks.Row("b, c.jpg", 1, "train"), benchmarks.Row("d.jpg", 0, "query"), benchmarks.Row("e.jpg", 0, "gallery"),
-    ]  # fmt: skip
+        benchmarks.Row("b, c.jpg", 1, "train"),
+        benchmarks.Row("d.jpg", 0, "query"),
+        benchmarks.Row("e.jpg", 0, "gallery"),
+    ]
 
 
 def test_a_table_without_a_split(tmp_path):
-    text = "label,path,super_label\n" + "".join(f"c{c},{c}_{i}.png,{c % 2}\n" for c in range(10) for i in range(2))
+    text = "label,path,super_label\n" + "".join(
+        f"c{c},{c}_{i}.png,{c % 2}\n" for c in range(10) for i in range(2)
+    )
     rows = folders.read_index(index(tmp_path, text), test_share=0.5, seed=1)
     assert [row.label for row in rows] == np.repeat(range(10), 2).tolist()
     assert [row.super_label for row in rows] == (np.repeat(range(10), 2) % 2).tolist()
-    assert {row.label for row in rows if row.split == "test"}.isdisjoint(row.label for row in rows if row.split == "train")
+    assert {row.label for row in rows if row.split == "test"}.isdisjoint(
+        row.label for row in rows if row.split == "train"
+    )
 
 
 def test_a_parquet_table_is_the_same(tmp_path):
     pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     from pyarrow import parquet
 
-    columns = {"path": ["a.jpg", "b.jpg", "c.jpg"], "label": [7, 10, 7], "split": ["train", "test", "train"]}
+    columns = {
+        "path": ["a.jpg", "b.jpg", "c.jpg"],
+        "label": [7, 10, 7],
+        "split": ["train", "test", "train"],
+    }
     parquet.write_table(pa.table(columns), tmp_path / "index.parquet")
     lines = "\n".join(",".join(map(str, row)) for row in zip(*columns.values()))
-    assert folders.read_index(tmp_path / "index.parquet") == folders.read_index(index(tmp_path, f"path,label,split\n{lines}"))
+    assert folders.read_index(tmp_path / "index.parquet") == folders.read_index(
+        index(tmp_path, f"path,label,split\n{lines}")
+    )
     columns["path"][1] = "../b.jpg"
     parquet.write_table(pa.table(columns), tmp_path / "index.parquet")
     with pytest.raises(ValueError, match="index.parquet, row 1: the path is"):
         folders.read_index(tmp_path / "index.parquet")
     for cells in ([float("nan"), 1.0], [b"a", b"b"]):
-        parquet.write_table(pa.table({"path": ["a.jpg", "b.jpg"], "label": cells}), tmp_path / "index.parquet")
+        parquet.write_table(
+            pa.table({"path": ["a.jpg", "b.jpg"], "label": cells}), tmp_path / "index.parquet"
+        )
         with pytest.raises(ValueError, match="row 0: expected text or a whole number"):
             folders.read_index(tmp_path / "index.parquet")
     whole = (tmp_path / "index.parquet").read_bytes()
@@ -96,25 +124,34 @@ def test_a_parquet_table_is_the_same(tmp_path):
             folders.read_index(index(tmp_path, damaged, "index.parquet"))
 
 
-@pytest.mark.parametrize("text, error", [
-    ("", "line 1: expected a header with the columns path and label"),
-    ("path;label\na;b", "line 1: expected a header"),
-    ("path,label\n", "lists no image"),
-    ("path,label\na.jpg", "line 2: expected 2 fields, found 1"),
-    ("path,label\na.jpg,", "line 2: expected a label, found none"),
-    ("path,label\n/etc/passwd,1", "line 2: the path is '/etc/passwd', expected one inside"),
-    ("path,label\na/../../x,1", "line 2: the path is "),
-    ("path,label\na,1\n\na,1", "line 4: a was listed in line 2 already"),
-    ("path,label,split\na,1,val", "line 2: the split is 'val', expected one of train, test, query, gallery"),
-    ("path,label,split\na,1,train\nb,1,", "line 3: some rows have a split and some have none"),
-    ("path,label\na,1", "expected at least two classes"),
-    ("path,label\na,1\n./a,1", "line 3: a was listed in line 2 already"),
-    ("path,label,split\na,x,train\nb,x,test", "1 classes are in train and in test, such as x"),
-    ("path,label,split\na,x,train\nb,y,test\nc,y,gallery", "has splits test and query or gallery"),
-    ('path,label\n"a,1\nb",2', "line 2: not a table with commas"),
-    ('path,label\na,1\nb,"2"x', "line 3: not a table with commas"),
-    (b"path,label\n\xff,1", "line 2: not UTF-8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, error",
+    [
+        ("", "line 1: expected a header with the columns path and label"),
+        ("path;label\na;b", "line 1: expected a header"),
+        ("path,label\n", "lists no image"),
+        ("path,label\na.jpg", "line 2: expected 2 fields, found 1"),
+        ("path,label\na.jpg,", "line 2: expected a label, found none"),
+        ("path,label\n/etc/passwd,1", "line 2: the path is '/etc/passwd', expected one inside"),
+        ("path,label\na/../../x,1", "line 2: the path is "),
+        ("path,label\na,1\n\na,1", "line 4: a was listed in line 2 already"),
+        (
+            "path,label,split\na,1,val",
+            "line 2: the split is 'val', expected one of train, test, query, gallery",
+        ),
+        ("path,label,split\na,1,train\nb,1,", "line 3: some rows have a split and some have none"),
+        ("path,label\na,1", "expected at least two classes"),
+        ("path,label\na,1\n./a,1", "line 3: a was listed in line 2 already"),
+        ("path,label,split\na,x,train\nb,x,test", "1 classes are in train and in test, such as x"),
+        (
+            "path,label,split\na,x,train\nb,y,test\nc,y,gallery",
+            "has splits test and query or gallery",
+        ),
+        ('path,label\n"a,1\nb",2', "line 2: not a table with commas"),
+        ('path,label\na,1\nb,"2"x', "line 3: not a table with commas"),
+        (b"path,label\n\xff,1", "line 2: not UTF-8"),
+    ],
+)
 def test_tables_that_cannot_be(text, error, tmp_path):
     with pytest.raises(ValueError, match=f"index.csv.*({error})"):
         folders.read_index(index(tmp_path, text))
@@ -127,8 +164,19 @@ def test_other_files_are_no_tables(tmp_path):
         folders.read_index(tmp_path / "index.csv")
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 10), st.sampled_from([b"", b"\0", b'"', b"\n", b"\r", b",", b"../", b"\xff", b" "])), max_size=4))
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 60),
+            st.integers(0, 10),
+            st.sampled_from([b"", b"\0", b'"', b"\n", b"\r", b",", b"../", b"\xff", b" "]),
+        ),
+        max_size=4,
+    )
+)
 def test_fuzzed_tables(tmp_path, changes):
     data = b"path,label,split\na.jpg,1,train\nb.jpg,1,train\nc.jpg,2,test\nd.jpg,2,test\n"
     for start, length, piece in changes:

@@ -36,7 +36,9 @@ def test_exif_orientation():
     assert images.decode(encoded(picture(), "JPEG", exif=exif), "x").size == (30, 40)
 
 
-@pytest.mark.parametrize("data", [b"", b"not an image", encoded(picture())[:200], encoded(picture(), "JPEG")[:400]])
+@pytest.mark.parametrize(
+    "data", [b"", b"not an image", encoded(picture())[:200], encoded(picture(), "JPEG")[:400]]
+)
 def test_broken_images_are_named(data):
     with pytest.raises(images.BadImageError, match="'some/path.jpg'"):
         images.decode(data, "some/path.jpg")
@@ -56,9 +58,21 @@ def test_affine_without_change_is_the_picture():
 
 
 def test_affine_keeps_the_paper_white_and_grey_has_no_colour():
-    assert (views.RandomAffine(16, colour=0.5)(Image.new("RGB", (32, 32), "white"), np.random.default_rng(3)) == 255).all()
+    assert (
+        views.RandomAffine(16, colour=0.5)(
+            Image.new("RGB", (32, 32), "white"), np.random.default_rng(3)
+        )
+        == 255
+    ).all()
     red = Image.new("RGB", (32, 32), "red")
-    spread = [np.ptp(views.RandomAffine(8, colour=1e-4, grey=g, shift=0)(red, np.random.default_rng(1))[4, 4].astype(int)) for g in (0, 1)]
+    spread = [
+        np.ptp(
+            views.RandomAffine(8, colour=1e-4, grey=g, shift=0)(red, np.random.default_rng(1))[
+                4, 4
+            ].astype(int)
+        )
+        for g in (0, 1)
+    ]
     assert spread[0] > 200 and spread[1] < 10
 
 
@@ -84,8 +98,12 @@ def test_a_class_is_transformed_alike(emoji):
     batches = sampler.ClassSampler(train.labels, 8, 4, seed=3)
     whole = lambda image, rng: views.resize_center_crop(image, 16, 16)
     plain, changed, again = (
-        list(pipeline.train_batches(train, batches, whole, of_class, start=0, stop=4, spread=False))
-        for of_class in (None, transform, transform)
+        list(
+            pipeline.train_batches(
+                train, batches, whole, class_transform, start=0, stop=4, spread=False
+            )
+        )
+        for class_transform in (None, transform, transform)
     )
     kinds = set()
     for a, b, c in zip(plain, changed, again):
@@ -95,9 +113,11 @@ def test_a_class_is_transformed_alike(emoji):
             for x, y in zip(a["image"][first : first + 4], b["image"][first : first + 4]):
                 fits = [
                     (mirror, turn, order)
-                    for mirror in (1, -1) for turn in range(4) for order in itertools.permutations(range(3))
+                    for mirror in (1, -1)
+                    for turn in range(4)
+                    for order in itertools.permutations(range(3))
                     if np.array_equal(np.rot90(x[:, ::mirror], turn)[..., order], y)
-                ]  # fmt: skip
+                ]
                 seen.append(set(fits))
             common = set.intersection(*seen)
             assert common
@@ -107,7 +127,9 @@ def test_a_class_is_transformed_alike(emoji):
 
 @pytest.mark.parametrize("mode", ["F", "I"])
 def test_pixels_without_a_range_are_refused(mode):
-    data = encoded(Image.fromarray(np.zeros((8, 8), np.float32 if mode == "F" else np.int32)), "TIFF")
+    data = encoded(
+        Image.fromarray(np.zeros((8, 8), np.float32 if mode == "F" else np.int32)), "TIFF"
+    )
     with pytest.raises(images.BadImageError, match=f"odd.tiff.*mode {mode}, expected 8 or 16 bits"):
         images.decode(data, "odd.tiff")
 
@@ -125,7 +147,9 @@ def test_a_jpeg_at_reduced_scale_is_the_whole_one_resized(shape):
     whole = images.decode(data, "x")
     for box in (None, (10, 5, shape[0] * 0.8, shape[1] * 0.9), (0, 0, shape[0], shape[1])):
         for size in ((64, 64), (227, 227), (30, 90)):
-            ours = np.asarray(images.Picture(data, "x").resize(size, Image.Resampling.BILINEAR, box=box), int)
+            ours = np.asarray(
+                images.EncodedImage(data, "x").resize(size, Image.Resampling.BILINEAR, box=box), int
+            )
             theirs = np.asarray(whole.resize(size, Image.Resampling.BILINEAR, box=box), int)
             assert ours.shape == theirs.shape and np.abs(ours - theirs).mean() < 3
 
@@ -134,9 +158,13 @@ def test_a_jpeg_at_reduced_scale_is_the_whole_one_resized(shape):
 def test_a_box_moved_to_the_nearest_pixels_moves_by_half_of_one(mode):
     """Every pixel of the result lies, for some shift of half a pixel of the scale read, near what the box itself gives."""
     data = encoded(photograph((640, 480)).convert(mode), "JPEG", quality=95)
-    picture, box = images.Picture(data, "x"), np.array([31.3, 17.8, 500.1, 460.9])
+    picture, box = images.EncodedImage(data, "x"), np.array([31.3, 17.8, 500.1, 460.9])
     seen = picture.resized((200, 190), tuple(box), nearest=True).astype(int)
-    shifted = [picture.resized((200, 190), tuple(box + [x, y, x, y])).astype(int) for x in (-1, 0, 1) for y in (-1, 0, 1)]
+    shifted = [
+        picture.resized((200, 190), tuple(box + [x, y, x, y])).astype(int)
+        for x in (-1, 0, 1)
+        for y in (-1, 0, 1)
+    ]
     assert ((seen >= np.min(shifted, 0) - 4) & (seen <= np.max(shifted, 0) + 4)).mean() > 0.99
     whole = picture.resized((320, 240), nearest=True)
     np.testing.assert_array_equal(whole, picture.resized((320, 240)))
@@ -147,10 +175,12 @@ def test_a_turned_jpeg_is_upright_at_every_scale(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(photograph((160, 96)), "JPEG", exif=exif, quality=95)
-    whole, picture = images.decode(data, "x"), images.Picture(data, "x")
+    whole, picture = images.decode(data, "x"), images.EncodedImage(data, "x")
     assert picture.size == whole.size == ((96, 160) if orientation > 4 else (160, 96))
     for size in ((48, 80), (60, 40)):
-        ours, theirs = (np.asarray(x.resize(size, Image.Resampling.BILINEAR), int) for x in (picture, whole))
+        ours, theirs = (
+            np.asarray(x.resize(size, Image.Resampling.BILINEAR), int) for x in (picture, whole)
+        )
         assert np.abs(ours - theirs).mean() < 3
 
 
@@ -159,7 +189,7 @@ def test_a_turned_tiff_is_upright_once(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(photograph((160, 96)), "TIFF", exif=exif)
-    picture = images.Picture(data, "x")
+    picture = images.EncodedImage(data, "x")
     assert picture.size == picture.rgb().size == ((96, 160) if orientation == 6 else (160, 96))
     assert picture.resize((16, 16), Image.Resampling.BILINEAR).size == (16, 16)
 
@@ -168,7 +198,9 @@ def test_a_turned_tiff_is_upright_once(orientation):
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_a_whole_jpeg_is_pillows(mode, kwargs):
     data = encoded(photograph((163, 97)).convert(mode), "JPEG", quality=90, **kwargs)
-    np.testing.assert_array_equal(images.decode(data, "x"), Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(
+        images.decode(data, "x"), Image.open(io.BytesIO(data)).convert("RGB")
+    )
 
 
 def test_deep_grey_with_a_transparent_value_keeps_its_picture():
@@ -181,7 +213,7 @@ def test_a_bomb_is_refused_in_threads_too(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     data = encoded(picture((40, 30)))
     with futures.ThreadPoolExecutor(4) as pool:
-        for result in [pool.submit(images.Picture, data, "x") for _ in range(20)]:
+        for result in [pool.submit(images.EncodedImage, data, "x") for _ in range(20)]:
             with pytest.raises(images.BadImageError, match="40 x 30 pixels are more than is safe"):
                 result.result()
 
@@ -207,13 +239,24 @@ def test_the_random_window_is_of_the_squeezed_picture(size):
     assert min(left.min(), top.min()) >= 0 and max(right.max(), bottom.max()) <= 1
 
 
-@pytest.mark.parametrize("mode, kind, kwargs", [
-    ("L", "JPEG", {}), ("CMYK", "JPEG", {}), ("RGB", "JPEG", {"progressive": True}), ("RGB", "JPEG", {"subsampling": 0}), ("RGB", "WEBP", {}),
-    ("RGBA", "PNG", {}), ("P", "GIF", {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "mode, kind, kwargs",
+    [
+        ("L", "JPEG", {}),
+        ("CMYK", "JPEG", {}),
+        ("RGB", "JPEG", {"progressive": True}),
+        ("RGB", "JPEG", {"subsampling": 0}),
+        ("RGB", "WEBP", {}),
+        ("RGBA", "PNG", {}),
+        ("P", "GIF", {}),
+    ],
+)
 def test_every_kind_is_resized_alike(mode, kind, kwargs):
     data = encoded(photograph((300, 200)).convert(mode), kind, **kwargs)
-    ours, theirs = (np.asarray(x.resize((50, 50), Image.Resampling.BILINEAR), int) for x in (images.Picture(data, "x"), images.decode(data, "x")))
+    ours, theirs = (
+        np.asarray(x.resize((50, 50), Image.Resampling.BILINEAR), int)
+        for x in (images.EncodedImage(data, "x"), images.decode(data, "x"))
+    )
     assert ours.shape == (50, 50, 3) and np.abs(ours - theirs).mean() < 3
 
 
@@ -221,14 +264,18 @@ def test_a_truncated_jpeg_is_refused_at_every_scale():
     data = encoded(photograph(), "JPEG")
     for size in ((16, 16), (227, 227)):
         with pytest.raises(images.BadImageError, match="'x.jpg'"):
-            images.Picture(data[: len(data) // 2], "x.jpg").resize(size, Image.Resampling.BILINEAR)
+            images.EncodedImage(data[: len(data) // 2], "x.jpg").resize(
+                size, Image.Resampling.BILINEAR
+            )
 
 
 def test_resize_crop_keeps_a_window_of_the_squeezed_picture():
     image = picture((64, 64))
     squeezed = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR, reducing_gap=2.0))
     windows = {squeezed[t : t + 28, x : x + 28].tobytes() for t in range(5) for x in range(5)}
-    windows |= {squeezed[t : t + 28, x : x + 28][:, ::-1].tobytes() for t in range(5) for x in range(5)}
+    windows |= {
+        squeezed[t : t + 28, x : x + 28][:, ::-1].tobytes() for t in range(5) for x in range(5)
+    }
     seen = {views.ResizeCrop(28, 32)(image, np.random.default_rng(s)).tobytes() for s in range(200)}
     assert seen <= windows and len(seen) > 40
     np.testing.assert_array_equal(views.resize_center_crop(image, 28, 32), squeezed[2:30, 2:30])
@@ -242,7 +289,12 @@ def test_border_crop_cuts_white_and_keeps_the_shape():
     drawn = (seen < 128).all(axis=2)
     rows, columns = np.flatnonzero(drawn.any(axis=1)), np.flatnonzero(drawn.any(axis=0))
     # 130 x 70 becomes 65 x 35, in the middle: the rectangle is 50 x 20 then
-    assert abs(len(columns) - 50) <= 1 and abs(len(rows) - 20) <= 1 and abs(columns[0] - 7) <= 1 and abs(rows[0] - 22) <= 1
+    assert (
+        abs(len(columns) - 50) <= 1
+        and abs(len(rows) - 20) <= 1
+        and abs(columns[0] - 7) <= 1
+        and abs(rows[0] - 22) <= 1
+    )
     assert (seen[:5] == 255).all()
     faint = Image.new("RGB", (50, 50), (251, 251, 251))  # nothing drawn: left as it is
     assert (views.border_center_crop(faint, 32, 36) >= 250).all()
@@ -256,7 +308,11 @@ def test_jitter_is_a_function_of_the_generator(strong):
     view = views.Jittered(views.RandomResizedCrop(32), strong)
     image = photograph()
     with futures.ThreadPoolExecutor(4) as pool:
-        many = list(pool.map(lambda seed: view(image, np.random.default_rng(seed)).tobytes(), list(range(30)) * 2))
+        many = list(
+            pool.map(
+                lambda seed: view(image, np.random.default_rng(seed)).tobytes(), list(range(30)) * 2
+            )
+        )
     assert many[:30] == many[30:] and len(set(many)) > 25
 
 

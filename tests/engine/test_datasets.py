@@ -1,4 +1,5 @@
 """Data of one's own, from the files to a report, by command."""
+
 import csv
 import dataclasses
 import json
@@ -28,11 +29,22 @@ def folder(tmp_path):
 
 def test_in_shop_searches_a_gallery(tmp_path):
     make_inshop(tmp_path / "data")
-    result = run(*SMALL, "--report", f"--data_dir={tmp_path / 'data'}", f"--workdir={tmp_path / 'run'}", name="inshop")
+    result = run(
+        *SMALL,
+        "--report",
+        f"--data_dir={tmp_path / 'data'}",
+        f"--workdir={tmp_path / 'run'}",
+        name="inshop",
+    )
     assert result.returncode == 0, result.stderr
-    assert "note: In-shop Clothes Retrieval: train has 16 images of 4 classes; published are 25,882 of 3,997" in result.stderr
+    assert (
+        "note: In-shop Clothes Retrieval: train has 16 images of 4 classes; published are 25,882 of 3,997"
+        in result.stderr
+    )
     last = scores(tmp_path / "run")[-1]
-    assert {"recall@1", "recall@10", "recall@50"} <= last.keys() and last["queries_without_match"] == 0
+    assert {"recall@1", "recall@10", "recall@50"} <= last.keys() and last[
+        "queries_without_match"
+    ] == 0
     page = (tmp_path / "run/report.html").read_text()
     assert page.count('class="query"') == 3 * 4  # all four queries, as worst, typical and best
     assert "gallery" not in page or page.count('alt="img/') > 0
@@ -45,9 +57,16 @@ def test_in_shop_searches_a_gallery(tmp_path):
 def test_sop_on_eight_devices_with_its_categories(tmp_path):
     make_sop(tmp_path / "data")
     result = run(
-        "--flagfile=experiments/flagfiles/sop_2020.flags", *SMALL, "--levels=H", "--sampling=hierarchical", "--cache=disk",
-        f"--data_dir={tmp_path / 'data'}", f"--workdir={tmp_path / 'run'}", name="sop", devices=8,
-    )  # fmt: skip
+        "--flagfile=experiments/flagfiles/sop_2020.flags",
+        *SMALL,
+        "--levels=H",
+        "--sampling=hierarchical",
+        "--cache=disk",
+        f"--data_dir={tmp_path / 'data'}",
+        f"--workdir={tmp_path / 'run'}",
+        name="sop",
+        devices=8,
+    )
     assert result.returncode == 0, result.stderr
     assert "cache: about 0 MiB on disk for 48 images" in result.stdout
     last = scores(tmp_path / "run")[-1]
@@ -62,16 +81,32 @@ def test_prepare_from_an_archive(tmp_path):
         file.add(tmp_path / "there/CUB_200_2011", "CUB_200_2011")
     source, out = tmp_path / "CUB_200_2011.tgz", tmp_path / "out"
     refused("is a file: --unpack unpacks", "--dataset=cub", f"--source={source}", name="prepare")
-    result = run("--dataset=cub", f"--source={source}", "--unpack", f"--data_dir={out}", name="prepare")
+    result = run(
+        "--dataset=cub", f"--source={source}", "--unpack", f"--data_dir={out}", name="prepare"
+    )
     assert result.returncode == 0, result.stderr
     assert f"written: {out / 'prepared_cub'}: 40 images of 10 classes" in result.stdout
-    assert (tmp_path / "CUB_200_2011/images.txt").exists() and [p.name for p in out.iterdir()] == ["prepared_cub"]
-    again = run("--dataset=cub", f"--source={tmp_path / 'there'}", f"--data_dir={out}", name="prepare")
+    assert (tmp_path / "CUB_200_2011/images.txt").exists() and [p.name for p in out.iterdir()] == [
+        "prepared_cub"
+    ]
+    again = run(
+        "--dataset=cub", f"--source={tmp_path / 'there'}", f"--data_dir={out}", name="prepare"
+    )
     assert again.returncode == 2 and "is there already" in again.stderr
-    refused("CUB_200_2011 is there already", "--dataset=cub", f"--source={source}", "--unpack", f"--data_dir={tmp_path / 'else'}", name="prepare")
+    refused(
+        "CUB_200_2011 is there already",
+        "--dataset=cub",
+        f"--source={source}",
+        "--unpack",
+        f"--data_dir={tmp_path / 'else'}",
+        name="prepare",
+    )
     trained = run(*SMALL, f"--data_dir={out}", f"--workdir={tmp_path / 'run'}", name="cub")
     assert trained.returncode == 0, trained.stderr
-    assert "note: CUB-200-2011: train has 20 images of 5 classes; published are 5,864 of 100" in trained.stderr  # each time
+    assert (
+        "note: CUB-200-2011: train has 20 images of 5 classes; published are 5,864 of 100"
+        in trained.stderr
+    )  # each time
 
 
 def test_pictures_mended_after_they_were_prepared(tmp_path, capsys):
@@ -85,11 +120,17 @@ def test_pictures_mended_after_they_were_prepared(tmp_path, capsys):
     assert len(sets["train"]) == 19 and len(left_out) == 1
     picture.write_bytes(whole)
     capsys.readouterr()
-    with pytest.raises(ValueError, match=f"Mend them and remove {tmp_path}/prepared_cub, which is written anew, or leave"):
+    with pytest.raises(
+        ValueError,
+        match=f"Mend them and remove {tmp_path}/prepared_cub, which is written anew, or leave",
+    ):
         datasets.open_usable(dataclasses.replace(options, on_bad_image="stop"))
     assert capsys.readouterr().err.count("note: CUB-200-2011: train has 20 images") == 1
     shutil.rmtree(tmp_path / "prepared_cub")
-    assert len(datasets.open_usable(dataclasses.replace(options, on_bad_image="stop"))[0]["train"]) == 20
+    assert (
+        len(datasets.open_usable(dataclasses.replace(options, on_bad_image="stop"))[0]["train"])
+        == 20
+    )
 
 
 def test_bad_images_stop_a_run_before_it_begins(folder, tmp_path):
@@ -100,10 +141,23 @@ def test_bad_images_stop_a_run_before_it_begins(folder, tmp_path):
         writer = csv.writer(file)
         writer.writerow(["path", "label", "split"])
         for split in ("train", "test"):
-            writer.writerows([p.relative_to(folder), p.parent.name, split] for p in sorted((folder / split).rglob("*.jpg")))
+            writer.writerows(
+                [p.relative_to(folder), p.parent.name, split]
+                for p in sorted((folder / split).rglob("*.jpg"))
+            )
         writer.writerows([f"gone/{i}.jpg", "c0", "train"] for i in range(9))
-    arguments = [*SMALL, f"--data_dir={folder}", f"--index={table}", f"--workdir={tmp_path / 'run'}", "--classes_per_batch=3"]
-    refused(f"12 of the 41 images of {folder} cannot be used: train/c1/0.jpg: missing or empty", *arguments, name="folder")
+    arguments = [
+        *SMALL,
+        f"--data_dir={folder}",
+        f"--index={table}",
+        f"--workdir={tmp_path / 'run'}",
+        "--classes_per_batch=3",
+    ]
+    refused(
+        f"12 of the 41 images of {folder} cannot be used: train/c1/0.jpg: missing or empty",
+        *arguments,
+        name="folder",
+    )
     assert not (tmp_path / "run").exists()
     result = run(*arguments, "--on_bad_image=skip", name="folder")
     assert result.returncode == 0, result.stderr
@@ -117,18 +171,42 @@ def test_images_that_break_on_the_way(folder, tmp_path):
     for path in (folder / "train/c2/1.jpg", folder / "test/c5/3.jpg"):
         path.write_bytes(path.read_bytes()[:300])
     arguments = [*SMALL, "--steps=8", "--on_bad_image=skip", f"--data_dir={folder}"]
-    full = run(*arguments, "--on_bad_image=stop", "--verify_images=full", f"--workdir={tmp_path / 'full'}", name="folder")
-    assert full.returncode == 2 and "2 of the 32 images of" in full.stderr and "cannot decode the image 'train/c2/1.jpg'" in full.stderr
-    result = run(*arguments, "--report", "--worker_processes=1", f"--workdir={tmp_path / 'run'}", name="folder")
+    full = run(
+        *arguments,
+        "--on_bad_image=stop",
+        "--verify_images=full",
+        f"--workdir={tmp_path / 'full'}",
+        name="folder",
+    )
+    assert (
+        full.returncode == 2
+        and "2 of the 32 images of" in full.stderr
+        and "cannot decode the image 'train/c2/1.jpg'" in full.stderr
+    )
+    result = run(
+        *arguments,
+        "--report",
+        "--worker_processes=1",
+        f"--workdir={tmp_path / 'run'}",
+        name="folder",
+    )
     assert result.returncode == 0, result.stderr
     listed = (tmp_path / "run/bad_images.txt").read_text().splitlines()
     assert sorted(line.split("'")[1] for line in listed) == ["test/c5/3.jpg", "train/c2/1.jpg"]
     assert "15 test images" in (tmp_path / "run/report.html").read_text()
     again = run(f"--workdir={tmp_path / 'run'}", "--clustering=false", name="evaluate")
-    assert again.returncode == 0 and "15 test images" in again.stdout and "left out: test/c5/3.jpg" in again.stderr, again.stderr
+    assert (
+        again.returncode == 0
+        and "15 test images" in again.stdout
+        and "left out: test/c5/3.jpg" in again.stderr
+    ), again.stderr
     few = run(*arguments, "--max_bad_images=1", f"--workdir={tmp_path / 'few'}", name="folder")
     told = [line for line in few.stderr.splitlines() if line.startswith("error: ")]
-    assert few.returncode == 2 and "more than --max_bad_images=1" in told[0] and "Traceback" not in few.stderr
+    assert (
+        few.returncode == 2
+        and "more than --max_bad_images=1" in told[0]
+        and "Traceback" not in few.stderr
+    )
 
 
 def test_other_pictures_are_another_run(folder, tmp_path):
@@ -139,7 +217,9 @@ def test_other_pictures_are_another_run(folder, tmp_path):
         c.rename(flat / c.name)
     arguments = [*SMALL, f"--data_dir={flat}", f"--workdir={tmp_path / 'run'}"]
     result = run(*arguments, name="folder")
-    assert result.returncode == 0 and "train: 16 images of 4 classes" in result.stdout, result.stderr
+    assert result.returncode == 0 and "train: 16 images of 4 classes" in result.stdout, (
+        result.stderr
+    )
     (flat / "c0").rename(tmp_path / "c0")
     for name, more in (("folder", arguments[:-1]), ("evaluate", [])):
         told = run(*more, f"--workdir={tmp_path / 'run'}", name=name)
@@ -147,7 +227,14 @@ def test_other_pictures_are_another_run(folder, tmp_path):
 
 
 def test_border_crop_does_not_go_with_a_cache(folder, tmp_path):
-    told = run(*SMALL, "--cache=memory", "--augment=border_crop", f"--data_dir={folder}", f"--workdir={tmp_path / 'run'}", name="folder")
+    told = run(
+        *SMALL,
+        "--cache=memory",
+        "--augment=border_crop",
+        f"--data_dir={folder}",
+        f"--workdir={tmp_path / 'run'}",
+        name="folder",
+    )
     assert told.returncode == 2 and "leave one of them out" in told.stderr
 
 
@@ -155,40 +242,107 @@ def test_frozen_stages_stay(folder, tmp_path):
     """The weights that a run ends with, beside those that it began with; what the frozen stages made of pictures is kept and used again."""
     from experiments.engine import build
 
-    common = [*SMALL, f"--data_dir={folder}", "--ema=0", "--batch_norm=frozen", "--learning_rate=0.1", "--weight_decay=0.5", "--steps=4", "--warmup=0"]
+    common = [
+        *SMALL,
+        f"--data_dir={folder}",
+        "--ema=0",
+        "--batch_norm=frozen",
+        "--learning_rate=0.1",
+        "--weight_decay=0.5",
+        "--steps=4",
+        "--warmup=0",
+    ]
     result = run(*common, f"--workdir={tmp_path / 'first'}", name="folder")
     assert result.returncode == 0, result.stderr
     result = run(
-        *common, f"--workdir={tmp_path / 'then'}", f"--pretrained={tmp_path / 'first'}", "--frozen_stages=1", "--frozen_views=2",
-        "--compilation_cache=false", name="folder",
-    )  # fmt: skip
+        *common,
+        f"--workdir={tmp_path / 'then'}",
+        f"--pretrained={tmp_path / 'first'}",
+        "--frozen_stages=1",
+        "--frozen_views=2",
+        "--compilation_cache=false",
+        name="folder",
+    )
     assert result.returncode == 0, result.stderr
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("frozen_*.npy")}
     assert [np.load(path, mmap_mode="r").shape[:2] for path in sorted(kept)] == [(16, 1), (16, 2)]
-    again = run(f"--workdir={tmp_path / 'then'}", "--clustering=false", name="evaluate")  # of the pictures
+    again = run(
+        f"--workdir={tmp_path / 'then'}", "--clustering=false", name="evaluate"
+    )  # of the pictures
     found = json.loads((tmp_path / "then/evaluation.json").read_text())["scores"]["H"]
-    assert again.returncode == 0 and found["map@r"] == pytest.approx(scores(tmp_path / "then")[-1]["map@r"], abs=0.02), again.stderr
+    assert again.returncode == 0 and found["map@r"] == pytest.approx(
+        scores(tmp_path / "then")[-1]["map@r"], abs=0.02
+    ), again.stderr
     first, then = (build.load(tmp_path / name).variables["params"] for name in ("first", "then"))
-    moved = {name: not all(np.array_equal(a, b) for a, b in zip(first[name].values(), then[name].values())) for name in ("conv1", "bn1")}
+    moved = {
+        name: not all(
+            np.array_equal(a, b) for a, b in zip(first[name].values(), then[name].values())
+        )
+        for name in ("conv1", "bn1")
+    }
     assert moved == {"conv1": False, "bn1": False}
     leaf = lambda tree, stage: np.asarray(tree[f"layer{stage}_0"]["conv1"]["kernel"])
-    assert np.array_equal(leaf(first, 1), leaf(then, 1)) and not np.array_equal(leaf(first, 2), leaf(then, 2))
-    then = [*common, f"--workdir={tmp_path / 'later'}", f"--pretrained={tmp_path / 'then'}", "--frozen_stages=1", "--frozen_views=2"]
+    assert np.array_equal(leaf(first, 1), leaf(then, 1)) and not np.array_equal(
+        leaf(first, 2), leaf(then, 2)
+    )
+    then = [
+        *common,
+        f"--workdir={tmp_path / 'later'}",
+        f"--pretrained={tmp_path / 'then'}",
+        "--frozen_stages=1",
+        "--frozen_views=2",
+    ]
     assert run(*then, name="folder").returncode == 0
-    assert kept == {path: path.stat().st_mtime_ns for path in folder.glob("frozen_*.npy")}  # the same stages, the same pictures
-    process = subprocess.Popen(**command(*then[:-1], "--frozen_views=9999", f"--workdir={tmp_path / 'stopped'}", name="folder"), stderr=subprocess.DEVNULL)
+    assert kept == {
+        path: path.stat().st_mtime_ns for path in folder.glob("frozen_*.npy")
+    }  # the same stages, the same pictures
+    process = subprocess.Popen(
+        **command(
+            *then[:-1], "--frozen_views=9999", f"--workdir={tmp_path / 'stopped'}", name="folder"
+        ),
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.time() + 200
-    while not list(folder.glob(".frozen_train*.tmp")) and time.time() < deadline and process.poll() is None:
+    while (
+        not list(folder.glob(".frozen_train*.tmp"))
+        and time.time() < deadline
+        and process.poll() is None
+    ):
         time.sleep(0.05)
     process.terminate()
-    assert process.wait(60) == 75 and not list(folder.glob(".frozen*.tmp"))  # what was half written is gone
-    assert not (tmp_path / "then/compiled").exists() and not (tmp_path / "then/bad_images.txt").exists()
+    assert process.wait(60) == 75 and not list(
+        folder.glob(".frozen*.tmp")
+    )  # what was half written is gone
+    assert (
+        not (tmp_path / "then/compiled").exists()
+        and not (tmp_path / "then/bad_images.txt").exists()
+    )
 
 
 def test_mistakes_about_data(folder, tmp_path):
-    refused("--data_dir is needed for folder", *SMALL, f"--workdir={tmp_path / 'run'}", name="folder")
-    refused("nowhere: no such folder", *SMALL, f"--data_dir={tmp_path / 'nowhere'}", f"--workdir={tmp_path / 'run'}", name="folder")
+    refused(
+        "--data_dir is needed for folder", *SMALL, f"--workdir={tmp_path / 'run'}", name="folder"
+    )
+    refused(
+        "nowhere: no such folder",
+        *SMALL,
+        f"--data_dir={tmp_path / 'nowhere'}",
+        f"--workdir={tmp_path / 'run'}",
+        name="folder",
+    )
     keep = ["--frozen_stages=1", "--frozen_views=1", "--batch_norm=frozen"]
-    refused("writes into --data_dir, a local folder", *keep, "--dataset=emoji", f"--workdir={tmp_path / 'run'}", name="folder")
-    refused("no CUB-200-2011 in", *SMALL, f"--data_dir={folder}", f"--workdir={tmp_path / 'run'}", name="cub")
+    refused(
+        "writes into --data_dir, a local folder",
+        *keep,
+        "--dataset=emoji",
+        f"--workdir={tmp_path / 'run'}",
+        name="folder",
+    )
+    refused(
+        "no CUB-200-2011 in",
+        *SMALL,
+        f"--data_dir={folder}",
+        f"--workdir={tmp_path / 'run'}",
+        name="cub",
+    )
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,5 @@
 """Two processes of four devices each over loopback, as two hosts are: the same run as one process of eight."""
+
 import json
 import os
 import shutil
@@ -16,7 +17,12 @@ from tests.helpers.commands import FEW, command, run, scores
 
 pytestmark = pytest.mark.usefixtures("pictures")
 
-RUN = [*(a for a in FEW if "every" not in a and "steps" not in a), "--eval_every=5", "--checkpoint_every=5", "--log_every=1"]
+RUN = [
+    *(a for a in FEW if "every" not in a and "steps" not in a),
+    "--eval_every=5",
+    "--checkpoint_every=5",
+    "--log_every=1",
+]
 
 
 def start(workdir, *arguments):
@@ -26,11 +32,21 @@ def start(workdir, *arguments):
         address = f"--coordinator_address=127.0.0.1:{free.getsockname()[1]}"
     return [
         subprocess.Popen(
-            **command(*RUN, f"--workdir={workdir}", "--multihost", address, "--num_processes=2", f"--process_id={i}", *arguments, devices=4),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            **command(
+                *RUN,
+                f"--workdir={workdir}",
+                "--multihost",
+                address,
+                "--num_processes=2",
+                f"--process_id={i}",
+                *arguments,
+                devices=4,
+            ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         for i in range(2)
-    ]  # fmt: skip
+    ]
 
 
 def ends(processes, timeout=240):
@@ -52,16 +68,27 @@ def of_one(tmp_path_factory, pictures):  # noqa: F811
 
 @pytest.mark.parametrize("parallel", ["pmap", pytest.param("shard_map", marks=pytest.mark.slow)])
 def test_two_processes_are_one(parallel, of_one, tmp_path):
-    (first, out, err), (second, out_of_second, _) = ends(start(tmp_path / "run", "--steps=5", "--report", f"--parallel={parallel}"))
+    (first, out, err), (second, out_of_second, _) = ends(
+        start(tmp_path / "run", "--steps=5", "--report", f"--parallel={parallel}")
+    )
     assert first == second == 0, err
     # gloo's lines may be written into each other
-    said = [line for line in out_of_second.splitlines() if line and not any(word in line for word in ("[Gloo]", "peer ranks"))]
+    said = [
+        line
+        for line in out_of_second.splitlines()
+        if line and not any(word in line for word in ("[Gloo]", "peer ranks"))
+    ]
     assert "Recall@1" in out and not said  # the first process alone speaks
     for ours, theirs in zip(weights(tmp_path / "run"), weights(of_one), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     last, expected = scores(tmp_path / "run")[-1], scores(of_one)[-1]
     assert last["recall@1"] == pytest.approx(expected["recall@1"], abs=0.01)
-    assert {p.name for p in (tmp_path / "run").iterdir()} >= {"best", "checkpoints", "metrics.jsonl", "report.html"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} >= {
+        "best",
+        "checkpoints",
+        "metrics.jsonl",
+        "report.html",
+    }
     if parallel == "pmap":  # goes on as one process
         shutil.rmtree(tmp_path / "run/compiled", ignore_errors=True)
         text = (tmp_path / "run/flags.txt").read_text().replace("--steps=5\n", "--steps=7\n")
@@ -79,7 +106,10 @@ def test_one_of_two_is_killed_and_the_run_goes_on(of_one, tmp_path):
     (workdir / "flags.txt").write_text(options)
     processes = start(workdir, "--steps=2000", "--eval_every=5")
     deadline = time.time() + 200
-    while time.time() < deadline and not any(line["step"] > 8 for line in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())):
+    while time.time() < deadline and not any(
+        line["step"] > 8
+        for line in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    ):
         assert processes[0].poll() is None
         time.sleep(0.1)
     os.kill(processes[1].pid, signal.SIGKILL)
@@ -87,7 +117,9 @@ def test_one_of_two_is_killed_and_the_run_goes_on(of_one, tmp_path):
     code, _, err = ends(processes[:1], timeout=120)[0]
     ends(processes[1:])
     assert time.time() - begun < 110 and code != 0
-    assert code in (75, -signal.SIGABRT) and "another process of this run has gone" in err, err[-2000:]
+    assert code in (75, -signal.SIGABRT) and "another process of this run has gone" in err, err[
+        -2000:
+    ]
     step = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
     stop = step + 5
     (workdir / "flags.txt").write_text(options.replace("--steps=2000\n", f"--steps={stop}\n"))
@@ -101,7 +133,10 @@ def test_told_to_stop_all_stop_at_one_step(tmp_path):
     workdir = tmp_path / "run"
     processes = start(workdir, "--steps=3000", "--eval_every=3000", "--checkpoint_every=3000")
     deadline = time.time() + 200
-    while time.time() < deadline and not ((workdir / "metrics.jsonl").exists() and '"step": 6,' in (workdir / "metrics.jsonl").read_text()):
+    while time.time() < deadline and not (
+        (workdir / "metrics.jsonl").exists()
+        and '"step": 6,' in (workdir / "metrics.jsonl").read_text()
+    ):
         assert processes[0].poll() is None
         time.sleep(0.1)
     processes[1].send_signal(signal.SIGTERM)
@@ -110,5 +145,7 @@ def test_told_to_stop_all_stop_at_one_step(tmp_path):
     (saved,) = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
     text = (workdir / "flags.txt").read_text().replace("--steps=3000\n", f"--steps={saved + 2}\n")
     (workdir / "flags.txt").write_text(text)
-    (first, out, err), (second, *_) = ends(start(workdir, f"--steps={saved + 2}", "--eval_every=3000", "--checkpoint_every=3000"))
+    (first, out, err), (second, *_) = ends(
+        start(workdir, f"--steps={saved + 2}", "--eval_every=3000", "--checkpoint_every=3000")
+    )
     assert first == second == 0 and f"at step {saved} of {saved + 2}" in out, err

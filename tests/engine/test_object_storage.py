@@ -1,4 +1,5 @@
 """Data of s3://, from a server of moto's on this machine; it needs pip install moto[server] s3fs."""
+
 import csv
 
 import pytest
@@ -21,7 +22,10 @@ def bucket(tmp_path_factory):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(jpeg(c))
     with (root / "index.csv").open("w", newline="") as file:
-        rows = [(p.relative_to(root / "data"), p.relative_to(root / "data").parts[0]) for p in sorted((root / "data").rglob("*.jpg"))]
+        rows = [
+            (p.relative_to(root / "data"), p.relative_to(root / "data").parts[0])
+            for p in sorted((root / "data").rglob("*.jpg"))
+        ]
         csv.writer(file).writerows([("path", "label"), *rows])
     (root / "cub").mkdir()
     make_cub(root / "cub")
@@ -46,14 +50,29 @@ def bucket(tmp_path_factory):
 @pytest.mark.parametrize("index", [False, True])
 def test_a_folder_trains(bucket, tmp_path, index):
     options = [f"--index={bucket}/index.csv"] if index else []
-    result = run(*SMALL, f"--data_dir={bucket}/data", *options, f"--workdir={tmp_path / 'run'}", name="folder")
+    result = run(
+        *SMALL,
+        f"--data_dir={bucket}/data",
+        *options,
+        f"--workdir={tmp_path / 'run'}",
+        name="folder",
+    )
     assert result.returncode == 0, result.stderr
-    assert "on 4 classes never trained on" in result.stdout and scores(tmp_path / "run")[-1]["recall@1"] > 0
+    assert (
+        "on 4 classes never trained on" in result.stdout
+        and scores(tmp_path / "run")[-1]["recall@1"] > 0
+    )
 
 
 def test_a_benchmark_is_prepared_in_a_local_folder(bucket, tmp_path):
     source, out = f"{bucket}/cub", tmp_path / "out"
-    refused("python -m experiments.prepare", *SMALL, f"--data_dir={source}", f"--workdir={tmp_path / 'run'}", name="cub")
+    refused(
+        "python -m experiments.prepare",
+        *SMALL,
+        f"--data_dir={source}",
+        f"--workdir={tmp_path / 'run'}",
+        name="cub",
+    )
     refused("prepared in a local --data_dir", "--dataset=cub", f"--source={source}", name="prepare")
     result = run("--dataset=cub", f"--source={source}", f"--data_dir={out}", name="prepare")
     assert result.returncode == 0, result.stderr
@@ -63,8 +82,25 @@ def test_a_benchmark_is_prepared_in_a_local_folder(bucket, tmp_path):
 def test_mistakes(bucket, tmp_path, monkeypatch):
     arguments = [*SMALL, f"--data_dir={bucket}/data"]
     refused("expected a local folder", *arguments, f"--workdir={bucket}/run", name="folder")
-    refused("is written into --data_dir, a local folder, and it is", *arguments, f"--workdir={tmp_path / 'run'}", "--cache=disk", name="folder")
-    refused("nothing: no such folder", *SMALL, f"--data_dir={bucket}/nothing", f"--workdir={tmp_path / 'run'}", name="folder")
+    refused(
+        "is written into --data_dir, a local folder, and it is",
+        *arguments,
+        f"--workdir={tmp_path / 'run'}",
+        "--cache=disk",
+        name="folder",
+    )
+    refused(
+        "nothing: no such folder",
+        *SMALL,
+        f"--data_dir={bucket}/nothing",
+        f"--workdir={tmp_path / 'run'}",
+        name="folder",
+    )
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    refused("cannot read s3://bucket/data: Could not connect", *arguments, f"--workdir={tmp_path / 'run'}", name="folder")
+    refused(
+        "cannot read s3://bucket/data: Could not connect",
+        *arguments,
+        f"--workdir={tmp_path / 'run'}",
+        name="folder",
+    )
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,5 @@
 """Small trees in the layouts in which the benchmarks are published, with pictures that each class shares."""
+
 import io
 
 import numpy as np
@@ -53,30 +54,52 @@ def make_cub(directory, classes=(1, 2, 3, 99, 100, 101, 102, 198, 199, 200), ima
 
 def annotations(path, **columns):
     """A struct array as MATLAB saves it, one struct a row."""
-    table = np.empty((1, len(next(iter(columns.values())))), dtype=[(name, object) for name in columns])
+    table = np.empty(
+        (1, len(next(iter(columns.values())))), dtype=[(name, object) for name in columns]
+    )
     for name, values in columns.items():
         table[name][0] = values
     path.parent.mkdir(parents=True, exist_ok=True)
     scipy_io.savemat(path, {"annotations": table})
 
 
-def make_cars(directory, classes=(1, 2, 3, 97, 98, 99, 100, 194, 195, 196), images_per_class=4, devkit=False):
+def make_cars(
+    directory, classes=(1, 2, 3, 97, 98, 99, 100, 194, 195, 196), images_per_class=4, devkit=False
+):
     labels = [c for c in classes for _ in range(images_per_class)]
     if devkit:
         for split, half in (("train", 0), ("test", 1)):
             names = [f"{i + 1:05d}.jpg" for i in range(len(labels) // 2)]
             for name, label in zip(names, labels[half::2]):
                 _picture(directory / f"cars_{split}" / name, label)
-            file = "devkit/cars_train_annos.mat" if split == "train" else "cars_test_annos_withlabels.mat"
+            file = (
+                "devkit/cars_train_annos.mat"
+                if split == "train"
+                else "cars_test_annos_withlabels.mat"
+            )
             ones = [1.0] * len(names)
-            annotations(directory / file, bbox_x1=ones, bbox_y1=ones, bbox_x2=ones, bbox_y2=ones, **{"class": labels[half::2]}, fname=names)
+            annotations(
+                directory / file,
+                bbox_x1=ones,
+                bbox_y1=ones,
+                bbox_x2=ones,
+                bbox_y2=ones,
+                **{"class": labels[half::2]},
+                fname=names,
+            )
         annotations(directory / "devkit/cars_test_annos.mat", bbox_x1=ones, fname=names)
         return directory
     names = [f"car_ims/{i + 1:06d}.jpg" for i in range(len(labels))]
     for name, label in zip(names, labels):
         _picture(directory / name, label)
     tests = [i % 2 for i in range(len(labels))]
-    annotations(directory / "cars_annos.mat", relative_im_path=names, bbox_x1=labels, **{"class": labels}, test=tests)
+    annotations(
+        directory / "cars_annos.mat",
+        relative_im_path=names,
+        bbox_x1=labels,
+        **{"class": labels},
+        test=tests,
+    )
     return directory
 
 
@@ -86,7 +109,9 @@ def make_inshop(directory, train=4, test=4):
         for i in range(4):
             path = f"img/WOMEN/Dresses/id_{item:08d}/0{i}_1_front.jpg"
             _picture(directory / "Img" / path, item)
-            rows.append(f"{path:<60} id_{item:08d} {'train' if item <= train else 'query' if i == 0 else 'gallery'}")
+            rows.append(
+                f"{path:<60} id_{item:08d} {'train' if item <= train else 'query' if i == 0 else 'gallery'}"
+            )
     (directory / "Eval").mkdir()
     head = [str(len(rows)), "image_name item_id evaluation_status"]
     (directory / "Eval/list_eval_partition.txt").write_text("\n".join(head + rows) + "\n")

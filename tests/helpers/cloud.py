@@ -40,23 +40,49 @@ class Machine:
     def __init__(self, folder):
         self.folder = folder
         self.plan()
-        for name in ("gcloud", "git", "kubectl", "sbatch", "srun", "squeue", "scontrol", "scancel", "python", "sleep"):
+        for name in (
+            "gcloud",
+            "git",
+            "kubectl",
+            "sbatch",
+            "srun",
+            "squeue",
+            "scontrol",
+            "scancel",
+            "python",
+            "sleep",
+        ):
             (folder / name).write_text(STAND_IN)
             (folder / name).chmod(0o755)
-        self.environment = {"PATH": f"{folder}:/usr/bin:/bin", "TMPDIR": str(folder), "HOME": str(folder)}
+        self.environment = {
+            "PATH": f"{folder}:/usr/bin:/bin",
+            "TMPDIR": str(folder),
+            "HOME": str(folder),
+        }
 
     def plan(self, *lines):
         """What the next calls do: a piece of their command line, an exit code, and a shell command that goes before."""
-        (self.folder / "plan").write_text("".join("\t".join(map(str, line)) + "\n" for line in lines))
+        (self.folder / "plan").write_text(
+            "".join("\t".join(map(str, line)) + "\n" for line in lines)
+        )
         (self.folder / "calls").write_text("")
 
     def run(self, script, *arguments, **more):
         environment = self.environment | more
-        return subprocess.run([CLOUD / script, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=20)
+        return subprocess.run(
+            [CLOUD / script, *arguments],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
 
     def run_and_stop(self, script, *arguments, **more):
         """Sends SIGTERM once the file `ready` is there; the exit code."""
-        process = subprocess.Popen([CLOUD / script, *arguments], cwd=ROOT, env=self.environment | more)
+        process = subprocess.Popen(
+            [CLOUD / script, *arguments], cwd=ROOT, env=self.environment | more
+        )
         until = time.time() + 10
         while not (self.folder / "ready").exists() and time.time() < until:
             time.sleep(0.02)

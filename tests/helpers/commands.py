@@ -12,24 +12,49 @@ import pytest
 from tests.helpers.paths import ROOT
 
 TINY = [
-    "--backbone=resnet_tiny", "--image_size=16", "--embedding_dim=16", "--classes_per_batch=8", "--images_per_class=2",
-    "--steps=12", "--eval_every=6", "--checkpoint_every=3", "--log_every=1", "--memory_size=32", "--ema=0.9", "--noreport",
-]  # fmt: skip
+    "--backbone=resnet_tiny",
+    "--image_size=16",
+    "--embedding_dim=16",
+    "--classes_per_batch=8",
+    "--images_per_class=2",
+    "--steps=12",
+    "--eval_every=6",
+    "--checkpoint_every=3",
+    "--log_every=1",
+    "--memory_size=32",
+    "--ema=0.9",
+    "--noreport",
+]
 
 
-PICTURES = pathlib.Path(os.environ["RLL_TESTS_COMPILED"], f"pictures-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}")
+PICTURES = pathlib.Path(
+    os.environ["RLL_TESTS_COMPILED"], f"pictures-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
+)
 
 
-FEW = [*TINY, "--dataset=folder", f"--data_dir={PICTURES}", "--augment=affine"]  # with the fixture `pictures`: evaluated in no time
+FEW = [
+    *TINY,
+    "--dataset=folder",
+    f"--data_dir={PICTURES}",
+    "--augment=affine",
+]  # with the fixture `pictures`: evaluated in no time
 
 
 def command(*arguments, name="emoji", devices=1):
     # programs compiled by one process serve the next, of all tests (see conftest); fast code is not what these runs need
-    cache = {"JAX_COMPILATION_CACHE_DIR": os.environ["RLL_TESTS_COMPILED"], "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": os.environ["RLL_TESTS_COMPILED"],
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)} | cache | flags
+    environment = (
+        os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)} | cache | flags
+    )
     return dict(
-        args=[sys.executable, "-m", f"experiments.{name}", *map(str, arguments)], cwd=ROOT, env=environment, text=True
+        args=[sys.executable, "-m", f"experiments.{name}", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        text=True,
     )
 
 
@@ -40,7 +65,10 @@ def run(*arguments, **kwargs):
 def scores(workdir):
     """The metrics without what a clock decides."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("images_per_second", "seconds_waiting")} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("images_per_second", "seconds_waiting")}
+        for line in lines
+    ]
 
 
 def refused(text, *arguments, **kwargs):
@@ -55,12 +83,28 @@ def browse(path, profile):
     if not shutil.which("chromium"):
         pytest.skip("no Chromium on this machine")
     flags = [
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--enable-logging=stderr",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync", f"--user-data-dir={profile}",
-        "--virtual-time-budget=5000", "--dump-dom", path.as_uri(),
-    ]  # fmt: skip
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--enable-logging=stderr",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={profile}",
+        "--virtual-time-budget=5000",
+        "--dump-dom",
+        path.as_uri(),
+    ]
     result = subprocess.run(["chromium", *flags], capture_output=True, text=True, timeout=120)
-    return result.stdout.count("<img"), [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+    return result.stdout.count("<img"), [
+        line for line in result.stderr.splitlines() if "CONSOLE" in line
+    ]
 
 
-SMALL = [*(a for a in TINY if "classes" not in a and "steps" not in a), "--classes_per_batch=4", "--steps=3"]
+SMALL = [
+    *(a for a in TINY if "classes" not in a and "steps" not in a),
+    "--classes_per_batch=4",
+    "--steps=3",
+]

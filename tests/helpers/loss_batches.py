@@ -10,12 +10,27 @@ from rll_jax import loss
 N, D, M = 22, 5, 17
 
 
-HYPER = {"alpha": 1.2, "margin": 0.4, "temperature_pos": 0.0, "temperature_neg": 10.0, "balance": 0.5}
+HYPER = {
+    "alpha": 1.2,
+    "margin": 0.4,
+    "temperature_pos": 0.0,
+    "temperature_neg": 10.0,
+    "balance": 0.5,
+}
 
 
 KINDS = (
-    "ragged", "singletons", "one class", "duplicates", "collapsed", "collapsed classes", "near", "zeros", "masked", "all padding"
-)  # fmt: skip
+    "ragged",
+    "singletons",
+    "one class",
+    "duplicates",
+    "collapsed",
+    "collapsed classes",
+    "near",
+    "zeros",
+    "masked",
+    "all padding",
+)
 
 
 def batch(kind, seed=0, n=N, dim=D):
@@ -60,4 +75,6 @@ def compiled(block_size=None, **options):
 def close(found, expected, rtol, scale=None):
     expected = np.asarray(expected)
     scale = np.abs(expected).max() if scale is None else scale
-    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=rtol, atol=rtol * scale + 1e-14)
+    np.testing.assert_allclose(
+        np.asarray(found, np.float64), expected, rtol=rtol, atol=rtol * scale + 1e-14
+    )

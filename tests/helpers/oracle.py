@@ -36,10 +36,26 @@ def through_unit(x, gradient):
 
 
 def ranked_list_loss(
-    embeddings, labels, *, alpha=1.2, margin=0.4, temperature_pos=0.0, temperature_neg=10.0, balance=0.5, pair_term="distance",
-    query_weighting="uniform", gallery_gradient=False, weight_gradient=False, normalize=True, where=None,
-    gallery=None, gallery_labels=None, gallery_where=None, epsilon=0.0, drop_zero=False,
-):  # fmt: skip
+    embeddings,
+    labels,
+    *,
+    alpha=1.2,
+    margin=0.4,
+    temperature_pos=0.0,
+    temperature_neg=10.0,
+    balance=0.5,
+    pair_term="distance",
+    query_weighting="uniform",
+    gallery_gradient=False,
+    weight_gradient=False,
+    normalize=True,
+    where=None,
+    gallery=None,
+    gallery_labels=None,
+    gallery_where=None,
+    epsilon=0.0,
+    drop_zero=False,
+):
     embeddings = np.asarray(embeddings, np.float64)
     own = gallery is None
     raw_gallery = embeddings if own else np.asarray(gallery, np.float64)
@@ -76,7 +92,9 @@ def ranked_list_loss(
             if drop_zero and d == 0:
                 continue
             if (same and d > boundary) or (not same and d < alpha):
-                exponent = temperature_pos * (d - boundary) if same else temperature_neg * (alpha - d)
+                exponent = (
+                    temperature_pos * (d - boundary) if same else temperature_neg * (alpha - d)
+                )
                 found[same].append((j, d, exponent))
         terms, logs, pairs = {}, [], []
         for same, entries in found.items():
@@ -85,7 +103,9 @@ def ranked_list_loss(
                 largest = max(e for _, _, e in entries)
                 total = sum(math.exp(e - largest) for _, _, e in entries)
                 padded = total + epsilon * m * math.exp(-largest)
-                terms[same] = sum(math.exp(e - largest) * hinge(d, same) for _, d, e in entries) / padded
+                terms[same] = (
+                    sum(math.exp(e - largest) * hinge(d, same) for _, d, e in entries) / padded
+                )
                 logs.append(largest + math.log(total))
                 pairs += [(j, d, same, math.exp(e - largest) / padded, e) for j, d, e in entries]
         positive[i], negative[i] = terms[True], terms[False]
@@ -108,7 +128,9 @@ def ranked_list_loss(
     for i, pairs in enumerate(lists):
         for j, d, same, p, exponent in pairs:
             share, term, temperature, sign = (
-                (1 - balance, positive[i], temperature_pos, 1) if same else (balance, negative[i], temperature_neg, -1)
+                (1 - balance, positive[i], temperature_pos, 1)
+                if same
+                else (balance, negative[i], temperature_neg, -1)
             )
             rate = slope(d)
             if weight_gradient:
@@ -116,7 +138,11 @@ def ranked_list_loss(
             by_distance = weight[i] * share * p * sign * rate
             if weight_gradient and query_weighting == "mass":
                 by_distance += (
-                    weight[i] * (per_query[i] - loss) * sign * temperature * math.exp(exponent - log_mass[i])
+                    weight[i]
+                    * (per_query[i] - loss)
+                    * sign
+                    * temperature
+                    * math.exp(exponent - log_mass[i])
                 )
             if d > 0:
                 on_query[i] += by_distance * (f[i] - g[j]) / d

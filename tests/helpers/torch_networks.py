@@ -1,4 +1,5 @@
 """The published networks in PyTorch, written from their papers, under the names that weights are published with."""
+
 import torch
 from torch import nn
 import torch.nn.functional as F
@@ -18,7 +19,9 @@ class Block(nn.Module):
             setattr(self, f"bn{i}", nn.BatchNorm2d(b))
         self.downsample = None
         if stride != 1 or before != after:
-            self.downsample = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after)
+            )
 
     def forward(self, x):
         y = x
@@ -87,11 +90,17 @@ class GoogLeNetV2(nn.Module):
     """Convolutions with biases, as the Caffe model and its ports have them."""
 
     CHANNELS = {
-        "3a": (64, 64, 64, 64, 96, 32), "3b": (64, 64, 96, 64, 96, 64), "3c": (0, 128, 160, 64, 96, 0),
-        "4a": (224, 64, 96, 96, 128, 128), "4b": (192, 96, 128, 96, 128, 128), "4c": (160, 128, 160, 128, 160, 128),
-        "4d": (96, 128, 192, 160, 192, 128), "4e": (0, 128, 192, 192, 256, 0),
-        "5a": (352, 192, 320, 160, 224, 128), "5b": (352, 192, 320, 192, 224, 128),
-    }  # fmt: skip
+        "3a": (64, 64, 64, 64, 96, 32),
+        "3b": (64, 64, 96, 64, 96, 64),
+        "3c": (0, 128, 160, 64, 96, 0),
+        "4a": (224, 64, 96, 96, 128, 128),
+        "4b": (192, 96, 128, 96, 128, 128),
+        "4c": (160, 128, 160, 128, 160, 128),
+        "4d": (96, 128, 192, 160, 192, 128),
+        "4e": (0, 128, 192, 192, 256, 0),
+        "5a": (352, 192, 320, 160, 224, 128),
+        "5b": (352, 192, 320, 192, 224, 128),
+    }
 
     def __init__(self, share):
         super().__init__()
@@ -122,7 +131,9 @@ class GoogLeNetV2(nn.Module):
 
     def forward(self, x):
         x = F.max_pool2d(self.unit("conv1_7x7_s2", x), 3, 2, ceil_mode=True)
-        x = F.max_pool2d(self.unit("conv2_3x3", self.unit("conv2_3x3_reduce", x)), 3, 2, ceil_mode=True)
+        x = F.max_pool2d(
+            self.unit("conv2_3x3", self.unit("conv2_3x3_reduce", x)), 3, 2, ceil_mode=True
+        )
         ends = []
         for name, channels in self.CHANNELS.items():
             p = f"inception_{name}_"
@@ -131,11 +142,17 @@ class GoogLeNetV2(nn.Module):
             parts.append(self.unit(p + "double_3x3_2", y))
             if channels[0]:
                 pool = F.max_pool2d if name == "5b" else F.avg_pool2d
-                parts = [self.unit(p + "1x1", x), *parts, self.unit(p + "pool_proj", pool(x, 3, 1, 1))]
+                parts = [
+                    self.unit(p + "1x1", x),
+                    *parts,
+                    self.unit(p + "pool_proj", pool(x, 3, 1, 1)),
+                ]
             else:
                 # as Caffe rounds; of maps with odd sides, where Caffe's network has no pool of the convolutions' size, centred
                 height, width = x.shape[2:]
-                parts.append(F.max_pool2d(F.pad(x, (width % 2, 1, height % 2, 1), value=-torch.inf), 3, 2))
+                parts.append(
+                    F.max_pool2d(F.pad(x, (width % 2, 1, height % 2, 1), value=-torch.inf), 3, 2)
+                )
             x = torch.cat(parts, 1)
             if name in ("3c", "4e", "5b"):
                 ends.append(x)

@@ -1,4 +1,5 @@
 """The baselines next to pytorch-metric-learning's, value and gradient; and what holds for each of them without it."""
+
 import functools
 import warnings
 
@@ -19,27 +20,40 @@ def proxies(dtype=np.float64):
 
 
 def with_proxies(embeddings, labels, **options):
-    return baselines.proxy_anchor_loss(embeddings, labels, jnp.asarray(proxies(embeddings.dtype)), **options)
+    return baselines.proxy_anchor_loss(
+        embeddings, labels, jnp.asarray(proxies(embeddings.dtype)), **options
+    )
 
 
 LOSSES = {
     "contrastive": baselines.contrastive_loss,
-    "contrastive, margins": functools.partial(baselines.contrastive_loss, pos_margin=0.3, neg_margin=0.8),
+    "contrastive, margins": functools.partial(
+        baselines.contrastive_loss, pos_margin=0.3, neg_margin=0.8
+    ),
     "triplet, semihard": baselines.triplet_loss,
     "triplet, hard": functools.partial(baselines.triplet_loss, mining="hard", margin=0.1),
     "triplet, all": functools.partial(baselines.triplet_loss, mining="all"),
     "lifted": baselines.lifted_structure_loss,
-    "lifted, margins": functools.partial(baselines.lifted_structure_loss, pos_margin=0.2, neg_margin=0.6),
+    "lifted, margins": functools.partial(
+        baselines.lifted_structure_loss, pos_margin=0.2, neg_margin=0.6
+    ),
     "n-pair": baselines.n_pair_loss,
     "n-pair, not normalised": functools.partial(baselines.n_pair_loss, normalize=False),
     "multi-similarity": baselines.multi_similarity_loss,
-    "multi-similarity, all": functools.partial(baselines.multi_similarity_loss, epsilon=None, beta=40.0),
+    "multi-similarity, all": functools.partial(
+        baselines.multi_similarity_loss, epsilon=None, beta=40.0
+    ),
     "proxy anchor": with_proxies,
     "nt-xent": baselines.nt_xent_loss,
     "sup-con": baselines.sup_con_loss,
     "pml's ranked list": baselines.pml_ranked_list_loss,
     "pml's ranked list, T": functools.partial(
-        baselines.pml_ranked_list_loss, temperature_pos=2.0, temperature_neg=3.0, alpha=1.3, margin=0.2, balance=0.3
+        baselines.pml_ranked_list_loss,
+        temperature_pos=2.0,
+        temperature_neg=3.0,
+        alpha=1.3,
+        margin=0.2,
+        balance=0.3,
     ),
 }
 of_each = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
@@ -48,7 +62,9 @@ of_each = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def peers():
     """{name: (embeddings, labels) -> loss} of PML, by the names above."""
     torch = pytest.importorskip("torch", reason="needs torch and pytorch-metric-learning")
-    theirs = pytest.importorskip("pytorch_metric_learning.losses", reason="needs pytorch-metric-learning")
+    theirs = pytest.importorskip(
+        "pytorch_metric_learning.losses", reason="needs pytorch-metric-learning"
+    )
     from pytorch_metric_learning import distances, miners
 
     def mined(loss, miner):
@@ -64,13 +80,18 @@ def peers():
     return {
         "contrastive": theirs.ContrastiveLoss(),
         "contrastive, margins": theirs.ContrastiveLoss(pos_margin=0.3, neg_margin=0.8),
-        "triplet, semihard": mined(theirs.TripletMarginLoss(margin=0.2), miners.TripletMarginMiner(margin=0.2, type_of_triplets="semihard")),
+        "triplet, semihard": mined(
+            theirs.TripletMarginLoss(margin=0.2),
+            miners.TripletMarginMiner(margin=0.2, type_of_triplets="semihard"),
+        ),
         "triplet, hard": mined(theirs.TripletMarginLoss(margin=0.1), miners.BatchHardMiner()),
         "triplet, all": theirs.TripletMarginLoss(margin=0.2),
         "lifted": theirs.LiftedStructureLoss(),
         "lifted, margins": theirs.LiftedStructureLoss(pos_margin=0.2, neg_margin=0.6),
         "n-pair": theirs.NPairsLoss(),
-        "n-pair, not normalised": theirs.NPairsLoss(distance=distances.DotProductSimilarity(normalize_embeddings=False)),
+        "n-pair, not normalised": theirs.NPairsLoss(
+            distance=distances.DotProductSimilarity(normalize_embeddings=False)
+        ),
         "multi-similarity": mined(theirs.MultiSimilarityLoss(), miners.MultiSimilarityMiner(0.1)),
         "multi-similarity, all": theirs.MultiSimilarityLoss(beta=40.0),
         "proxy anchor": anchor,
@@ -94,7 +115,9 @@ def batch(kind, seed=0, dtype=np.float64):
 
 
 # fast code is not what these need
-quickly_compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+quickly_compiled = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
 
 
 @functools.cache
@@ -103,7 +126,11 @@ def jitted(loss):
 
 
 def value_and_gradient(loss, x, labels, **options):
-    of = jitted(loss) if not options else quickly_compiled(jax.value_and_grad(functools.partial(loss, **options)))
+    of = (
+        jitted(loss)
+        if not options
+        else quickly_compiled(jax.value_and_grad(functools.partial(loss, **options)))
+    )
     return jax.device_get(of(x, labels))
 
 
@@ -122,10 +149,14 @@ def test_equals_pytorch_metric_learning(name, kind):
             value, gradient = value_and_gradient(LOSSES[name], x, labels)
         assert expected.item() > 0
         np.testing.assert_allclose(value, expected.item(), rtol=1e-6)
-        np.testing.assert_allclose(gradient, theirs.grad.numpy(), atol=1e-6 * np.abs(theirs.grad.numpy()).max())
+        np.testing.assert_allclose(
+            gradient, theirs.grad.numpy(), atol=1e-6 * np.abs(theirs.grad.numpy()).max()
+        )
         single = value_and_gradient(LOSSES[name], x.astype(np.float32), labels)
         np.testing.assert_allclose(single[0], expected.item(), rtol=1e-5)
-        np.testing.assert_allclose(single[1], theirs.grad.numpy(), atol=1e-4 * np.abs(theirs.grad.numpy()).max())
+        np.testing.assert_allclose(
+            single[1], theirs.grad.numpy(), atol=1e-4 * np.abs(theirs.grad.numpy()).max()
+        )
 
 
 def test_the_gradient_of_proxies_is_the_peers():
@@ -154,7 +185,9 @@ def test_finite_at_copies_and_in_one_class(loss):
     assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("name", ["contrastive", "triplet, semihard", "triplet, all", "lifted", "pml's ranked list"])
+@pytest.mark.parametrize(
+    "name", ["contrastive", "triplet, semihard", "triplet, all", "lifted", "pml's ranked list"]
+)
 def test_rows_near_each_other_keep_their_digits(name):
     """A network that is about to collapse, or has just begun."""
     x, labels = batch("even")
@@ -189,7 +222,9 @@ def test_masked_rows_are_not_there(loss):
     assert (gradient[~kept] == 0).all()
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if "n-pair" not in name])  # which takes the first two rows of each class
+@pytest.mark.parametrize(
+    "name", [name for name in LOSSES if "n-pair" not in name]
+)  # which takes the first two rows of each class
 def test_order_of_the_rows_does_not_matter(name):
     loss = LOSSES[name]
     x, labels = batch("ragged", dtype=np.float32)
@@ -200,7 +235,9 @@ def test_order_of_the_rows_does_not_matter(name):
     np.testing.assert_allclose(of_moved, gradient[order], atol=2e-5 * np.abs(gradient).max())
 
 
-ON_DEVICES = [(name, "vmap") for name in LOSSES] + [(name, kind) for name in ("triplet, hard", "proxy anchor") for kind in ("pmap", "shard_map")]
+ON_DEVICES = [(name, "vmap") for name in LOSSES] + [
+    (name, kind) for name in ("triplet, hard", "proxy anchor") for kind in ("pmap", "shard_map")
+]
 
 
 @pytest.mark.parametrize("name, runner", ON_DEVICES)
@@ -209,22 +246,40 @@ def test_devices_together_are_one(name, runner):
     x, labels = batch("ragged", dtype=np.float32)
     x, labels, where = x[:32], labels[:32], np.arange(32) != 5
     matrix = np.random.default_rng(3).normal(size=(8, 8)).astype(np.float32)
-    expected = quickly_compiled(jax.value_and_grad(lambda m: loss(x @ m, labels, where=where)))(matrix)
+    expected = quickly_compiled(jax.value_and_grad(lambda m: loss(x @ m, labels, where=where)))(
+        matrix
+    )
 
     def step(m, x, labels, where):
         if runner != "vmap":
             m = lax.pcast(m, "batch", to="varying")
-        return lax.pmean(jax.value_and_grad(lambda m: loss(x @ m, labels, where=where, axis_name="batch"))(m), "batch")
+        return lax.pmean(
+            jax.value_and_grad(lambda m: loss(x @ m, labels, where=where, axis_name="batch"))(m),
+            "batch",
+        )
 
     split = [a.reshape(4, 8, *a.shape[1:]) for a in (x, labels, where)]
     if runner == "shard_map":
-        mesh, rows, whole = Mesh(np.array(jax.devices()[:4]), ("batch",)), PartitionSpec("batch"), PartitionSpec()
-        of = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(whole, rows, rows, rows), out_specs=whole))
+        mesh, rows, whole = (
+            Mesh(np.array(jax.devices()[:4]), ("batch",)),
+            PartitionSpec("batch"),
+            PartitionSpec(),
+        )
+        of = jax.jit(
+            jax.shard_map(step, mesh=mesh, in_specs=(whole, rows, rows, rows), out_specs=whole)
+        )
         found = of(matrix, x, labels, where)
     elif runner == "pmap":
-        found = jax.pmap(step, "batch", in_axes=(None, 0, 0, 0), out_axes=None, devices=jax.devices()[:4])(matrix, *split)
+        found = jax.pmap(
+            step, "batch", in_axes=(None, 0, 0, 0), out_axes=None, devices=jax.devices()[:4]
+        )(matrix, *split)
     else:
-        found = jax.tree.map(lambda a: a[0], quickly_compiled(jax.vmap(step, axis_name="batch", in_axes=(None, 0, 0, 0)))(matrix, *split))
+        found = jax.tree.map(
+            lambda a: a[0],
+            quickly_compiled(jax.vmap(step, axis_name="batch", in_axes=(None, 0, 0, 0)))(
+                matrix, *split
+            ),
+        )
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
     np.testing.assert_allclose(found[1], expected[1], atol=1e-4 * np.abs(expected[1]).max())
 
@@ -232,7 +287,9 @@ def test_devices_together_are_one(name, runner):
 def test_triplets_do_not_take_a_cube_of_memory():
     x, labels = np.zeros((512, 8), np.float32), np.arange(512) // 4
     compiled = jax.jit(jax.value_and_grad(baselines.triplet_loss)).lower(x, labels).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 64 * 2**20  # 512^3 floats would be 512 MiB
+    assert (
+        compiled.memory_analysis().temp_size_in_bytes < 64 * 2**20
+    )  # 512^3 floats would be 512 MiB
 
 
 def test_bad_input():
@@ -241,7 +298,11 @@ def test_bad_input():
         baselines.triplet_loss(x, labels, mining="hardest")
     with pytest.raises(TypeError, match="embeddings must be floating"):
         baselines.contrastive_loss(x.astype(int), labels)
-    for wrong, kind in (([[1.0] * 8], TypeError), (np.ones((9, 8), int), TypeError), (np.ones((9, 4), np.float32), ValueError)):
+    for wrong, kind in (
+        ([[1.0] * 8], TypeError),
+        (np.ones((9, 8), int), TypeError),
+        (np.ones((9, 4), np.float32), ValueError),
+    ):
         with pytest.raises(kind, match="proxies must"):
             baselines.proxy_anchor_loss(x, labels, wrong)
     with pytest.raises(ValueError, match="labels must go with embeddings"):

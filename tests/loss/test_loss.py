@@ -19,11 +19,9 @@ HYPERS = [
     {**HYPER, "alpha": 2.0, "margin": 2.0, "temperature_pos": 200.0, "temperature_neg": 200.0},
     {**HYPER, "alpha": 0.8, "margin": 0.0, "temperature_neg": 0.0, "balance": 1.0},
 ]
-VARIANTS = list(itertools.product(("distance", "squared"), ("uniform", "mass"), (False, True), (False, True)))
-
-
-
-
+VARIANTS = list(
+    itertools.product(("distance", "squared"), ("uniform", "mass"), (False, True), (False, True))
+)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -34,7 +32,9 @@ def test_equals_the_loops_in_float64(variant):
         run = compiled(block_size=8, **options)  # three blocks, the last one padded
         for kind, hyper in itertools.product(KINDS, HYPERS):
             x, labels, where = batch(kind)
-            expected = oracle.ranked_list_loss(np.where(where[:, None], x, 0), labels, where=where, **hyper, **options)
+            expected = oracle.ranked_list_loss(
+                np.where(where[:, None], x, 0), labels, where=where, **hyper, **options
+            )
             value, (gradient, _) = run(x, None, hyper, {"labels": labels, "where": where})
             assert value.dtype == gradient.dtype == jnp.float64
             # A scale for gradients that cancel: each query's is a sum of unit vectors of total weight 1, over its raw length.
@@ -45,10 +45,16 @@ def test_equals_the_loops_in_float64(variant):
 
 @pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[7], VARIANTS[10]], ids=str)
 def test_gallery_equals_the_loops(variant):
-    options = dict(zip(("pair_term", "query_weighting", "gallery_gradient", "weight_gradient"), variant))
+    options = dict(
+        zip(("pair_term", "query_weighting", "gallery_gradient", "weight_gradient"), variant)
+    )
     x, labels, where = batch("masked")
     gallery, gallery_labels, gallery_where = batch("masked", seed=1, n=M)
-    gallery[3], gallery_labels[3], gallery_where[3] = x[where][0], 99, True  # a query's copy of another class
+    gallery[3], gallery_labels[3], gallery_where[3] = (
+        x[where][0],
+        99,
+        True,
+    )  # a query's copy of another class
     rest = {"where": where, "gallery_labels": gallery_labels, "gallery_where": gallery_where}
     expected = oracle.ranked_list_loss(x, labels, gallery=gallery, **rest, **HYPER, **options)
     with jax.enable_x64(True):
@@ -64,12 +70,18 @@ def test_terms_equal_the_loops_and_sum_to_the_loss():
     for weighting in ("uniform", "mass"):
         expected = oracle.ranked_list_loss(x, labels, where=where, query_weighting=weighting)
         with jax.enable_x64(True):
-            terms = loss.ranked_list_loss_terms(jnp.asarray(x), labels, where=where, query_weighting=weighting, block_size=8)
+            terms = loss.ranked_list_loss_terms(
+                jnp.asarray(x), labels, where=where, query_weighting=weighting, block_size=8
+            )
         terms = jax.tree.map(np.asarray, terms)
         for name in terms._fields:
             close(getattr(terms, name), getattr(expected, name), 1e-9)
         assert terms.num_positives.dtype == terms.num_negatives.dtype == jnp.int32
-        close(np.sum(np.asarray(terms.weight) * np.asarray(terms.positive + terms.negative)) / 2, expected.loss, 1e-9)
+        close(
+            np.sum(np.asarray(terms.weight) * np.asarray(terms.positive + terms.negative)) / 2,
+            expected.loss,
+            1e-9,
+        )
 
 
 def test_terms_are_differentiable_one_by_one():
@@ -83,7 +95,9 @@ def test_terms_are_differentiable_one_by_one():
         @jax.vmap
         @jax.grad
         def one(q, label, others, a, b):
-            term = lambda lam: loss.ranked_list_loss_of_query(q, label, x, labels, balance=lam, where=others)
+            term = lambda lam: loss.ranked_list_loss_of_query(
+                q, label, x, labels, balance=lam, where=others
+            )
             return a * term(0.0) + b * term(1.0)
 
         close(found, jax.jit(one)(x, labels, ~np.eye(N, dtype=bool), a, b), 1e-9)
@@ -91,7 +105,12 @@ def test_terms_are_differentiable_one_by_one():
 
 def test_true_derivative_equals_finite_differences():
     x, labels, _ = batch("ragged")
-    options = {"query_weighting": "mass", "gallery_gradient": True, "weight_gradient": True, "temperature_pos": 3.0}
+    options = {
+        "query_weighting": "mass",
+        "gallery_gradient": True,
+        "weight_gradient": True,
+        "temperature_pos": 3.0,
+    }
     with jax.enable_x64(True):
         of = jax.jit(lambda x: loss.ranked_list_loss(x, labels, **options))
         gradient = jax.grad(of)(jnp.asarray(x))
@@ -106,7 +125,9 @@ def test_hand_arithmetic():
     np.testing.assert_allclose(loss.cvpr2019(x, labels), (2**0.5 - 0.8) / 2, rtol=1e-6)
     np.testing.assert_allclose(loss.caffe2019(x, labels), (2 - 0.8**2) / 4, rtol=1e-6)
     np.testing.assert_allclose(loss.tpami2020(x, labels, margin=0.2), (2**0.5 - 0.9) / 2, rtol=1e-6)
-    np.testing.assert_allclose(loss.tpami2020(x, labels, margin=0.2, alpha=1.2), (2**0.5 - 1.0) / 2, rtol=1e-6)
+    np.testing.assert_allclose(
+        loss.tpami2020(x, labels, margin=0.2, alpha=1.2), (2**0.5 - 1.0) / 2, rtol=1e-6
+    )
     assert loss.cvpr2019(x, labels, alpha=2.0, margin=0.0) == pytest.approx((2 - 2**0.5) / 2)
     # Opposite points of two classes within alpha = 2: the hinge is 0 and so is the gradient's list.
     assert loss.ranked_list_loss(jnp.array([[1.0], [-1.0]]), np.arange(2), alpha=2.0) == 0
@@ -134,11 +155,17 @@ def test_golden_gradients_of_the_authors_layers(layer):
             hyper = {name: case[name] for name in ("margin", "temperature_pos", "temperature_neg")}
             rest = {"labels": np.pad(labels, (0, 90 - n)), "where": np.arange(90) < n}
             _, (found, _) = run(padded, None, {**hyper, "alpha": alpha, "balance": 0.5}, rest)
-            assert np.abs(found[:n, :dim] - expected).max() <= tolerance * np.abs(expected).max(), case
+            assert np.abs(found[:n, :dim] - expected).max() <= tolerance * np.abs(expected).max(), (
+                case
+            )
             assert not found[n:].any() and not found[:, dim:].any()
 
 
-@pytest.mark.parametrize("options", [{}, {"pair_term": "squared"}, {"gallery_gradient": True, "weight_gradient": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"pair_term": "squared"}, {"gallery_gradient": True, "weight_gradient": True}],
+    ids=str,
+)
 def test_one_query_under_vmap_equals_the_fast_path(options):
     x, labels, where = batch("duplicates")
     with jax.enable_x64(True):
@@ -146,11 +173,15 @@ def test_one_query_under_vmap_equals_the_fast_path(options):
         @jax.jit
         @jax.value_and_grad
         def readable(x):
-            one = lambda q, label, w: loss.ranked_list_loss_of_query(q, label, x, labels, where=w, **options)
+            one = lambda q, label, w: loss.ranked_list_loss_of_query(
+                q, label, x, labels, where=w, **options
+            )
             return jnp.mean(jax.vmap(one)(x, labels, ~np.eye(N, dtype=bool)))
 
         value, gradient = readable(x)
-        fast, (fast_gradient, _) = compiled(block_size=8, **options)(x, None, HYPER, {"labels": labels, "where": where})
+        fast, (fast_gradient, _) = compiled(block_size=8, **options)(
+            x, None, HYPER, {"labels": labels, "where": where}
+        )
     close(fast, value, 1e-12)
     close(fast_gradient, gradient, 1e-9)
 
@@ -159,7 +190,9 @@ def test_block_sizes_agree():
     x, labels, where = batch("masked")
     with jax.enable_x64(True):
         results = [
-            compiled(block_size=size, query_weighting="mass")(x, None, HYPER, {"labels": labels, "where": where})
+            compiled(block_size=size, query_weighting="mass")(
+                x, None, HYPER, {"labels": labels, "where": where}
+            )
             for size in (1, 8, None, 100)
         ]
     for value, (gradient, _) in results[1:]:

@@ -40,8 +40,14 @@ def step(weights, x, labels, where, axis_name=None, gallery=False, **options):
         z = x @ w
         extra = {}
         if gallery:  # the rows reversed on each device, as its shard of a memory
-            extra = {"gallery": z[::-1] * 2 + 0.1, "gallery_labels": labels[::-1], "gallery_where": where[::-1]}
-        return loss.ranked_list_loss(z, labels, where=where, axis_name=axis_name, block_size=4, **extra, **options)
+            extra = {
+                "gallery": z[::-1] * 2 + 0.1,
+                "gallery_labels": labels[::-1],
+                "gallery_where": where[::-1],
+            }
+        return loss.ranked_list_loss(
+            z, labels, where=where, axis_name=axis_name, block_size=4, **extra, **options
+        )
 
     if axis_name is None:
         return jax.value_and_grad(of)(weights)
@@ -58,7 +64,9 @@ def everywhere(backend, function, weights, *batch):
         return jax.pmap(varying, "batch", in_axes=(None, 0, 0, 0), out_axes=None)(weights, *cut)
     mesh = Mesh(np.array(jax.devices()[:DEVICES]), ("batch",))
     specs = {"mesh": mesh, "in_specs": (P(), P("batch"), P("batch"), P("batch")), "out_specs": P()}
-    return jax.jit(jax.shard_map(varying, check_vma=backend.endswith("vma"), **specs))(weights, *batch)
+    return jax.jit(jax.shard_map(varying, check_vma=backend.endswith("vma"), **specs))(
+        weights, *batch
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,16 +75,21 @@ def eight():
         pytest.skip(f"needs {DEVICES} devices, found {jax.device_count()}: JAX_NUM_CPU_DEVICES=8")
 
 
-@pytest.mark.parametrize("case, backend", [
-    *((case, backend) for case in CASES for backend in ("shard_map vma", "vmap")),
-    *(("all gradients", backend) for backend in ("pmap", "shard_map")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "case, backend",
+    [
+        *((case, backend) for case in CASES for backend in ("shard_map vma", "vmap")),
+        *(("all gradients", backend) for backend in ("pmap", "shard_map")),
+    ],
+)
 def test_equals_one_device(case, backend):
     options = CASES[case]
     x, labels, where, weights = data()
     with jax.enable_x64(True):
         value, gradient = jax.jit(lambda *a: step(*a, **options))(weights, x, labels, where)
-        found = everywhere(backend, lambda *a: step(*a, axis_name="batch", **options), weights, x, labels, where)
+        found = everywhere(
+            backend, lambda *a: step(*a, axis_name="batch", **options), weights, x, labels, where
+        )
     np.testing.assert_allclose(found[0], value, rtol=1e-9)
     np.testing.assert_allclose(found[1], gradient, rtol=0, atol=1e-9 * np.abs(gradient).max())
 
@@ -128,7 +141,11 @@ def test_the_terms_weights_are_global():
         value, _ = jax.jit(lambda *a: step(*a, query_weighting="mass"))(weights, x, labels, where)
 
         def local(weights, x, labels, where):
-            t = loss.ranked_list_loss_terms(x @ weights, labels, where=where, axis_name="batch", query_weighting="mass")
+            t = loss.ranked_list_loss_terms(
+                x @ weights, labels, where=where, axis_name="batch", query_weighting="mass"
+            )
             return lax.psum(jnp.sum(t.weight * (t.positive + t.negative) / 2), "batch")
 
-        np.testing.assert_allclose(everywhere("pmap", local, weights, x, labels, where), value, rtol=1e-9)
+        np.testing.assert_allclose(
+            everywhere("pmap", local, weights, x, labels, where), value, rtol=1e-9
+        )

@@ -16,7 +16,9 @@ def run(x, labels, dtype=jnp.float32, where=None, block_size=None, normalize=Tru
     where = np.ones(len(x), bool) if where is None else where
     options = {k: changes.pop(k) for k in tuple(changes) if k not in HYPER}
     call = compiled(block_size=block_size, normalize=normalize, **options)
-    value, (gradient, _) = call(jnp.asarray(x, dtype), None, {**HYPER, **changes}, {"labels": labels, "where": where})
+    value, (gradient, _) = call(
+        jnp.asarray(x, dtype), None, {**HYPER, **changes}, {"labels": labels, "where": where}
+    )
     return value, gradient
 
 
@@ -28,7 +30,9 @@ def test_float32_within_1e_5_of_float64(kind):
     value, gradient = run(x, labels, where=where)
     assert value.dtype == gradient.dtype == jnp.float32
     np.testing.assert_allclose(value, expected.loss, rtol=1e-5)
-    np.testing.assert_allclose(gradient, expected.gradient, atol=1e-5 * np.abs(expected.gradient).max())
+    np.testing.assert_allclose(
+        gradient, expected.gradient, atol=1e-5 * np.abs(expected.gradient).max()
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=str)
@@ -39,7 +43,9 @@ def test_half_precision_is_worked_on_in_float32(dtype):
     exact, exact_gradient = run(x, labels)  # the same rounded embeddings
     assert value.dtype == jnp.float32 and gradient.dtype == dtype
     assert value == exact
-    np.testing.assert_allclose(np.asarray(gradient, np.float32), exact_gradient, rtol=1e-2, atol=1e-6)
+    np.testing.assert_allclose(
+        np.asarray(gradient, np.float32), exact_gradient, rtol=1e-2, atol=1e-6
+    )
     unrounded = oracle.ranked_list_loss(*batch("ragged")[:2]).loss
     np.testing.assert_allclose(value, unrounded, rtol=1e-2)
 
@@ -54,12 +60,16 @@ def test_tiny_distances_are_right_to_a_percent(distance, offset):
     x[1] = x[0] + distance * step / np.linalg.norm(step)
     true = np.linalg.norm(x[1].astype(np.float64) - x[0].astype(np.float64))
     alpha = 2 * distance  # no other pair is within it
-    terms = loss.ranked_list_loss_terms(jnp.asarray(x), np.arange(12), alpha=alpha, margin=0.0, normalize=False)
+    terms = loss.ranked_list_loss_terms(
+        jnp.asarray(x), np.arange(12), alpha=alpha, margin=0.0, normalize=False
+    )
     np.testing.assert_allclose(alpha - terms.negative[:2], true, rtol=1e-2)
     np.testing.assert_allclose(alpha - terms.negative[:2], true, rtol=1e-5)
     assert list(terms.num_negatives) == [1, 1] + 10 * [0]
     value, gradient = run(x, np.arange(12), alpha=alpha, margin=0.0, normalize=False, balance=1.0)
-    np.testing.assert_allclose(gradient[0] * 12, (x[1] - x[0]) / true, atol=1e-5)  # the unit vector, exactly
+    np.testing.assert_allclose(
+        gradient[0] * 12, (x[1] - x[0]) / true, atol=1e-5
+    )  # the unit vector, exactly
 
 
 def test_exact_duplicates_are_at_distance_0():
@@ -77,12 +87,19 @@ def test_gradients_are_finite_and_below_their_weights(kind):
     x, labels, where = batch(kind)
     for temperature in (0.0, 10.0, 200.0):
         for pair_term in ("distance", "squared"):
-            hyper = {"alpha": 2.0, "margin": 2.0, "temperature_pos": temperature, "temperature_neg": temperature}
+            hyper = {
+                "alpha": 2.0,
+                "margin": 2.0,
+                "temperature_pos": temperature,
+                "temperature_neg": temperature,
+            }
             value, gradient = run(x, labels, where=where, pair_term=pair_term, **hyper)
             assert np.isfinite(value) and np.isfinite(gradient).all()
             clean = np.where(where[:, None], x, 0)
             clean = oracle.unit(clean)[0]
-            _, gradient = run(clean, labels, where=where, pair_term=pair_term, normalize=False, **hyper)
+            _, gradient = run(
+                clean, labels, where=where, pair_term=pair_term, normalize=False, **hyper
+            )
             # At most balance for each of the two lists, times 2 (the largest distance) for the squared term, over the queries.
             limit = (1 if pair_term == "distance" else 2) / max(where.sum(), 1)
             assert np.linalg.norm(gradient, axis=1).max() <= limit * (1 + 1e-5)
@@ -90,12 +107,19 @@ def test_gradients_are_finite_and_below_their_weights(kind):
 
 def test_collapsed_batch():
     for n in (6, 21):
-        x, labels = np.tile(np.random.default_rng(0).normal(size=(1, 40)), (n, 1)), np.arange(n) // 3
+        x, labels = (
+            np.tile(np.random.default_rng(0).normal(size=(1, 40)), (n, 1)),
+            np.arange(n) // 3,
+        )
         value, gradient = run(x, labels)
-        np.testing.assert_allclose(value, 0.5 * 1.2, rtol=1e-6)  # every negative is at distance 0, every positive trivial
+        np.testing.assert_allclose(
+            value, 0.5 * 1.2, rtol=1e-6
+        )  # every negative is at distance 0, every positive trivial
         assert not gradient.any()  # no pair has a direction
         # The smallest noise gives all pairs one.
-        _, gradient = run(x + 1e-5 * np.random.default_rng(1).normal(size=x.shape), labels, normalize=False)
+        _, gradient = run(
+            x + 1e-5 * np.random.default_rng(1).normal(size=x.shape), labels, normalize=False
+        )
         assert np.linalg.norm(gradient, axis=1).min() > 0.01 / n
 
 
@@ -106,7 +130,9 @@ def test_any_length_gives_the_same_loss(scale):
     exact, exact_gradient = run(x, labels)
     np.testing.assert_allclose(value, exact, rtol=1e-5)
     if 1e-30 < 1 / scale < 1e30:
-        np.testing.assert_allclose(gradient * scale, exact_gradient, rtol=1e-3, atol=1e-5 * np.abs(exact_gradient).max())
+        np.testing.assert_allclose(
+            gradient * scale, exact_gradient, rtol=1e-3, atol=1e-5 * np.abs(exact_gradient).max()
+        )
     assert np.isfinite(gradient).all()
 
 
@@ -123,7 +149,9 @@ def test_nan_is_not_hidden(weighting, block_size):
     x[5, 2] = np.nan
     value, gradient = run(x, labels, query_weighting=weighting, block_size=block_size)
     assert np.isnan(value) and np.isnan(gradient).any()
-    value, gradient = run(x, labels, query_weighting=weighting, gallery_gradient=True, block_size=block_size)
+    value, gradient = run(
+        x, labels, query_weighting=weighting, gallery_gradient=True, block_size=block_size
+    )
     assert np.isnan(value) and np.isnan(gradient).any()
     where[5] = False
     value, gradient = run(x, labels, where=where, query_weighting=weighting, block_size=block_size)
@@ -153,15 +181,26 @@ def test_constant_weights_push_every_active_negative_away():
     x = oracle.unit(x)[0]
     with jax.enable_x64(True):
         for differentiated, pulled in ((False, False), (True, True)):
-            _, gradient = run(x, labels, jnp.float64, balance=1.0, normalize=False, weight_gradient=differentiated)
+            _, gradient = run(
+                x, labels, jnp.float64, balance=1.0, normalize=False, weight_gradient=differentiated
+            )
             # One query against one far active negative: the sign of dL/dd.
             one = jax.grad(
                 lambda g: loss.ranked_list_loss_of_query(
-                    jnp.asarray(x[0]), 0, g, labels, balance=1.0, gallery_gradient=True, weight_gradient=differentiated,
-                    normalize=False, where=np.arange(60) != 0,
+                    jnp.asarray(x[0]),
+                    0,
+                    g,
+                    labels,
+                    balance=1.0,
+                    gallery_gradient=True,
+                    weight_gradient=differentiated,
+                    normalize=False,
+                    where=np.arange(60) != 0,
                 )
-            )(jnp.asarray(x))  # fmt: skip
+            )(jnp.asarray(x))
             active = (np.linalg.norm(x - x[0], axis=1) < 1.2) & (labels != 0)
-            outward = np.sum(np.asarray(one) * (x - x[0]), axis=1)[active] < 0  # descent moves the negative away
+            outward = (
+                np.sum(np.asarray(one) * (x - x[0]), axis=1)[active] < 0
+            )  # descent moves the negative away
             assert outward.all() != pulled
             assert np.isfinite(gradient).all()

@@ -16,7 +16,9 @@ from rll_jax import loss
 from tests.helpers import oracle
 
 torch = pytest.importorskip("torch", reason="needs torch and pytorch-metric-learning")
-losses = pytest.importorskip("pytorch_metric_learning.losses", reason="needs pytorch-metric-learning")
+losses = pytest.importorskip(
+    "pytorch_metric_learning.losses", reason="needs pytorch-metric-learning"
+)
 
 SAME = {"gallery_gradient": True, "weight_gradient": True}  # what it differentiates
 PML = {"epsilon": 1e-5, "drop_zero": True, **SAME}  # what it does beside the paper's formula
@@ -26,10 +28,21 @@ def embeddings(n=48, dim=16, per_class=3, seed=0):
     return np.random.default_rng(seed).normal(size=(n, dim)), np.arange(n) // per_class
 
 
-def pml(x, labels, dtype=torch.float64, temperature_pos=0.0, temperature_neg=10.0, alpha=1.2, margin=0.4, balance=0.5):
+def pml(
+    x,
+    labels,
+    dtype=torch.float64,
+    temperature_pos=0.0,
+    temperature_neg=10.0,
+    alpha=1.2,
+    margin=0.4,
+    balance=0.5,
+):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns of the paper's T_n
-        of = losses.RankedListLoss(margin=margin, Tn=temperature_neg, imbalance=balance, alpha=alpha, Tp=temperature_pos)
+        of = losses.RankedListLoss(
+            margin=margin, Tn=temperature_neg, imbalance=balance, alpha=alpha, Tp=temperature_pos
+        )
     x = torch.tensor(np.asarray(x), dtype=dtype, requires_grad=True)
     value = of(x, torch.as_tensor(np.asarray(labels)))
     value.backward()
@@ -38,7 +51,11 @@ def pml(x, labels, dtype=torch.float64, temperature_pos=0.0, temperature_neg=10.
 
 @functools.cache
 def jitted(**options):
-    return jax.jit(jax.value_and_grad(lambda x, labels, hyper: loss.ranked_list_loss(x, labels, **hyper, **options)))
+    return jax.jit(
+        jax.value_and_grad(
+            lambda x, labels, hyper: loss.ranked_list_loss(x, labels, **hyper, **options)
+        )
+    )
 
 
 def ours(x, labels, hyper=None, **options):
@@ -47,7 +64,11 @@ def ours(x, labels, hyper=None, **options):
     return float(value), np.asarray(gradient)
 
 
-HYPERS = [{}, {"temperature_neg": 2.0, "temperature_pos": 3.0, "balance": 0.3}, {"alpha": 1.4, "margin": 0.2}]
+HYPERS = [
+    {},
+    {"temperature_neg": 2.0, "temperature_pos": 3.0, "balance": 0.3},
+    {"alpha": 1.4, "margin": 0.2},
+]
 
 
 @pytest.mark.parametrize("hyper", HYPERS, ids=str)
@@ -56,7 +77,9 @@ def test_it_is_the_formula_with_its_two_changes(hyper):
     value, gradient = pml(x, labels, **hyper)
     expected = oracle.ranked_list_loss(x, labels, **hyper, **PML)
     np.testing.assert_allclose(value, expected.loss, rtol=1e-9)
-    np.testing.assert_allclose(gradient, expected.gradient, atol=1e-9 * np.abs(expected.gradient).max())
+    np.testing.assert_allclose(
+        gradient, expected.gradient, atol=1e-9 * np.abs(expected.gradient).max()
+    )
 
 
 @pytest.mark.parametrize("hyper", HYPERS, ids=str)
@@ -68,7 +91,9 @@ def test_ours_agrees_but_for_its_epsilon(hyper):
     np.testing.assert_allclose(found_gradient, gradient, atol=1e-3 * np.abs(gradient).max())
     clean = oracle.ranked_list_loss(x, labels, **hyper, **SAME)
     np.testing.assert_allclose(found, clean.loss, rtol=1e-9)
-    np.testing.assert_allclose(found_gradient, clean.gradient, atol=1e-9 * np.abs(clean.gradient).max())
+    np.testing.assert_allclose(
+        found_gradient, clean.gradient, atol=1e-9 * np.abs(clean.gradient).max()
+    )
 
 
 def test_difference_its_epsilon_grows_with_the_batch():
@@ -103,7 +128,9 @@ def test_difference_its_weights_are_differentiated():
     weight = np.where(active, np.exp(10 * (1.2 - d)), 0)
     weight /= weight.sum(1, keepdims=True)
     hinge = 1.2 - d
-    slope = -weight * (1 + 10 * (hinge - (weight * hinge).sum(1, keepdims=True)))  # dL_N / dd of each pair
+    slope = -weight * (
+        1 + 10 * (hinge - (weight * hinge).sum(1, keepdims=True))
+    )  # dL_N / dd of each pair
     pulled = (slope > 0)[active].mean()
     assert pulled > 0.7
     # That slope is its gradient, and ours with both switches.
@@ -122,7 +149,9 @@ def test_difference_float16_overflows_at_the_papers_temperature():
     x[29] = x[0] + 1e-2  # exp(10 * 1.2) is beyond 65504
     value, gradient = pml(x, labels, torch.float16)
     assert not np.isfinite(value) or not np.isfinite(gradient).all()
-    found, found_gradient = jax.value_and_grad(loss.ranked_list_loss)(jnp.asarray(x, jnp.float16), labels)
+    found, found_gradient = jax.value_and_grad(loss.ranked_list_loss)(
+        jnp.asarray(x, jnp.float16), labels
+    )
     assert np.isfinite(found) and np.isfinite(found_gradient).all()
     np.testing.assert_allclose(found, ours(x, labels)[0], rtol=1e-2)
 

@@ -18,10 +18,13 @@ from tests.helpers.loss_batches import HYPER, D, M, N, batch, close, compiled
 seeds = st.integers(0, 10_000)
 hypers = st.fixed_dictionaries(
     {
-        "alpha": st.floats(0.5, 2.0), "margin": st.floats(0.0, 0.5), "temperature_pos": st.floats(0.0, 20.0),
-        "temperature_neg": st.floats(0.0, 20.0), "balance": st.floats(0.0, 1.0),
+        "alpha": st.floats(0.5, 2.0),
+        "margin": st.floats(0.0, 0.5),
+        "temperature_pos": st.floats(0.0, 20.0),
+        "temperature_neg": st.floats(0.0, 20.0),
+        "balance": st.floats(0.0, 1.0),
     }
-)  # fmt: skip
+)
 weightings = st.sampled_from(["uniform", "mass"])
 checked = settings(max_examples=25, derandomize=True, deadline=None)
 
@@ -29,7 +32,9 @@ checked = settings(max_examples=25, derandomize=True, deadline=None)
 def run(x, labels, where=None, hyper=HYPER, **options):
     where = np.ones(N, bool) if where is None else where
     with jax.enable_x64(True):
-        value, (gradient, _) = compiled(**options)(x, None, hyper, {"labels": labels, "where": where})
+        value, (gradient, _) = compiled(**options)(
+            x, None, hyper, {"labels": labels, "where": where}
+        )
     return np.asarray(value), np.asarray(gradient)
 
 
@@ -40,7 +45,9 @@ def test_order_names_and_rotation_do_not_matter(seed, hyper, weighting):
     x, labels, where = batch("masked", seed)
     value, gradient = run(x, labels, where, hyper, query_weighting=weighting)
     order = rng.permutation(N)
-    permuted, permuted_gradient = run(x[order], labels[order], where[order], hyper, query_weighting=weighting)
+    permuted, permuted_gradient = run(
+        x[order], labels[order], where[order], hyper, query_weighting=weighting
+    )
     close(permuted, value, 1e-9)
     close(permuted_gradient, gradient[order], 1e-9)
     names = rng.permutation(50)[:6] * 1000 - 7
@@ -85,7 +92,9 @@ def test_a_mask_is_a_deletion(weighting):
         filled = np.where(where[:, None], x, filler)
         value, gradient = run(filled, labels, where, query_weighting=weighting)
         with jax.enable_x64(True):
-            short = jax.value_and_grad(lambda x: loss.ranked_list_loss(x, labels[where], query_weighting=weighting))
+            short = jax.value_and_grad(
+                lambda x: loss.ranked_list_loss(x, labels[where], query_weighting=weighting)
+            )
             kept, kept_gradient = short(jnp.asarray(x[where]))
         close(value, kept, 1e-12)
         close(gradient[where], kept_gradient, 1e-9)
@@ -107,7 +116,11 @@ def test_the_batch_as_its_own_gallery():
     assert not fixed[1].any()
 
 
-@pytest.mark.parametrize("options", [{}, {"gallery_gradient": True, "query_weighting": "mass", "weight_gradient": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gallery_gradient": True, "query_weighting": "mass", "weight_gradient": True}],
+    ids=str,
+)
 def test_vmap_over_a_stack_and_scan(options):
     stack = np.stack([batch(kind)[0] for kind in ("ragged", "near", "duplicates")])
     labels = batch("ragged")[1]
@@ -116,7 +129,9 @@ def test_vmap_over_a_stack_and_scan(options):
         of = jax.value_and_grad(lambda x: loss.ranked_list_loss(x, labels, block_size=8, **options))
         mapped = jax.jit(jax.vmap(of))(stack)
         scanned = jax.lax.scan(lambda c, x: (c, of(x)), 0, stack)[1]
-        temperatures = jax.vmap(lambda t: loss.ranked_list_loss(stack[0], labels, temperature_neg=t))(jnp.array([0.0, 10.0]))
+        temperatures = jax.vmap(
+            lambda t: loss.ranked_list_loss(stack[0], labels, temperature_neg=t)
+        )(jnp.array([0.0, 10.0]))
     for found in (mapped, scanned):
         close(found[0], [v for v, _ in each], 1e-12)
         close(found[1], [g for _, g in each], 1e-9)
@@ -134,28 +149,46 @@ def test_a_schedule_does_not_recompile():
         return loss.ranked_list_loss(x, batch("ragged")[1], **hyper)
 
     x = jnp.asarray(batch("ragged")[0], jnp.float32)
-    found = [gradient(x, {**HYPER, name: value}) for name, value in (("margin", 0.1), ("margin", 0.3), ("alpha", 1.0), ("balance", 0.9))]
+    found = [
+        gradient(x, {**HYPER, name: value})
+        for name, value in (("margin", 0.1), ("margin", 0.3), ("alpha", 1.0), ("balance", 0.9))
+    ]
     assert len(traces) == 1
     assert all((a != b).any() for a, b in zip(found, found[1:]))
 
 
 def test_no_matrix_of_all_pairs_with_blocks():
     n = 2048
-    of = jax.jit(jax.value_and_grad(lambda x: loss.ranked_list_loss(x, np.arange(n) // 3, block_size=64)))
+    of = jax.jit(
+        jax.value_and_grad(lambda x: loss.ranked_list_loss(x, np.arange(n) // 3, block_size=64))
+    )
     memory = of.lower(jax.ShapeDtypeStruct((n, 8), jnp.float32)).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * n * n / 2
 
 
 def test_hyper_parameters_get_no_gradient():
     x, labels, where = batch("ragged")
-    gradients = jax.grad(lambda hyper: loss.ranked_list_loss(jnp.asarray(x), labels, **hyper))(HYPER)
+    gradients = jax.grad(lambda hyper: loss.ranked_list_loss(jnp.asarray(x), labels, **hyper))(
+        HYPER
+    )
     assert not any(gradients.values())
 
 
-@pytest.mark.parametrize("name, other", [
-    ("alpha", 1.0), ("margin", 0.1), ("temperature_pos", 5.0), ("temperature_neg", 1.0), ("balance", 0.1),
-    ("pair_term", "squared"), ("query_weighting", "mass"), ("gallery_gradient", True), ("weight_gradient", True), ("normalize", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, other",
+    [
+        ("alpha", 1.0),
+        ("margin", 0.1),
+        ("temperature_pos", 5.0),
+        ("temperature_neg", 1.0),
+        ("balance", 0.1),
+        ("pair_term", "squared"),
+        ("query_weighting", "mass"),
+        ("gallery_gradient", True),
+        ("weight_gradient", True),
+        ("normalize", False),
+    ],
+)
 def test_every_option_changes_the_gradient(name, other):
     x, labels, _ = batch("ragged")
     hyper = {**HYPER, name: other} if name in HYPER else HYPER
@@ -172,7 +205,11 @@ def test_recipes():
     }
     with jax.enable_x64(True):
         for recipe, options in recipes.items():
-            close(recipe(jnp.asarray(x), labels), oracle.ranked_list_loss(x, labels, **options).loss, 1e-9)
+            close(
+                recipe(jnp.asarray(x), labels),
+                oracle.ranked_list_loss(x, labels, **options).loss,
+                1e-9,
+            )
             changed = {"margin": 0.2, "temperature_neg": 3.0}
             alpha = 1.1 if recipe is loss.tpami2020 else 1.2
             expected = oracle.ranked_list_loss(x, labels, alpha=alpha, **changed, **options).loss
@@ -192,6 +229,13 @@ print(sorted({name.partition('.')[0] for name in sys.modules} - before))
 
 
 def test_shapes():
-    assert jax.eval_shape(loss.ranked_list_loss, np.ones((N, D), np.float32), np.arange(N)).shape == ()
-    terms = loss.ranked_list_loss_terms(np.ones((N, D), np.float32), np.arange(N), gallery=np.ones((M, D)), gallery_labels=np.arange(M))
+    assert (
+        jax.eval_shape(loss.ranked_list_loss, np.ones((N, D), np.float32), np.arange(N)).shape == ()
+    )
+    terms = loss.ranked_list_loss_terms(
+        np.ones((N, D), np.float32),
+        np.arange(N),
+        gallery=np.ones((M, D)),
+        gallery_labels=np.arange(M),
+    )
     assert {x.shape for x in terms} == {(N,)}

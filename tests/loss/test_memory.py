@@ -21,7 +21,9 @@ def same(bank, kept):
     order = (int(bank.cursor) + np.arange(CAPACITY)) % CAPACITY
     order = order[np.asarray(bank.valid)[order]]
     np.testing.assert_array_equal(np.asarray(bank.labels)[order], [label for _, label in kept])
-    np.testing.assert_array_equal(np.asarray(bank.embeddings)[order], np.array([x for x, _ in kept]).reshape(-1, DIM))
+    np.testing.assert_array_equal(
+        np.asarray(bank.embeddings)[order], np.array([x for x, _ in kept]).reshape(-1, DIM)
+    )
 
 
 @pytest.mark.parametrize("n", [1, 3, 7, 16])
@@ -56,10 +58,14 @@ def test_is_a_gallery():
     @jax.value_and_grad
     def of(x, bank):
         bank = bank._replace(labels=bank.labels % 4)
-        return loss.ranked_list_loss(x, labels, gallery=bank.embeddings, gallery_labels=bank.labels, gallery_where=bank.valid)
+        return loss.ranked_list_loss(
+            x, labels, gallery=bank.embeddings, gallery_labels=bank.labels, gallery_where=bank.valid
+        )
 
     value, gradient = of(jnp.asarray(x), bank)
-    expected = oracle.ranked_list_loss(x, labels, gallery=rows(0, 4)[0], gallery_labels=rows(0, 4)[1] % 4)
+    expected = oracle.ranked_list_loss(
+        x, labels, gallery=rows(0, 4)[0], gallery_labels=rows(0, 4)[1] % 4
+    )
     np.testing.assert_allclose(value, expected.loss, rtol=1e-5)
     np.testing.assert_allclose(gradient, expected.gradient, atol=1e-5)
 
@@ -68,7 +74,11 @@ def test_empty_memory_gives_no_loss():
     bank = memory.init(CAPACITY, DIM)
     rest = {"gallery": bank.embeddings, "gallery_labels": bank.labels, "gallery_where": bank.valid}
     for weighting in ("uniform", "mass"):
-        of = jax.jit(jax.value_and_grad(lambda x: loss.ranked_list_loss(x, np.arange(4), query_weighting=weighting, **rest)))
+        of = jax.jit(
+            jax.value_and_grad(
+                lambda x: loss.ranked_list_loss(x, np.arange(4), query_weighting=weighting, **rest)
+            )
+        )
         value, gradient = of(rows(0, 4)[0])
         assert value == 0 and not gradient.any()
 
@@ -92,25 +102,65 @@ def test_dtypes_are_kept():
     assert bank.embeddings.dtype == jnp.bfloat16 and bank.labels.dtype == jnp.int16
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: memory.init(0, 3), "capacity and dim must be at least 1: found 0 and 3"),
-    (lambda: memory.push(memory.init(4, 3), jnp.ones((2, 5)), jnp.arange(2)), r"embeddings must be \(N, 3\).*found shape \(2, 5\)"),
-    (lambda: memory.push(memory.init(4, 3), jnp.ones((2, 3)), jnp.arange(3)), r"labels must go with embeddings: found shape \(3,\)"),
-    (lambda: memory.push(memory.init(4, 3), jnp.ones((2, 3)), jnp.arange(2), jnp.ones(3, bool)), r"where must go with embeddings"),
-], ids=["init", "embeddings", "labels", "where"])  # fmt: skip
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: memory.init(0, 3), "capacity and dim must be at least 1: found 0 and 3"),
+        (
+            lambda: memory.push(memory.init(4, 3), jnp.ones((2, 5)), jnp.arange(2)),
+            r"embeddings must be \(N, 3\).*found shape \(2, 5\)",
+        ),
+        (
+            lambda: memory.push(memory.init(4, 3), jnp.ones((2, 3)), jnp.arange(3)),
+            r"labels must go with embeddings: found shape \(3,\)",
+        ),
+        (
+            lambda: memory.push(
+                memory.init(4, 3), jnp.ones((2, 3)), jnp.arange(2), jnp.ones(3, bool)
+            ),
+            r"where must go with embeddings",
+        ),
+    ],
+    ids=["init", "embeddings", "labels", "where"],
+)
 def test_bad_shapes(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
-@pytest.mark.parametrize("call, error, message", [
-    (lambda: memory.init(4, 2, label_dtype=jnp.float32), TypeError, "label_dtype must be an integer dtype: found float32"),
-    (lambda: push(jnp.ones((2, 2)), jnp.ones(2)), TypeError, "labels must be integers: found float32"),
-    (lambda: push(jnp.ones((2, 2)), np.array([2**32 + 1, 1])), ValueError, "labels must fit int32"),
-    (lambda: push(jnp.ones((2, 2)), jnp.arange(2), jnp.array([2, 0])), TypeError, "where must be bool: found int32"),
-    (lambda: push(jnp.ones((0, 2)), jnp.arange(0)), ValueError, "embeddings must not be empty"),
-    (lambda: memory.push(memory.init(4, 2, label_dtype=jnp.int8), jnp.ones((1, 2)), np.array([300])), ValueError, "fit the memory's int8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (
+            lambda: memory.init(4, 2, label_dtype=jnp.float32),
+            TypeError,
+            "label_dtype must be an integer dtype: found float32",
+        ),
+        (
+            lambda: push(jnp.ones((2, 2)), jnp.ones(2)),
+            TypeError,
+            "labels must be integers: found float32",
+        ),
+        (
+            lambda: push(jnp.ones((2, 2)), np.array([2**32 + 1, 1])),
+            ValueError,
+            "labels must fit int32",
+        ),
+        (
+            lambda: push(jnp.ones((2, 2)), jnp.arange(2), jnp.array([2, 0])),
+            TypeError,
+            "where must be bool: found int32",
+        ),
+        (lambda: push(jnp.ones((0, 2)), jnp.arange(0)), ValueError, "embeddings must not be empty"),
+        (
+            lambda: memory.push(
+                memory.init(4, 2, label_dtype=jnp.int8), jnp.ones((1, 2)), np.array([300])
+            ),
+            ValueError,
+            "fit the memory's int8",
+        ),
+    ],
+)
 def test_rows_that_cannot_be_kept(call, error, message):
     with pytest.raises(error, match=message):
         call()

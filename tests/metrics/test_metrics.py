@@ -1,4 +1,5 @@
 """Against a float64 reference that sorts, written from the definitions, and against other libraries."""
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ KS = (1, 2, 10, 100, 5000)
 
 
 def by_sorting(queries, query_labels, gallery, gallery_labels, own):
-    q, g = (x.astype(np.float64) / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True) for x in (queries, gallery))
+    q, g = (
+        x.astype(np.float64) / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
+        for x in (queries, gallery)
+    )
     scores, unmatched = [], 0
     for i in range(len(q)):
         others = np.delete(np.arange(len(g)), i) if own else np.arange(len(g))
@@ -20,10 +24,16 @@ def by_sorting(queries, query_labels, gallery, gallery_labels, own):
         if not r:
             unmatched += 1
             continue
-        relevant = same[np.lexsort((same, -np.round(g[others] @ q[i], 14)))]  # of equals, those of other classes first
+        relevant = same[
+            np.lexsort((same, -np.round(g[others] @ q[i], 14)))
+        ]  # of equals, those of other classes first
         precision = np.cumsum(relevant[:r]) / np.arange(1, r + 1)
         scores.append([relevant[:k].any() for k in KS])
-        scores[-1] += [np.sum(precision * relevant[:r]) / r, relevant[:r].mean(), 1 / (np.argmax(relevant) + 1)]
+        scores[-1] += [
+            np.sum(precision * relevant[:r]) / r,
+            relevant[:r].mean(),
+            1 / (np.argmax(relevant) + 1),
+        ]
     names = [f"recall@{k}" for k in KS] + ["map@r", "r_precision", "mrr"]
     return dict(zip(names, np.mean(scores, axis=0))) | {"queries_without_match": unmatched}
 
@@ -48,7 +58,16 @@ def make(kind):
     return x.astype(np.float32), labels
 
 
-KINDS = ["random", "clustered", "tied", "duplicated", "collapsed", "nearly collapsed", "ragged", "large classes"]
+KINDS = [
+    "random",
+    "clustered",
+    "tied",
+    "duplicated",
+    "collapsed",
+    "nearly collapsed",
+    "ragged",
+    "large classes",
+]
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -71,7 +90,9 @@ def test_float32_products_are_settled_in_float64():
     """Two items of other classes nearer to the query than its positive by less than float32 can tell, and one farther."""
     angles = np.array([0.0, 0.5, 0.5 - 1e-9, 0.5 - 1e-10, 0.5 + 1e-9])
     x = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    scores = metrics.retrieval_metrics(x[:1], np.array([0]), x[1:], np.array([0, 1, 2, 3]), ks=(2, 3))
+    scores = metrics.retrieval_metrics(
+        x[:1], np.array([0]), x[1:], np.array([0, 1, 2, 3]), ks=(2, 3)
+    )
     assert (scores["recall@2"], scores["recall@3"], scores["mrr"]) == (0, 1, 1 / 3)
 
 
@@ -93,12 +114,18 @@ def test_the_band_holds_the_error_of_a_float32_product(dim):
 def test_rounding_that_goes_one_way(dim, block_size):
     """Vectors of few values, whose true order is known: a plain float32 product puts a collapsed network at Recall@1 = 1."""
     labels = np.repeat(np.arange(100), 3)
-    scores = metrics.retrieval_metrics(np.ones((300, dim), np.float32), labels, ks=(1, 297, 298), block_size=block_size)
+    scores = metrics.retrieval_metrics(
+        np.ones((300, dim), np.float32), labels, ks=(1, 297, 298), block_size=block_size
+    )
     assert [scores[f"recall@{k}"] for k in (1, 297, 298)] == [0, 0, 1]
     signs = np.ones((300, dim), np.float32)
     signs[np.arange(300), np.arange(300)] = -1  # each differs from each in two places
     scores = metrics.retrieval_metrics(signs, labels, ks=(1, 298), block_size=block_size)
-    assert (scores["recall@1"], scores["recall@298"], scores["mrr"]) == (0, 1, pytest.approx(1 / 298))
+    assert (scores["recall@1"], scores["recall@298"], scores["mrr"]) == (
+        0,
+        1,
+        pytest.approx(1 / 298),
+    )
 
 
 def test_a_tie_counts_against_the_query():
@@ -111,10 +138,14 @@ def test_other_types_and_lengths_of_vectors():
     x, labels = make("clustered")
     expected = metrics.retrieval_metrics(x, labels)
     assert metrics.retrieval_metrics(x * 1e37, labels) == pytest.approx(expected)
-    assert metrics.retrieval_metrics(x.astype(np.float64) * 1e300, labels.astype(np.uint64)) == pytest.approx(expected)
+    assert metrics.retrieval_metrics(
+        x.astype(np.float64) * 1e300, labels.astype(np.uint64)
+    ) == pytest.approx(expected)
     assert metrics.retrieval_metrics(jnp.asarray(x), jnp.asarray(labels - 2**30)) == expected
     coarse = np.asarray(jnp.asarray(x, jnp.bfloat16))
-    assert metrics.retrieval_metrics(coarse, labels) == metrics.retrieval_metrics(coarse.astype(np.float32), labels)
+    assert metrics.retrieval_metrics(coarse, labels) == metrics.retrieval_metrics(
+        coarse.astype(np.float32), labels
+    )
 
 
 def test_equals_pytorch_metric_learning():
@@ -129,7 +160,11 @@ def test_equals_pytorch_metric_learning():
         x /= np.linalg.norm(x, axis=1, keepdims=True)
         ours = metrics.retrieval_metrics(x, labels)
         theirs = calculator.get_accuracy(torch.from_numpy(x), torch.from_numpy(labels))
-        pairs = {"recall@1": "precision_at_1", "map@r": "mean_average_precision_at_r", "r_precision": "r_precision"}
+        pairs = {
+            "recall@1": "precision_at_1",
+            "map@r": "mean_average_precision_at_r",
+            "r_precision": "r_precision",
+        }
         for name, peer in pairs.items():
             assert ours[name] == pytest.approx(theirs[peer], abs=1e-5), (kind, name)
 
@@ -138,10 +173,16 @@ def test_clustering():
     rng = np.random.default_rng(0)
     labels = rng.permutation(np.repeat(np.arange(20), 10))
     far_apart = rng.normal(size=(20, 32))[labels] + 0.01 * rng.normal(size=(200, 32))
-    assert metrics.clustering_metrics(far_apart, labels) == pytest.approx({"nmi": 1, "f1": 1, "ami": 1})
+    assert metrics.clustering_metrics(far_apart, labels) == pytest.approx(
+        {"nmi": 1, "f1": 1, "ami": 1}
+    )
     noise = rng.normal(size=(200, 32))
     scores = metrics.clustering_metrics(noise, labels, seed=3)
-    assert scores == metrics.clustering_metrics(noise, labels, seed=3) != metrics.clustering_metrics(noise, labels, seed=4)
+    assert (
+        scores
+        == metrics.clustering_metrics(noise, labels, seed=3)
+        != metrics.clustering_metrics(noise, labels, seed=4)
+    )
     assert 0.2 < scores["nmi"] < 0.7 and abs(scores["ami"]) < 0.1 and scores["f1"] < 0.2
 
 
@@ -150,7 +191,9 @@ def test_pairwise_f1_by_counting_pairs(monkeypatch):
     seen = []
     keep = sklearn.metrics.normalized_mutual_info_score
     monkeypatch.setattr(
-        sklearn.metrics, "normalized_mutual_info_score", lambda labels, clusters: seen.append(clusters) or keep(labels, clusters)
+        sklearn.metrics,
+        "normalized_mutual_info_score",
+        lambda labels, clusters: seen.append(clusters) or keep(labels, clusters),
     )
     rng = np.random.default_rng(2)
     labels = rng.integers(0, 8, 60)
@@ -172,23 +215,36 @@ def test_every_image_alone_and_all_of_one_class():
 X, Y = np.eye(4, dtype=np.float32), np.array([0, 0, 1, 1])
 
 
-@pytest.mark.parametrize("error, text, arguments, options", [
-    (ValueError, r"\(4, 4\) and \(3,\)", (X, Y[:3]), {}),
-    (ValueError, r"1 of 4 rows of queries are not finite, the first: \[2\]", (np.where(X * [0, 0, 1, 0], np.nan, X), Y), {}),
-    (ValueError, r"2 of 4 rows of queries are zero vectors, the first: \[2, 3\]", (X * [[1], [1], [0], [0]], Y), {}),
-    (ValueError, "no class has two images", (X, np.arange(4)), {}),
-    (ValueError, "no query's class is in the gallery", (X, Y, X, Y + 2), {}),
-    (ValueError, "queries must be .* not empty", (X[:0], Y[:0]), {}),
-    (ValueError, "gallery must be .* not empty", (X, Y, X[:0], Y[:0]), {}),
-    (TypeError, "int64 and uint64", (X, Y, X, Y.astype(np.uint64)), {}),
-    (ValueError, "go together", (X, Y, X), {}),
-    (ValueError, "4 dimensions and gallery 3", (X, Y, X[:3, :3], Y[:3]), {}),
-    (ValueError, r"at least 1, found \(0, 1\)", (X, Y), {"ks": (0, 1)}),
-    (ValueError, r"at least 1, found \(1.5,\)", (X, Y), {"ks": (1.5,)}),
-    (ValueError, "block_size must be an integer from 1", (X, Y), {"block_size": 0}),
-    (TypeError, "queries must be floating, found int64", (X.astype(int), Y), {}),
-    (TypeError, "query_labels must be integers, found float64", (X, Y * 1.0), {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, text, arguments, options",
+    [
+        (ValueError, r"\(4, 4\) and \(3,\)", (X, Y[:3]), {}),
+        (
+            ValueError,
+            r"1 of 4 rows of queries are not finite, the first: \[2\]",
+            (np.where(X * [0, 0, 1, 0], np.nan, X), Y),
+            {},
+        ),
+        (
+            ValueError,
+            r"2 of 4 rows of queries are zero vectors, the first: \[2, 3\]",
+            (X * [[1], [1], [0], [0]], Y),
+            {},
+        ),
+        (ValueError, "no class has two images", (X, np.arange(4)), {}),
+        (ValueError, "no query's class is in the gallery", (X, Y, X, Y + 2), {}),
+        (ValueError, "queries must be .* not empty", (X[:0], Y[:0]), {}),
+        (ValueError, "gallery must be .* not empty", (X, Y, X[:0], Y[:0]), {}),
+        (TypeError, "int64 and uint64", (X, Y, X, Y.astype(np.uint64)), {}),
+        (ValueError, "go together", (X, Y, X), {}),
+        (ValueError, "4 dimensions and gallery 3", (X, Y, X[:3, :3], Y[:3]), {}),
+        (ValueError, r"at least 1, found \(0, 1\)", (X, Y), {"ks": (0, 1)}),
+        (ValueError, r"at least 1, found \(1.5,\)", (X, Y), {"ks": (1.5,)}),
+        (ValueError, "block_size must be an integer from 1", (X, Y), {"block_size": 0}),
+        (TypeError, "queries must be floating, found int64", (X.astype(int), Y), {}),
+        (TypeError, "query_labels must be integers, found float64", (X, Y * 1.0), {}),
+    ],
+)
 def test_errors(error, text, arguments, options):
     with pytest.raises(error, match=text):
         metrics.retrieval_metrics(*arguments, **options)
@@ -197,7 +253,9 @@ def test_errors(error, text, arguments, options):
 def test_nearest():
     x = np.array([[1, 0], [1, 0.1], [0, 1], [0.1, 1], [2, 0]], np.float32)
     rows, similarities = metrics.nearest(x, x, 3)
-    np.testing.assert_array_equal(rows[:, :2], [[0, 4], [1, 0], [2, 3], [3, 2], [0, 4]])  # of equals the lower row first
+    np.testing.assert_array_equal(
+        rows[:, :2], [[0, 4], [1, 0], [2, 3], [3, 2], [0, 4]]
+    )  # of equals the lower row first
     np.testing.assert_allclose(similarities[:, 0], 1, rtol=1e-6)
     assert (np.diff(similarities, axis=1) <= 0).all()
     many = np.random.default_rng(0).normal(size=(600, 8))
@@ -207,8 +265,16 @@ def test_nearest():
     rows, similarities = metrics.nearest(x, x, 2, leave_out=np.arange(5))
     np.testing.assert_array_equal(rows, [[4, 1], [0, 4], [3, 1], [2, 1], [0, 1]])  # the copy stays
     assert np.isfinite(similarities).all()
-    for k, leave_out, text in ((6, None, "k from 1 to 5"), (5, np.arange(5), "k from 1 to 4"), (1, [5] * 5, "from 0 to 4"), (1, [0.0] * 5, "float64"), (1, [0], r"\(5,\)")):
+    for k, leave_out, text in (
+        (6, None, "k from 1 to 5"),
+        (5, np.arange(5), "k from 1 to 4"),
+        (1, [5] * 5, "from 0 to 4"),
+        (1, [0.0] * 5, "float64"),
+        (1, [0], r"\(5,\)"),
+    ):
         with pytest.raises(ValueError, match=text):
             metrics.nearest(x, x, k, leave_out=leave_out)
-    with pytest.raises(ValueError, match=r"1 of 5 rows of gallery are zero vectors, the first: \[2\]"):
+    with pytest.raises(
+        ValueError, match=r"1 of 5 rows of gallery are zero vectors, the first: \[2\]"
+    ):
         metrics.nearest(x, x * [[1], [1], [0], [1], [1]], 1)

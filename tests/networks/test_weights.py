@@ -1,4 +1,5 @@
 """Published weights: the same features as PyTorch's networks, files of each kind, and errors that say what is wrong."""
+
 import dataclasses
 import json
 import math
@@ -21,8 +22,14 @@ SHARED = paths.SHARED / "data"
 CAFFE = SHARED / "resnet50_v1_imagenet_fp16.npz"
 
 CASES = {
-    "resnet18": (backbones.ResNetConfig((2, 2, 2, 2), width=8), dict(stages=(2, 2, 2, 2), bottleneck=False, width=8)),
-    "resnet50": (backbones.ResNetConfig((3, 4, 6, 3), True, 8), dict(stages=(3, 4, 6, 3), bottleneck=True, width=8)),
+    "resnet18": (
+        backbones.ResNetConfig((2, 2, 2, 2), width=8),
+        dict(stages=(2, 2, 2, 2), bottleneck=False, width=8),
+    ),
+    "resnet50": (
+        backbones.ResNetConfig((3, 4, 6, 3), True, 8),
+        dict(stages=(3, 4, 6, 3), bottleneck=True, width=8),
+    ),
     "resnet50_v1": (
         backbones.ResNetConfig((3, 4, 6, 3), True, 8, stride_in_first=True),
         dict(stages=(3, 4, 6, 3), bottleneck=True, width=8, stride_in_first=True),
@@ -51,18 +58,22 @@ def pair(name, torch_networks):
 
     torch.manual_seed(0)
     config, options = CASES[name]
-    theirs = (torch_networks.GoogLeNetV2 if name == "googlenet_v2" else torch_networks.ResNet)(**options)
+    theirs = (torch_networks.GoogLeNetV2 if name == "googlenet_v2" else torch_networks.ResNet)(
+        **options
+    )
     for module in theirs.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.weight.data.uniform_(0.5, 1.5)
             module.bias.data.normal_(0, 0.1)
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
-        if isinstance(module, torch_networks.Block):  # small beside the shortcut, as in trained networks: rounding grows less with depth
+        if isinstance(
+            module, torch_networks.Block
+        ):  # small beside the shortcut, as in trained networks: rounding grows less with depth
             getattr(module, f"bn{module.number}").weight.data.mul_(0.3)
     model = embedding_net.EmbeddingNet(config, 8)
     published = {key: value.numpy() for key, value in theirs.state_dict().items()}
-    return model, weights.from_published(published, variables_of(model), heads=False), theirs
+    return model, weights.from_named_arrays(published, variables_of(model), heads=False), theirs
 
 
 @pytest.mark.parametrize("sides", [(64, 64), (97, 75)])
@@ -78,7 +89,9 @@ def test_features_are_pytorchs(name, train, sides, torch_networks):
     theirs.train(train)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(x.transpose(0, 3, 1, 2)))
-    found, _ = jax.jit(lambda v, p: model.apply(v, p, train=train, features=True, mutable=["batch_stats"]))(variables, pixels)
+    found, _ = jax.jit(
+        lambda v, p: model.apply(v, p, train=train, features=True, mutable=["batch_stats"])
+    )(variables, pixels)
     assert len(found) == len(expected)
     for ours, reference in zip(found, expected):
         reference = reference.numpy().transpose(0, 2, 3, 1)
@@ -93,13 +106,24 @@ def test_parameter_counts_are_the_published_and_those_of_the_readme():
     counts = {}
     for name, side, backbone, whole in rows:
         config = backbones.BACKBONES[name]
-        levels = embedding_net.LEVELS if config.num_ends >= len(embedding_net.LEVELS) else ("H",)
+        levels = embedding_net.LEVELS if config.num_stages >= len(embedding_net.LEVELS) else ("H",)
         params = variables_of(embedding_net.EmbeddingNet(config, 512, levels), int(side))["params"]
-        of = {module: sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) for module, tree in params.items()}
-        counts[name] = sum(n for module, n in of.items() if not module.startswith(weights.HEADS))
+        of = {
+            module: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+            for module, tree in params.items()
+        }
+        counts[name] = sum(
+            n for module, n in of.items() if not module.startswith(weights.HEAD_PREFIXES)
+        )
         assert backbone == f"{counts[name]:,}"
         assert whole == ("-" if len(levels) == 1 else f"{sum(of.values()):,}")
-    classifier = {18: 513_000, 34: 513_000, 50: 2_049_000, 101: 2_049_000, 152: 2_049_000}  # 1000 classes
+    classifier = {
+        18: 513_000,
+        34: 513_000,
+        50: 2_049_000,
+        101: 2_049_000,
+        152: 2_049_000,
+    }  # 1000 classes
     torchvision = {18: 11_689_512, 34: 21_797_672, 50: 25_557_032, 101: 44_549_160, 152: 60_192_808}
     for depth, published in torchvision.items():
         assert counts[f"resnet{depth}"] == published - classifier[depth]
@@ -110,34 +134,54 @@ def test_parameter_counts_are_the_published_and_those_of_the_readme():
 def test_there_and_back(name, tmp_path):
     model = embedding_net.EmbeddingNet(CASES[name][0], 8, ("L", "M", "H"))
     rng = np.random.default_rng(0)
-    variables = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), variables_of(model))
-    published = weights.to_published(variables)
+    variables = jax.tree.map(
+        lambda x: rng.normal(size=x.shape).astype(np.float32), variables_of(model)
+    )
+    published = weights.to_named_arrays(variables)
     weights.write_safetensors(tmp_path / "w.safetensors", published)
     np.savez(tmp_path / "w.npz", **published)
     for kind in ("safetensors", "npz"):
-        again = weights.from_published(weights.read(tmp_path / f"w.{kind}"), variables_of(model), heads=True)
+        again = weights.from_named_arrays(
+            weights.read(tmp_path / f"w.{kind}"), variables_of(model), heads=True
+        )
         jax.tree.map(np.testing.assert_array_equal, again, variables)
-    headless = weights.from_published(published, variables_of(model), heads=False)
+    headless = weights.from_named_arrays(published, variables_of(model), heads=False)
     assert not headless["params"]["H_embedding"]["kernel"].any()
     first = "layer1_0" if "resnet" in name else "inception_3a"
-    jax.tree.map(np.testing.assert_array_equal, headless["batch_stats"][first], variables["batch_stats"][first])
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        headless["batch_stats"][first],
+        variables["batch_stats"][first],
+    )
 
 
 def test_pth_is_read_without_running_it(torch_networks, tmp_path):
     import torch
 
     model, variables, theirs = pair("resnet18", torch_networks)
-    torch.save({"state_dict": {f"module.{k}": v for k, v in theirs.state_dict().items()}, "epoch": 3}, tmp_path / "w.pth")
-    again = weights.from_published(weights.read(tmp_path / "w.pth"), variables_of(model), heads=False)
+    torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in theirs.state_dict().items()}, "epoch": 3},
+        tmp_path / "w.pth",
+    )
+    again = weights.from_named_arrays(
+        weights.read(tmp_path / "w.pth"), variables_of(model), heads=False
+    )
     jax.tree.map(np.testing.assert_array_equal, again, variables)
 
-    tensors = {k: v.to(torch.bfloat16) if v.ndim == 4 else torch.nn.Parameter(v, v.is_floating_point()) for k, v in theirs.state_dict().items()}
+    tensors = {
+        k: v.to(torch.bfloat16) if v.ndim == 4 else torch.nn.Parameter(v, v.is_floating_point())
+        for k, v in theirs.state_dict().items()
+    }
     torch.save({"model": tensors}, tmp_path / "of_train_loop.pt")  # bfloat16, gradients wanted
-    again = weights.from_published(weights.read(tmp_path / "of_train_loop.pt"), variables_of(model), heads=False)
+    again = weights.from_named_arrays(
+        weights.read(tmp_path / "of_train_loop.pt"), variables_of(model), heads=False
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8), again, variables)
     for nothing in (torch.ones(2), {"epoch": 3}, {"state_dict": [1]}):
         torch.save(nothing, tmp_path / "nothing.pth")
-        with pytest.raises(ValueError, match="nothing.pth: cannot be read as weights: expected a state dict"):
+        with pytest.raises(
+            ValueError, match="nothing.pth: cannot be read as weights: expected a state dict"
+        ):
             weights.read(tmp_path / "nothing.pth")
 
     class Evil:
@@ -145,18 +189,24 @@ def test_pth_is_read_without_running_it(torch_networks, tmp_path):
             return pathlib.Path.touch, (tmp_path / "run",)
 
     torch.save({"w": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match="evil.pth: cannot be read as weights: it is damaged or holds more than tensors"):
+    with pytest.raises(
+        ValueError,
+        match="evil.pth: cannot be read as weights: it is damaged or holds more than tensors",
+    ):
         weights.read(tmp_path / "evil.pth")
     assert not (tmp_path / "run").exists()
 
 
 def test_errors(tmp_path):
     model = embedding_net.EmbeddingNet(CASES["resnet18"][0], 8)
-    published = weights.to_published(variables_of(model))
+    published = weights.to_named_arrays(variables_of(model))
     wrong = dict(published, extra=np.zeros(3)) | {"conv1.weight": np.zeros((3, 3, 7, 7))}
     del wrong["bn1.bias"]
-    with pytest.raises(ValueError, match=r"1 missing \(bn1.bias\); 1 unexpected \(extra\); 1 of another shape \(conv1.weight \(3, 3, 7, 7\) instead of \(8, 3, 7, 7\)"):  # fmt: skip
-        weights.from_published(wrong, variables_of(model), heads=False)
+    with pytest.raises(
+        ValueError,
+        match=r"1 missing \(bn1.bias\); 1 unexpected \(extra\); 1 of another shape \(conv1.weight \(3, 3, 7, 7\) instead of \(8, 3, 7, 7\)",
+    ):
+        weights.from_named_arrays(wrong, variables_of(model), heads=False)
     with pytest.raises(ValueError, match="no such file"):
         weights.read(tmp_path / "no.npz")
     with pytest.raises(ValueError, match="expected weights in .safetensors"):
@@ -173,7 +223,10 @@ def test_errors(tmp_path):
 def test_a_pth_without_torch_says_how_to_convert(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "w.pth").touch()
-    with pytest.raises(ValueError, match="w.pth: reading it needs torch; install it, or convert the file to .safetensors"):
+    with pytest.raises(
+        ValueError,
+        match="w.pth: reading it needs torch; install it, or convert the file to .safetensors",
+    ):
         weights.read(tmp_path / "w.pth")
 
 
@@ -181,33 +234,51 @@ def test_names_of_the_hub(tmp_path, monkeypatch):
     """Where its client is installed or not, and where the hub answers or not; the client itself is the test's."""
     tiny = dict(backbone="resnet18", stage_sizes="1,1", width=4, embedding_dim=8, image_size=32)
     options = config.Config(**tiny, pretrained="timm/resnet50.tv_in1k")
-    refuse = lambda text, options=options: pytest.raises(ValueError, match=f"--pretrained={options.pretrained}: {text}")
+    refuse = lambda text, options=options: pytest.raises(
+        ValueError, match=f"--pretrained={options.pretrained}: {text}"
+    )
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with refuse("no such folder, and names of the hub need huggingface_hub"):
         build.read_pretrained(options)
-    with refuse("expected a file .* or a hub name such as timm/", mistyped := dataclasses.replace(options, pretrained="resnet50")):
+    with refuse(
+        "expected a file .* or a hub name such as timm/",
+        mistyped := dataclasses.replace(options, pretrained="resnet50"),
+    ):
         build.read_pretrained(mistyped)
-    published = weights.to_published(variables_of(build.make_model(options), 32))
-    weights.write_safetensors(tmp_path / "model.safetensors", {k: v for k, v in published.items() if not k.startswith("H_")} | {"fc.bias": np.ones(1000)})
+    published = weights.to_named_arrays(variables_of(build.make_model(options), 32))
+    weights.write_safetensors(
+        tmp_path / "model.safetensors",
+        {k: v for k, v in published.items() if not k.startswith("H_")} | {"fc.bias": np.ones(1000)},
+    )
     asked = []
     client = types.ModuleType("huggingface_hub")
-    client.hf_hub_download = lambda repository, file: asked.append((repository, file)) or str(tmp_path / file)
+    client.hf_hub_download = lambda repository, file: (
+        asked.append((repository, file)) or str(tmp_path / file)
+    )
     monkeypatch.setitem(sys.modules, "huggingface_hub", client)
     assert build.read_pretrained(options)["fc.bias"].shape == (1000,)
     assert asked == [("timm/resnet50.tv_in1k", "model.safetensors")]
     with refuse(r"the weights are not of this network: .* unexpected \(layer2.0"):
         build.read_pretrained(dataclasses.replace(options, stage_sizes="1"))
     for words in ("404 Client Error.\n\nRepository Not Found", ""):
+
         def gone(*_):
             raise OSError(words)
 
         client.hf_hub_download = gone
-        with refuse("no such folder, and model.safetensors of timm/.* cannot be had from the hub: .*(404 Client Error. Repository Not|OSError)"):
+        with refuse(
+            "no such folder, and model.safetensors of timm/.* cannot be had from the hub: .*(404 Client Error. Repository Not|OSError)"
+        ):
             build.read_pretrained(options)
 
 
 def test_networks_that_cannot_be():
-    for wrong in (dict(stage_sizes=()), dict(stage_sizes=(1, 0)), dict(stage_sizes=(1,), width=0), dict(stage_sizes=(1,), stem_pool=0)):
+    for wrong in (
+        dict(stage_sizes=()),
+        dict(stage_sizes=(1, 0)),
+        dict(stage_sizes=(1,), width=0),
+        dict(stage_sizes=(1,), stem_pool=0),
+    ):
         with pytest.raises(ValueError, match="expected"):
             backbones.ResNetConfig(**wrong)
     tiny = backbones.BACKBONES["resnet_tiny"]
@@ -225,13 +296,25 @@ def test_networks_that_cannot_be():
             variables_of(embedding_net.EmbeddingNet(tiny, **wrong), 16)
 
 
-@pytest.mark.parametrize("given, expected", [
-    (dict(backbone="resnet_small"), backbones.BACKBONES["resnet_small"]),
-    (dict(backbone="resnet50", stem="3x3"), backbones.ResNetConfig((3, 4, 6, 3), True, small_images=True)),
-    (dict(backbone="resnet50", stem="3x3_pooled"), backbones.ResNetConfig((3, 4, 6, 3), True, small_images=True, stem_pool=2)),
-    (dict(backbone="resnet_small", stem="7x7"), backbones.ResNetConfig((1, 1, 1), width=32)),
-    (dict(backbone="resnet18", width=48, stage_sizes="1,2,1"), backbones.ResNetConfig((1, 2, 1), width=48)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        (dict(backbone="resnet_small"), backbones.BACKBONES["resnet_small"]),
+        (
+            dict(backbone="resnet50", stem="3x3"),
+            backbones.ResNetConfig((3, 4, 6, 3), True, small_images=True),
+        ),
+        (
+            dict(backbone="resnet50", stem="3x3_pooled"),
+            backbones.ResNetConfig((3, 4, 6, 3), True, small_images=True, stem_pool=2),
+        ),
+        (dict(backbone="resnet_small", stem="7x7"), backbones.ResNetConfig((1, 1, 1), width=32)),
+        (
+            dict(backbone="resnet18", width=48, stage_sizes="1,2,1"),
+            backbones.ResNetConfig((1, 2, 1), width=48),
+        ),
+    ],
+)
 def test_stem_width_and_stages_are_free(given, expected):
     assert build.make_model(config.Config(**given)).backbone == expected
 
@@ -242,7 +325,7 @@ def imagenet():
         pytest.skip("the developers' weights are not here")
     model = embedding_net.EmbeddingNet(backbones.BACKBONES["resnet50_v1"], 8)
     file = weights.read(CAFFE)
-    return model, weights.from_published(file, variables_of(model), heads=False), file
+    return model, weights.from_named_arrays(file, variables_of(model), heads=False), file
 
 
 def test_imagenet_weights_classify_photographs(imagenet):
@@ -252,8 +335,17 @@ def test_imagenet_weights_classify_photographs(imagenet):
     model, variables, file = imagenet
     names = json.loads((SHARED / "imagenet_labels.json").read_text())
     names = [names[str(i)] if isinstance(names, dict) else names[i] for i in range(1000)]
-    pictures = {"chelsea": ("cat", "tabby", "lynx"), "coffee": ("espresso", "cup"), "rocket": ("missile", "projectile", "rocket")}
-    pixels = np.stack([views.resize_center_crop(Image.fromarray(getattr(data, name)()), 224, 256) for name in pictures])
+    pictures = {
+        "chelsea": ("cat", "tabby", "lynx"),
+        "coffee": ("espresso", "cup"),
+        "rocket": ("missile", "projectile", "rocket"),
+    }
+    pixels = np.stack(
+        [
+            views.resize_center_crop(Image.fromarray(getattr(data, name)()), 224, 256)
+            for name in pictures
+        ]
+    )
     features = model.apply(variables, pixels, features=True)[-1].mean(axis=(1, 2))
     scores = features @ file["fc.weight"].astype(np.float32).T + file["fc.bias"].astype(np.float32)
     for row, expected in zip(np.asarray(scores), pictures.values()):
@@ -270,13 +362,24 @@ def test_zero_shot_scores_on_the_grocery_photographs(imagenet):
 
     model, variables, _ = imagenet
     root = SHARED / "grocery"
-    lines = [line.split(",") for name in ("train", "val", "test") for line in (root / f"{name}.txt").read_text().splitlines()]
+    lines = [
+        line.split(",")
+        for name in ("train", "val", "test")
+        for line in (root / f"{name}.txt").read_text().splitlines()
+    ]
     rows = [(root / path.strip(), int(label)) for path, label, _ in lines if int(label) >= 41]
     pooled = jax.jit(lambda x: model.apply(variables, x, features=True)[-1].mean(axis=(1, 2)))
     found = []
     for first in range(0, len(rows), 64):
-        some = [np.asarray(ImageOps.fit(Image.open(path).convert("RGB"), (128, 128))) for path, _ in rows[first : first + 64]]
+        some = [
+            np.asarray(ImageOps.fit(Image.open(path).convert("RGB"), (128, 128)))
+            for path, _ in rows[first : first + 64]
+        ]
         found.append(np.asarray(pooled(np.stack(some + some[-1:] * (64 - len(some)))))[: len(some)])
-    scores = metrics.retrieval_metrics(np.concatenate(found), np.array([label for _, label in rows]), ks=(1,))
+    scores = metrics.retrieval_metrics(
+        np.concatenate(found), np.array([label for _, label in rows]), ks=(1,)
+    )
     assert len(rows) == 2370
-    assert scores["recall@1"] == pytest.approx(0.934, abs=0.005) and scores["map@r"] == pytest.approx(0.300, abs=0.005)
+    assert scores["recall@1"] == pytest.approx(0.934, abs=0.005) and scores[
+        "map@r"
+    ] == pytest.approx(0.300, abs=0.005)

@@ -1,4 +1,5 @@
 """The notebook runs from top to bottom, and what it shows is what its cells make."""
+
 import os
 import re
 
@@ -6,7 +7,9 @@ import pytest
 
 from tests.helpers.paths import ROOT
 
-nbformat = pytest.importorskip("nbformat", reason="needs nbclient and ipykernel: pip install -r requirements-dev.txt")
+nbformat = pytest.importorskip(
+    "nbformat", reason="needs nbclient and ipykernel: pip install -r requirements-dev.txt"
+)
 TOUR = ROOT / "experiments/studies/tour.ipynb"
 NUMBER = re.compile(r"-?\d+\.?\d*")
 
@@ -42,7 +45,10 @@ def test_was_run_whole_and_in_order(committed):
 
 
 def test_shows_that_training_helps(committed):
-    before, after = (re.search(rf"^{when} +([\d.]+)", "".join(map(text, committed)), re.MULTILINE) for when in ("before", "after"))
+    before, after = (
+        re.search(rf"^{when} +([\d.]+)", "".join(map(text, committed)), re.MULTILINE)
+        for when in ("before", "after")
+    )
     assert float(after[1]) > 1.5 * float(before[1])
 
 
@@ -51,7 +57,12 @@ def test_its_cells_make_what_it_shows(committed):
     pytest.importorskip("ipykernel", reason="pip install -r requirements-dev.txt")
     nbclient = pytest.importorskip("nbclient", reason="pip install -r requirements-dev.txt")
     notebook = nbformat.read(TOUR, as_version=4)
-    client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(TOUR.parent)}})
+    client = nbclient.NotebookClient(
+        notebook,
+        timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(TOUR.parent)}},
+    )
     quick = {"STEPS": "3", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
     client.execute(env=os.environ | quick)
     made = code_cells(notebook)
@@ -63,6 +74,10 @@ def test_its_cells_make_what_it_shows(committed):
         assert NUMBER.sub("#", text(cell)).split() == NUMBER.sub("#", text(shown)).split()
         pairs = list(zip(NUMBER.findall(text(cell)), NUMBER.findall(text(shown)), strict=True))
         # other devices round otherwise: two in the last digit
-        assert not [(x, y) for x, y in pairs if abs(float(x) - float(y)) > 2.5 * 10 ** -len(y.partition(".")[2]) * ("." in y)]
+        assert not [
+            (x, y)
+            for x, y in pairs
+            if abs(float(x) - float(y)) > 2.5 * 10 ** -len(y.partition(".")[2]) * ("." in y)
+        ]
         same += bool(pairs)
     assert same >= 12

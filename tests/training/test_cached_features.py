@@ -1,4 +1,5 @@
 """What frozen stages make of pictures, kept: the network behind them is the same network."""
+
 import dataclasses
 import types
 
@@ -17,9 +18,13 @@ from tests.helpers.benchmark_trees import jpeg
 
 RESNET = backbones.ResNetConfig((1, 1, 1, 1), width=8)
 NETWORKS = {
-    "two_maps": dict(backbone=RESNET, levels=("L", "M", "H"), frozen_stages=3),  # L's stage and the last frozen one
+    "two_maps": dict(
+        backbone=RESNET, levels=("L", "M", "H"), frozen_stages=3
+    ),  # L's stage and the last frozen one
     "all": dict(backbone=RESNET, levels=("M", "H"), frozen_stages=4),
-    "googlenet": dict(backbone=backbones.GoogLeNetV2Config(width=0.1), levels=("L", "H"), frozen_stages=2),
+    "googlenet": dict(
+        backbone=backbones.GoogLeNetV2Config(width=0.1), levels=("L", "H"), frozen_stages=2
+    ),
 }
 SIDE = 32
 
@@ -32,20 +37,31 @@ def pictures(n=12):
     return np.random.default_rng(0).integers(0, 255, (n, SIDE, SIDE, 3), np.uint8)
 
 
-@pytest.mark.parametrize("name", ["two_maps", *(pytest.param(name, marks=pytest.mark.slow) for name in ("all", "googlenet"))])
+@pytest.mark.parametrize(
+    "name",
+    ["two_maps", *(pytest.param(name, marks=pytest.mark.slow) for name in ("all", "googlenet"))],
+)
 def test_the_rest_embeds_as_the_whole(name):
     model = network(name)
-    rest = cached_features.rest_of(model, SIDE)
-    assert [stage for stage, _ in rest.given] == {"two_maps": [2, 3], "all": [3, 4], "googlenet": [1, 2]}[name]
+    rest = cached_features.trainable_part(model, SIDE)
+    assert [stage for stage, _ in rest.given] == {
+        "two_maps": [2, 3],
+        "all": [3, 4],
+        "googlenet": [1, 2],
+    }[name]
     state = steps.create_train_state(model, optax.sgd(0.1), SIDE, 0)
 
     @jax.jit
     def all_of_it(state, images):
-        kept = cached_features.step(rest)(state, images)["kept"]
-        return kept, steps.embed_step(state, images), steps.embed_step(state.replace(apply_fn=rest.apply), kept)
+        kept = cached_features.feature_step(rest)(state, images)["kept"]
+        return (
+            kept,
+            steps.embed_step(state, images),
+            steps.embed_step(state.replace(apply_fn=rest.apply), kept),
+        )
 
     kept, expected, found = all_of_it(state, pictures())
-    assert kept.shape == (12, cached_features.width(rest)) and kept.dtype == np.float16
+    assert kept.shape == (12, cached_features.feature_size(rest)) and kept.dtype == np.float16
     for level in model.levels:
         np.testing.assert_allclose(found[level], expected[level], atol=2e-3)
 
@@ -53,20 +69,37 @@ def test_the_rest_embeds_as_the_whole(name):
 def test_a_step_on_what_is_kept_is_a_step_on_the_pictures():
     """The parameters behind move alike, those of the frozen stages not at all; the heads' running statistics alike too."""
     model = network("two_maps")
-    rest = cached_features.rest_of(model, SIDE)
+    rest = cached_features.trainable_part(model, SIDE)
     labels = jnp.arange(12) // 3
     state = steps.create_train_state(model, optax.sgd(0.1), SIDE, 0)
-    ends = model.apply({"params": state.params, "batch_stats": state.batch_stats}, pictures(), train=False, features=True)
-    kept = jnp.concatenate([ends[stage - 1].reshape(12, -1) for stage, _ in rest.given], axis=1)  # not rounded
-    step = jax.jit(lambda state, image: steps.train_step(state, {"image": image, "label": labels}, loss=loss.ranked_list_loss)[0])
+    ends = model.apply(
+        {"params": state.params, "batch_stats": state.batch_stats},
+        pictures(),
+        train=False,
+        features=True,
+    )
+    kept = jnp.concatenate(
+        [ends[stage - 1].reshape(12, -1) for stage, _ in rest.given], axis=1
+    )  # not rounded
+    step = jax.jit(
+        lambda state, image: steps.train_step(
+            state, {"image": image, "label": labels}, loss=loss.ranked_list_loss
+        )[0]
+    )
     expected, found = step(state, pictures()), step(state.replace(apply_fn=rest.apply), kept)
     moved = 0
     for name in expected.params:
-        for a, b, before in zip(*(jax.tree.leaves(tree[name]) for tree in (expected.params, found.params, state.params))):
+        for a, b, before in zip(
+            *(jax.tree.leaves(tree[name]) for tree in (expected.params, found.params, state.params))
+        ):
             np.testing.assert_allclose(a, b, atol=1e-5)
             moved += np.abs(a - before).max() > 1e-4
     assert moved > 8
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), expected.batch_stats, found.batch_stats)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+        expected.batch_stats,
+        found.batch_stats,
+    )
 
 
 def test_each_view_of_each_picture_is_kept_once(tmp_path, monkeypatch):
@@ -81,55 +114,131 @@ def test_each_view_of_each_picture_is_kept_once(tmp_path, monkeypatch):
         return np.full((SIDE, SIDE, 3), seen[-1] % 256, np.uint8)
 
     model = network("two_maps")
-    monkeypatch.setattr(cached_features, "rows_at_a_time", lambda rest: 4)  # so that there are parts
-    rest, runner = cached_features.rest_of(model, SIDE), devices.make_runner("pmap", jax.devices()[:2])
+    monkeypatch.setattr(cached_features, "batch_rows", lambda rest: 4)  # so that there are parts
+    rest, runner = (
+        cached_features.trainable_part(model, SIDE),
+        devices.make_runner("pmap", jax.devices()[:2]),
+    )
     state = runner.replicate(steps.create_train_state(model, optax.sgd(0.1), SIDE, 0))
-    embed = lambda part: embedding.embed_images(state, part, lambda x: x, runner.embed(cached_features.step(rest)), runner, batch_size=4, threads=1)
+    embed = lambda part: embedding.embed_images(
+        state,
+        part,
+        lambda x: x,
+        runner.embed(cached_features.feature_step(rest)),
+        runner,
+        batch_size=4,
+        threads=1,
+    )
     for _ in range(2):  # once
         cached_features.write(tmp_path / "kept.npy", data, view, 3, rest, embed)
     assert len(seen) == len(set(seen)) == 18
-    kept = cached_features.Kept(tmp_path / "kept.npy", data.labels, rest)
-    assert len(kept) == 6 and kept.picture(5).shape == (3, cached_features.width(rest))
+    kept = cached_features.CachedFeatures(tmp_path / "kept.npy", data.labels, rest)
+    assert len(kept) == 6 and kept.image(5).shape == (3, cached_features.feature_size(rest))
     pixels = np.stack([np.full((SIDE, SIDE, 3), seed % 256, np.uint8) for seed in seen])
-    expected = np.asarray(jax.jit(cached_features.step(rest))(state, pixels)["kept"]).reshape(3, 6, -1)
-    np.testing.assert_allclose(np.stack([kept.picture(row) for row in range(6)], axis=1), expected, rtol=2e-3, atol=2e-3)
-    drawn = {int(np.abs(cached_features.any_view(kept.picture(0), np.random.default_rng(seed)).astype(float) - kept.picture(0)).max(axis=1).argmin()) for seed in range(20)}
-    assert drawn == {0, 1, 2} and np.array_equal(cached_features.first_view(kept.picture(0)), kept.picture(0)[0])
+    expected = np.asarray(
+        jax.jit(cached_features.feature_step(rest))(state, pixels)["kept"]
+    ).reshape(3, 6, -1)
+    np.testing.assert_allclose(
+        np.stack([kept.image(row) for row in range(6)], axis=1), expected, rtol=2e-3, atol=2e-3
+    )
+    drawn = {
+        int(
+            np.abs(
+                cached_features.random_view(kept.image(0), np.random.default_rng(seed)).astype(
+                    float
+                )
+                - kept.image(0)
+            )
+            .max(axis=1)
+            .argmin()
+        )
+        for seed in range(20)
+    }
+    assert drawn == {0, 1, 2} and np.array_equal(
+        cached_features.first_view(kept.image(0)), kept.image(0)[0]
+    )
 
-    for labels, size, text in ((data.labels[1:], None, r"it holds \(6, 3, "), (data.labels, 1000, "is damaged: remove it")):
+    for labels, size, text in (
+        (data.labels[1:], None, r"it holds \(6, 3, "),
+        (data.labels, 1000, "is damaged: remove it"),
+    ):
         with (tmp_path / "kept.npy").open("r+b") as file:
             file.truncate(size or (tmp_path / "kept.npy").stat().st_size)
         with pytest.raises(ValueError, match=text):
-            cached_features.Kept(tmp_path / "kept.npy", labels, rest)
+            cached_features.CachedFeatures(tmp_path / "kept.npy", labels, rest)
     (tmp_path / "3.jpg").write_bytes(b"broken")
     with pytest.raises(images.BadImageError, match="3.jpg"):
-        cached_features.write(tmp_path / "again.npy", data, lambda picture, rng: np.asarray(picture.rgb().resize((SIDE, SIDE))), 1, rest, embed)
+        cached_features.write(
+            tmp_path / "again.npy",
+            data,
+            lambda picture, rng: np.asarray(picture.rgb().resize((SIDE, SIDE))),
+            1,
+            rest,
+            embed,
+        )
     with pytest.raises(ValueError, match="not finite in float16"):
-        cached_features.write(tmp_path / "again.npy", data.take([0]), view, 1, rest, lambda part: {"kept": np.full((1, cached_features.width(rest)), np.inf)})
+        cached_features.write(
+            tmp_path / "again.npy",
+            data.take([0]),
+            view,
+            1,
+            rest,
+            lambda part: {"kept": np.full((1, cached_features.feature_size(rest)), np.inf)},
+        )
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".jpg"] * 6 + [".npy"]
 
 
 def test_what_is_kept_goes_by_all_that_changes_it():
     labels = np.arange(4)
-    data = image_dataset.ImageSet(None, labels, labels, labels.astype(str), labels)
-    usual = dict(dataset="folder", frozen_stages=1, batch_norm="frozen", backbone="resnet50", stage_sizes="1,1", image_size=32)
+    data = image_dataset.EncodedImageDataset(None, labels, labels, labels.astype(str), labels)
+    usual = dict(
+        dataset="folder",
+        frozen_stages=1,
+        batch_norm="frozen",
+        backbone="resnet50",
+        stage_sizes="1,1",
+        image_size=32,
+    )
 
     def name(data=data, views=2, weights="w", **changed):
         options = config.Config(**usual | changed)
-        return network_inputs.kept_as(options, cached_features.rest_of(build.make_model(options), options.image_size), data, views, weights)
+        return network_inputs.kept_as(
+            options,
+            cached_features.trainable_part(build.make_model(options), options.image_size),
+            data,
+            views,
+            weights,
+        )
 
     changes = [
-        {"backbone": "resnet50_v1"}, {"stem": "3x3"}, {"image_size": 40}, {"augment": "resize_crop"}, {"dtype": "bfloat16"}, {"cache": "memory"},
-        {"frozen_stages": 2}, {"views": 3}, {"weights": "v"}, {"data": data.take([0, 1, 3])}, {"data": dataclasses.replace(data, sizes=labels + 1)},
-    ]  # fmt: skip
+        {"backbone": "resnet50_v1"},
+        {"stem": "3x3"},
+        {"image_size": 40},
+        {"augment": "resize_crop"},
+        {"dtype": "bfloat16"},
+        {"cache": "memory"},
+        {"frozen_stages": 2},
+        {"views": 3},
+        {"weights": "v"},
+        {"data": data.take([0, 1, 3])},
+        {"data": dataclasses.replace(data, sizes=labels + 1)},
+    ]
     assert len({name(), *(name(**change) for change in changes)}) == len(changes) + 1
-    for change in ({"learning_rate": 1.0}, {"seed": 3}, {"loss": "sup_con"}, {"augment": "random_resized_crop"}, {"classes_per_batch": 7}):
+    for change in (
+        {"learning_rate": 1.0},
+        {"seed": 3},
+        {"loss": "sup_con"},
+        {"augment": "random_resized_crop"},
+        {"classes_per_batch": 7},
+    ):
         assert name(**change) == name()
 
 
 def test_what_does_not_go_together():
     with pytest.raises(ValueError, match="there is nothing to keep"):
-        cached_features.rest_of(dataclasses.replace(network("two_maps"), frozen_stages=0), SIDE)
+        cached_features.trainable_part(
+            dataclasses.replace(network("two_maps"), frozen_stages=0), SIDE
+        )
     with pytest.raises(ValueError, match="give --frozen_stages too"):
         config.Config(frozen_views=2)
     usual = dict(frozen_views=2, frozen_stages=1, batch_norm="frozen")
@@ -142,9 +251,20 @@ def test_what_does_not_go_together():
 
 def test_room_is_looked_for_first(tmp_path, monkeypatch, capsys):
     labels = np.zeros(1024)
-    splits = dict.fromkeys(("train", "test"), image_dataset.ImageSet(None, labels, labels, labels, labels))
-    options = config.Config(data_dir=str(tmp_path), frozen_views=3, frozen_stages=1, batch_norm="frozen", backbone="resnet_tiny", image_size=8)
-    monkeypatch.setattr(network_inputs.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=2**21))
+    splits = dict.fromkeys(
+        ("train", "test"), image_dataset.EncodedImageDataset(None, labels, labels, labels, labels)
+    )
+    options = config.Config(
+        data_dir=str(tmp_path),
+        frozen_views=3,
+        frozen_stages=1,
+        batch_norm="frozen",
+        backbone="resnet_tiny",
+        image_size=8,
+    )
+    monkeypatch.setattr(
+        network_inputs.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=2**21)
+    )
     with pytest.raises(ValueError, match="--frozen_views=3 needs 0.00 GiB in"):
         network_inputs.check_room(splits, options)
     assert "takes 0.00 GiB" in capsys.readouterr().out

@@ -1,4 +1,5 @@
 """What the train step is asked beside an update: a memory to rank, what to watch, little memory to take, machines that are not here."""
+
 import functools
 
 import jax
@@ -14,12 +15,18 @@ from tests.helpers.networks import Linear
 
 def with_memory(kind, batches, size=96, embed_chunk=0):
     """The states from the first to that after the last batch, and the losses on the way."""
-    one, runner = functools.partial(steps.train_step, loss=loss.ranked_list_loss, embed_chunk=embed_chunk), devices.make_runner(kind) if kind else None
-    state, one = steps.create_train_state(Linear(), optax.sgd(0.5), 16, seed=0, memory_size=size), runner.train(one) if kind else jax.jit(one)
+    one, runner = (
+        functools.partial(steps.train_step, loss=loss.ranked_list_loss, embed_chunk=embed_chunk),
+        devices.make_runner(kind) if kind else None,
+    )
+    state, one = (
+        steps.create_train_state(Linear(), optax.sgd(0.5), 16, seed=0, memory_size=size),
+        runner.train(one) if kind else jax.jit(one),
+    )
     states, losses = [jax.device_get(state)], []
     state = runner.replicate(state) if kind else state
     for batch in batches:
-        state, metrics = one(state, runner.place(batch) if kind else batch)
+        state, metrics = one(state, runner.shard(batch) if kind else batch)
         losses.append(float(metrics["loss"]))
         states.append(jax.device_get(state))
     return states, losses
@@ -29,7 +36,13 @@ def with_memory(kind, batches, size=96, embed_chunk=0):
 def few_classes():
     """Batches of 12 of 20 classes, so that a memory holds others of a query's class; the last cannot be used."""
     rng = np.random.default_rng(1)
-    made = [{"image": rng.integers(0, 255, (48, 16, 16, 3)).astype(np.float32), "label": np.repeat(rng.permutation(20)[:12], 4).astype(np.int32)} for i in range(5)]
+    made = [
+        {
+            "image": rng.integers(0, 255, (48, 16, 16, 3)).astype(np.float32),
+            "label": np.repeat(rng.permutation(20)[:12], 4).astype(np.int32),
+        }
+        for i in range(5)
+    ]
     return [*made[:4], {**made[4], "image": np.full_like(made[4]["image"], np.nan)}]
 
 
@@ -41,13 +54,21 @@ def remembered(few_classes):
 def test_a_memory_is_ranked(few_classes, remembered):
     """The last 96 rows, as they were when they were stored, this batch's among them; nothing that is not finite is stored."""
     states, losses = remembered
-    rows = [np.asarray(Linear().apply({"params": s.params}, b["image"])["H"]) for s, b in zip(states, few_classes)]
+    rows = [
+        np.asarray(Linear().apply({"params": s.params}, b["image"])["H"])
+        for s, b in zip(states, few_classes)
+    ]
     rank = jax.jit(loss.ranked_list_loss)
     for n in range(4):
-        gallery, labels = (np.concatenate(x[max(n - 1, 0) : n + 1]) for x in (rows, [b["label"] for b in few_classes]))
+        gallery, labels = (
+            np.concatenate(x[max(n - 1, 0) : n + 1])
+            for x in (rows, [b["label"] for b in few_classes])
+        )
         value = rank(rows[n], few_classes[n]["label"], gallery=gallery, gallery_labels=labels)
         assert losses[n] == pytest.approx(float(value), rel=1e-5)
-    alone = rank(rows[3], few_classes[3]["label"], gallery=rows[3], gallery_labels=few_classes[3]["label"])
+    alone = rank(
+        rows[3], few_classes[3]["label"], gallery=rows[3], gallery_labels=few_classes[3]["label"]
+    )
     assert abs(losses[3] / float(alone) - 1) > 0.005
     jax.tree.map(np.testing.assert_array_equal, states[5].memory, states[4].memory)
     assert states[5].skipped.tolist() == [1, 1, 1]
@@ -58,7 +79,11 @@ def test_a_memory_is_the_same_on_many_devices(kind, embed_chunk, few_classes, re
     states, losses = with_memory(kind, few_classes, embed_chunk=embed_chunk)
     np.testing.assert_allclose(losses, remembered[1], rtol=1e-5)
     same = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)
-    jax.tree.map(same, (states[-1].params, states[-1].memory), (remembered[0][-1].params, remembered[0][-1].memory))
+    jax.tree.map(
+        same,
+        (states[-1].params, states[-1].memory),
+        (remembered[0][-1].params, remembered[0][-1].memory),
+    )
     with pytest.raises(ValueError, match=r"multiple of the 8 devices: found \[100\]"):
         with_memory(kind, few_classes, 100)
 
@@ -75,7 +100,9 @@ def test_watched_distances(axis):
         found = watch(x, labels)
     else:
         split = lambda a: a.reshape(8, 6, *a.shape[1:])
-        found = jax.tree.map(lambda a: np.asarray(a).mean(axis=0), jax.pmap(watch, axis)(split(x), split(labels)))
+        found = jax.tree.map(
+            lambda a: np.asarray(a).mean(axis=0), jax.pmap(watch, axis)(split(x), split(labels))
+        )
     distance = np.linalg.norm(x[:, None].astype(float) - x, axis=2)
     same = (labels[:, None] == labels) & ~np.eye(48, dtype=bool)
     other = labels[:, None] != labels
@@ -88,30 +115,64 @@ def test_watched_distances(axis):
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-@pytest.mark.parametrize("options", [{}, {"embed_chunk": 2, "batch_norm": "frozen", "memory_size": 2048, "dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"embed_chunk": 2, "batch_norm": "frozen", "memory_size": 2048, "dtype": "bfloat16"}],
+)
 def test_the_step_lowers_for_machines_that_are_not_here(platform, options):
     """The whole train step, with the loss over the axis of a pod of 256 chips: nothing in it is of CPUs alone."""
-    options = dict(backbone="resnet_tiny", image_size=32, embedding_dim=16, levels="M,H", optimizer="sgd", ema=0.9) | options
+    options = (
+        dict(
+            backbone="resnet_tiny",
+            image_size=32,
+            embedding_dim=16,
+            levels="M,H",
+            optimizer="sgd",
+            ema=0.9,
+        )
+        | options
+    )
     settings = config.Config(**options)
     state = jax.eval_shape(functools.partial(build._create, settings))
-    images = {"image": jax.ShapeDtypeStruct((1024, 32, 32, 3), np.uint8), "label": jax.ShapeDtypeStruct((1024,), np.int32)}
-    pod = jax.sharding.AbstractMesh((256,), (devices.AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+    images = {
+        "image": jax.ShapeDtypeStruct((1024, 32, 32, 3), np.uint8),
+        "label": jax.ShapeDtypeStruct((1024,), np.int32),
+    }
+    pod = jax.sharding.AbstractMesh(
+        (256,), (devices.AXIS,), axis_types=(jax.sharding.AxisType.Auto,)
+    )
     whole, rows = jax.P(), jax.P(devices.AXIS)
     step = functools.partial(train_loop._train_step(settings, np.arange(2)), axis_name=devices.AXIS)
-    mapped = jax.jit(jax.shard_map(step, mesh=pod, in_specs=(whole, rows), out_specs=(whole, whole)), donate_argnums=0)
+    mapped = jax.jit(
+        jax.shard_map(step, mesh=pod, in_specs=(whole, rows), out_specs=(whole, whole)),
+        donate_argnums=0,
+    )
     text = mapped.trace(state, images).lower(lowering_platforms=(platform,)).as_text()
-    assert "all_gather" in text and "all_reduce" in text and "tensor<1024x16xf32>" in text  # a query's gallery is the pod's
+    assert (
+        "all_gather" in text and "all_reduce" in text and "tensor<1024x16xf32>" in text
+    )  # a query's gallery is the pod's
 
 
 def test_chunks_take_the_memory_of_one():
     """Eight times the images in chunks of as many take little more than those; at once they take about eight times as much."""
 
     def taken(images, chunk):
-        settings = config.Config(backbone="resnet_tiny", batch_norm="frozen", embed_chunk=chunk, optimizer="sgd")
+        settings = config.Config(
+            backbone="resnet_tiny", batch_norm="frozen", embed_chunk=chunk, optimizer="sgd"
+        )
         state = jax.eval_shape(functools.partial(build._create, settings))
         state = state.replace(apply_fn=build.make_model(settings).clone(axis_name=None).apply)
-        batch = {"image": jax.ShapeDtypeStruct((images, 32, 32, 3), np.uint8), "label": jax.ShapeDtypeStruct((images,), np.int32)}
-        return jax.jit(train_loop._train_step(settings, np.arange(2))).lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+        batch = {
+            "image": jax.ShapeDtypeStruct((images, 32, 32, 3), np.uint8),
+            "label": jax.ShapeDtypeStruct((images,), np.int32),
+        }
+        return (
+            jax.jit(train_loop._train_step(settings, np.arange(2)))
+            .lower(state, batch)
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
 
     few, chunked, at_once = taken(64, 0), taken(512, 64), taken(512, 0)
     assert at_once > 6 * few and chunked < 2 * few
