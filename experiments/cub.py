@@ -1,4 +1,4 @@
-"""Ranked List Loss on CUB-200-2011 (Wah et al. 2011): the first 100 classes train, the other 100 are searched.
+"""Trains on CUB-200-2011 (Wah et al. 2011): the first 100 classes train, the others are searched.
 
     python -m experiments.cub --flagfile=experiments/flagfiles/cub_2020.flags --data_dir=DIR
 
@@ -7,8 +7,8 @@ DIR holds CUB_200_2011.tgz, unpacked: images.txt, image_class_labels.txt and ima
 
 from absl import app
 
-from experiments.engine import config, train_loop
+from experiments.engine import command, flags, train_loop
 
 if __name__ == "__main__":
-    config.define_flags(dataset="cub", workdir="runs/cub", backbone="resnet50", image_size=224)
-    app.run(train_loop.main, flags_parser=config.parse_flags)
+    flags.define(dataset="cub", workdir="runs/cub", backbone="resnet50", image_size=224)
+    app.run(train_loop.main, flags_parser=command.parse_flags)

@@ -1,73 +1,90 @@
-"""All scores of a trained network on its test classes, for each level, each pair and the concatenation.
+"""Scores a trained network on its test classes: each level, each pair and the concatenation.
 
     python -m experiments.evaluate --workdir=runs/emoji
 
 Prints a table and writes --out, by default evaluation.json in the workdir.
 """
 
-import dataclasses
+import functools
 import json
 import pathlib
 import sys
+from typing import Any
 
 from absl import app, flags
+import numpy as np
 
-from experiments.engine import build, checks, datasets, scoring
-from experiments.engine import config as config_lib
+from experiments.engine import checks, command, datasets, scoring, trained_network
+from experiments.engine.scoring import ScoreTable
+from experiments.engine.trained_network import TrainedNetwork
+from rll_jax.data import files
+from rll_jax.data.image_dataset import EncodedImageDataset
 
 
-def _as_text(table) -> str:
-    names = scoring.columns(table)
-    rows = [
-        ["", *names],
-        *([level, *(f"{100 * row[name]:.1f}" for name in names)] for level, row in table.items()),
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows)]
+def _as_text(table: ScoreTable) -> str:
+    names = scoring.score_names(table)
+    rows = [["", *names]]
+    for level, scores in table.items():
+        rows.append([level, *(f"{100 * scores[name]:.1f}" for name in names)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
     )
 
 
-def main(_):
+def _embed_test_images(
+    trained: TrainedNetwork, workdir: str, data_dir: str
+) -> tuple[EncodedImageDataset, dict[str, np.ndarray]]:
+    """Returns the test images that can be read, and their embeddings by level."""
+    config = trained.config.replace(data_dir=data_dir or trained.config.runtime.data_dir)
+    splits, skipped = datasets.open_usable(config.data, config.runtime)
+    if not data_dir:
+        checks.check_same_data(pathlib.Path(workdir), splits)
+    splits = checks.cached_splits({"test": splits["test"]}, config.data, config.runtime)
+    test = splits["test"]
+    bad = []
+    embed = functools.partial(trained.embed, test)
+    readable, levels = scoring.embed_readable(
+        embed, test, lambda row: bad.append(str(test.paths[row]))
+    )
+    for reason in [*skipped, *bad]:
+        print(f"left out: {reason}", file=sys.stderr)
+    return readable, levels
+
+
+def main(_: Any) -> None:
+    """Runs the command."""
     options = flags.FLAGS
-    with config_lib.mistakes_in_one_line():
+    with command.user_errors():
         out = pathlib.Path(options.out or pathlib.Path(options.workdir) / "evaluation.json")
         if options.out:
-            config_lib.check_free("out", out)
-        trained = build.load(options.workdir, options.step, options.best)
-        config = dataclasses.replace(
-            trained.config, data_dir=options.data_dir or trained.config.data_dir
-        )
-        splits, left_out = datasets.open_usable(config)
-        if not options.data_dir:
-            checks.check_same_data(pathlib.Path(options.workdir), splits)
-        broken = []
-        data = checks.cached({"test": splits["test"]}, config)["test"]
-        data, levels = scoring.embed_readable(
-            trained.embed, data, lambda data, row: broken.append(data.paths[row])
-        )
-        for text in [*left_out, *broken]:
-            print(f"left out: {text}", file=sys.stderr)
-        table = scoring.score_table(
-            levels, data, datasets.find(config.dataset).ks, options.clustering
-        )
+            command.check_free("out", out)
+        trained = trained_network.load_from_flags()
+        data, levels = _embed_test_images(trained, options.workdir, options.data_dir)
+        ks = trained.config.data.entry.ks
+        table = scoring.score_table(levels, data, ks, clustering=options.clustering)
         alone = next(iter(table.values()))["queries_without_match"]
         print(
-            f"{options.workdir}, step {trained.step}: {len(data)} test images, in percent; {alone} alone in their class"
+            f"{options.workdir}, step {trained.step}: {len(data)} test images, in percent; "
+            f"{alone} alone in their class"
         )
         print(_as_text(table))
-        with config_lib.written_whole(out) as aside:
-            aside.write_text(json.dumps({"step": trained.step, "scores": table}, indent=1) + "\n")
+        with files.atomic_write(out) as temporary:
+            contents = {"step": trained.step, "scores": table}
+            temporary.write_text(json.dumps(contents, indent=1) + "\n")
         print(f"written: {out}")
 
 
 if __name__ == "__main__":
-    build.define_flags()
-    flags.DEFINE_string("data_dir", "", "folder of the data; by default that of the run")
+    trained_network.define_flags()
+    flags.DEFINE_string("data_dir", "", "The folder of the dataset. Empty: that of the run.")
     flags.DEFINE_bool(
-        "clustering", True, "K-means scores too: minutes where there are thousands of classes"
+        "clustering", True, "Score K-means too. It takes minutes for thousands of classes."
     )
     flags.DEFINE_string(
-        "out", "", "JSON file to write; by default evaluation.json in the workdir, written anew"
+        "out",
+        "",
+        "The JSON file to write. Empty: evaluation.json in the workdir, which is overwritten.",
     )
-    app.run(main, flags_parser=config_lib.parse_flags)
+    app.run(main, flags_parser=command.parse_flags)

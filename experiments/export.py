@@ -1,58 +1,68 @@
-"""A trained network in files that need nothing of this project.
+"""Writes a trained network into a file that needs nothing of this project.
 
     python -m experiments.export --workdir=runs/emoji --out=model.safetensors
     python -m experiments.export --workdir=runs/emoji --out=model.stablehlo --format=stablehlo
 
-safetensors: the weights in torchvision's names and layout, the embedding layers as {L,M,H}_*, which take maps flattened channels
-first; for a network in PyTorch.
-stablehlo: `jax.export`ed function from (N, size, size, 3) uint8 images, any N, to (N, D) embeddings; for
-`jax.export.deserialize(open(FILE, "rb").read()).call(images)` and whatever else runs StableHLO, on CPU, CUDA or TPU.
+safetensors: the weights in torchvision's names and layout, for a network in PyTorch. The embedding
+heads are {L,M,H}_*, and take maps flattened channels first.
+
+stablehlo: a function from (N, size, size, 3) uint8 images, any N, to (N, D) embeddings, exported by
+`jax.export` for CPU, CUDA and TPU. Read it by
+`jax.export.deserialize(open(FILE, "rb").read()).call(images)`, or by anything that runs StableHLO.
 """
 
 import pathlib
+from typing import Any
 
 from absl import app, flags
 import jax
 import jax.export
 import jax.numpy as jnp
 
-from experiments.engine import build
-from experiments.engine import config as config_lib
+from experiments.engine import command, network, trained_network
+from experiments.engine.trained_network import TrainedNetwork
+from rll_jax.data import files
 from rll_jax.networks import embedding_net, weights
 
 
-def _stablehlo(trained) -> bytes:
-    # without the training's axis of devices
-    model = build.make_model(trained.config).clone(axis_name=None)
+def _stablehlo(trained: TrainedNetwork) -> bytes:
+    # An exported function has no axis of devices.
+    model = network.make_model(trained.config.network).clone(axis_name=None)
     variables = jax.device_get(trained.variables)
-    size = trained.config.image_size
+    size = trained.config.data.image_size
+
+    def embed(images: jax.Array) -> jax.Array:
+        return embedding_net.concatenate_levels(model.apply(variables, images))
+
     (batch,) = jax.export.symbolic_shape("N")
     images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8)
-    function = jax.jit(
-        lambda images: embedding_net.concatenate_levels(model.apply(variables, images))
-    )
-    return bytes(jax.export.export(function, platforms=("cpu", "cuda", "tpu"))(images).serialize())
+    exported = jax.export.export(jax.jit(embed), platforms=("cpu", "cuda", "tpu"))(images)
+    return bytes(exported.serialize())
 
 
-def main(_):
+def main(_: Any) -> None:
+    """Runs the command."""
     options = flags.FLAGS
-    with config_lib.mistakes_in_one_line():
+    with command.user_errors():
         out = pathlib.Path(options.out)
-        config_lib.check_free("out", out)
-        trained = build.load(options.workdir, options.step, options.best)
-        with config_lib.written_whole(out) as aside:
+        command.check_free("out", out)
+        trained = trained_network.load_from_flags()
+        with files.atomic_write(out) as temporary:
             if options.format == "stablehlo":
-                aside.write_bytes(_stablehlo(trained))
+                temporary.write_bytes(_stablehlo(trained))
             else:
-                weights.write_safetensors(aside, weights.to_named_arrays(trained.variables))
-    size = trained.config.image_size
+                arrays = weights.to_named_arrays(trained.variables)
+                weights.write_safetensors(temporary, arrays)
+    size, mib = trained.config.data.image_size, out.stat().st_size / 2**20
     print(
-        f"written: {out} ({out.stat().st_size / 2**20:.1f} MiB), step {trained.step}, for images of {size} x {size} pixels"
+        f"written: {out} ({mib:.1f} MiB), step {trained.step}, for images of {size} x {size} pixels"
     )
 
 
 if __name__ == "__main__":
-    build.define_flags()
-    flags.DEFINE_string("out", None, "file to write", required=True)
-    flags.DEFINE_enum("format", "safetensors", ["safetensors", "stablehlo"], "what to write")
-    app.run(main, flags_parser=config_lib.parse_flags)
+    trained_network.define_flags()
+    flags.DEFINE_string("out", None, "The file to write.", required=True)
+    flags.DEFINE_enum(
+        "format", "safetensors", ["safetensors", "stablehlo"], "The format of the file."
+    )
+    app.run(main, flags_parser=command.parse_flags)

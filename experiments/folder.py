@@ -1,19 +1,18 @@
-"""Ranked List Loss on anyone's own pictures.
+"""Trains on your own images.
 
     python -m experiments.folder --data_dir=DIR
     python -m experiments.folder --data_dir=DIR --index=TABLE.csv
 
-DIR has a folder of images for each class: a share of the classes (--test_share, drawn by --split_seed) is searched, the others train.
-Or DIR has train/ and test/ with such folders. Or a table names the images: path (from DIR), label and, by option, split (train and test;
-or train, query and gallery).
+DIR has a folder of images for each class. A share of the classes (--test_share, drawn by
+--split_seed) is searched, the others train. Or DIR has train/ and test/ with such folders. Or a
+table names the images by the columns path (from DIR), label and optionally split: train and test,
+or train, query and gallery.
 """
 
 from absl import app
 
-from experiments.engine import config, train_loop
+from experiments.engine import command, flags, train_loop
 
 if __name__ == "__main__":
-    config.define_flags(
-        dataset="folder", workdir="runs/folder", backbone="resnet50", image_size=224
-    )
-    app.run(train_loop.main, flags_parser=config.parse_flags)
+    flags.define(dataset="folder", workdir="runs/folder", backbone="resnet50", image_size=224)
+    app.run(train_loop.main, flags_parser=command.parse_flags)

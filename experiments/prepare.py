@@ -1,83 +1,102 @@
-"""A data set's published files, or a folder of pictures, written once into ArrayRecord files that are read by random access.
+"""Writes a dataset into ArrayRecord files, once.
 
     python -m experiments.prepare --dataset=sop --source=DIR
     python -m experiments.prepare --dataset=cub --source=CUB_200_2011.tgz --unpack
     python -m experiments.prepare --dataset=folder --source=DIR --data_dir=OUT
 
-Writes --data_dir/prepared_NAME, by default in the folder of the source. A benchmark's experiment takes that --data_dir, and does the
-same by itself when it holds the unpacked files; folders of one's own need no preparing, and --data_dir=OUT/prepared_folder reads one.
+Writes --data_dir/prepared_NAME, by default in the folder of the source. A benchmark's command takes
+that --data_dir, and prepares unpacked files by itself. A folder of your own needs no preparing;
+--data_dir=OUT/prepared_folder reads a prepared one.
 """
 
-import dataclasses
 import pathlib
+from typing import Any
 
-from absl import app, flags
+from absl import app
+from absl import flags as absl_flags
 from etils import epath
 
-from experiments.engine import config as config_lib
-from experiments.engine import datasets
+from experiments.engine import command, datasets, flags
 from rll_jax.data import archives, benchmarks
 
 
 def _unpack(source: pathlib.Path) -> pathlib.Path:
-    """Unpacks an archive, or those in a folder, where they lie; the folder."""
+    """Unpacks an archive, or those of a folder, beside them; returns the dataset's folder."""
     folder = source.parent if source.is_file() else source
-    packed = (
-        [source]
-        if source.is_file()
-        else sorted(
-            p for p in folder.rglob("*") if p.name.endswith(benchmarks.ARCHIVES) and p.is_file()
-        )
-    )
+    packed = [source]
+    if not source.is_file():
+        found = sorted(folder.rglob("*"))
+        packed = [
+            path for path in found if path.name.endswith(benchmarks.ARCHIVES) and path.is_file()
+        ]
     if not packed:
         raise ValueError(
             f"--source={source}: no archives ({', '.join(benchmarks.ARCHIVES)}) in it to --unpack"
         )
     for archive in packed:
-        tops = archives.unpack(archive, archive.parent)
-        print(f"unpacked: {', '.join(map(str, tops))}")
-    # what lay in an archive alone is the set; a folder of archives is one as a whole
-    return tops[0] if source.is_file() and len(tops) == 1 and tops[0].is_dir() else folder
+        unpacked = archives.unpack(archive, archive.parent)
+        print(f"unpacked: {', '.join(map(str, unpacked))}")
+    # The single folder of a single archive is the dataset; archives of a folder are one together.
+    if source.is_file() and len(unpacked) == 1 and unpacked[0].is_dir():
+        return unpacked[0]
+    return folder
 
 
-def main(_):
-    options = flags.FLAGS
-    with config_lib.mistakes_in_one_line(), datasets.in_one_line(options.source, options.index):
-        names = [name for name in datasets.SOURCES if name != "emoji"]
+def _check_places(options: absl_flags.FlagValues) -> None:
+    """Raises ValueError where files would be written to an object store."""
+    remote_source = benchmarks.is_remote(options.source)
+    writes_there = remote_source and (options.unpack or not options.data_dir)
+    if benchmarks.is_remote(options.data_dir) or writes_there:
+        raise ValueError(
+            f"--source={options.source} --data_dir={options.data_dir}: datasets are prepared in a "
+            "local --data_dir, and archives unpacked in a local --source"
+        )
+
+
+def _source(options: absl_flags.FlagValues) -> Any:
+    remote = benchmarks.is_remote(options.source)
+    source = epath.Path(options.source) if remote else pathlib.Path(options.source)
+    if source.is_file() and not options.unpack:
+        raise ValueError(f"--source={source} is a file: --unpack unpacks an archive beside it")
+    if not source.exists():
+        raise ValueError(f"--source={source}: no such file or folder")
+    return source
+
+
+def main(_: Any) -> None:
+    """Runs the command."""
+    options = absl_flags.FLAGS
+    with command.user_errors(), datasets.store_errors(options.source, options.index):
+        names = [name for name in datasets.DATASETS if name != "emoji"]
         if options.dataset not in names:
             raise ValueError(f"--dataset={options.dataset}: expected one of {', '.join(names)}")
-        if (
-            benchmarks.is_remote(options.data_dir)
-            or benchmarks.is_remote(options.source)
-            and (options.unpack or not options.data_dir)
-        ):
-            raise ValueError(
-                f"--source={options.source} --data_dir={options.data_dir}: sets are prepared in a local --data_dir, and archives unpacked in a local --source"
-            )
-        source = (epath if benchmarks.is_remote(options.source) else pathlib).Path(options.source)
-        if source.is_file() and not options.unpack:
-            raise ValueError(f"--source={source} is a file: --unpack unpacks an archive beside it")
-        if not source.exists():
-            raise ValueError(f"--source={source}: no such file or folder")
-        out = datasets.prepared_in(
-            options.data_dir or (source.parent if source.is_file() else source), options.dataset
-        )
+        _check_places(options)
+        source = _source(options)
+        parent = options.data_dir or (source.parent if source.is_file() else source)
+        out = datasets.array_records_folder(parent, options.dataset)
         if out.exists():
-            raise ValueError(f"{out} is there already: remove it, or give another --data_dir")
-        folder = _unpack(source) if options.unpack else source
-        config = dataclasses.replace(config_lib.from_flags(), data_dir=str(folder))
-        root, rows = datasets.listing(config)
-        datasets.prepare(root, rows, out, config)
+            raise ValueError(f"{out} exists already: remove it, or give another --data_dir")
+        folder = str(_unpack(source) if options.unpack else source)
+        config = flags.config_from_flags().replace(data_dir=folder)
+        listing = datasets.list_images(config.data, folder)
+        datasets.write_array_records(listing, out, config.data, config.runtime)
+    classes = len({row.label for row in listing.rows})
+    data_dir = out if options.dataset == "folder" else out.parent
     print(
-        f"written: {out}: {len(rows)} images of {len({row.label for row in rows})} classes; now --data_dir={out if options.dataset == 'folder' else out.parent}"
+        f"written: {out}: {len(listing.rows)} images of {classes} classes; now "
+        f"--data_dir={data_dir}"
     )
 
 
 if __name__ == "__main__":
-    config_lib.define_flags(
+    flags.define(
         dataset="",
         only=("dataset", "data_dir", "index", "test_share", "split_seed", "on_bad_image"),
     )
-    flags.DEFINE_string("source", None, "folder of the files, or an archive", required=True)
-    flags.DEFINE_bool("unpack", False, "unpack the archive, or those in the folder, where they lie")
-    app.run(main, flags_parser=config_lib.parse_flags)
+    absl_flags.DEFINE_string(
+        "source", None, "The folder of the dataset's files, or an archive.", required=True
+    )
+    absl_flags.DEFINE_bool(
+        "unpack", False, "Unpack the archive, or the archives of the folder, beside them."
+    )
+    app.run(main, flags_parser=command.parse_flags)

@@ -1,89 +1,98 @@
-"""The images of a folder nearest to one or more others, by a trained network, printed and as a page of pictures.
+"""Finds the images of a folder nearest to one or more others, by a trained network.
 
     python -m experiments.search --workdir=runs/emoji --images=DIR --query=FILE_OR_DIR
 
-The first use embeds the folder and keeps the index in the workdir; later ones embed what changed.
+Prints them and writes a page of images. The first use embeds the folder and keeps the index in the
+workdir; later uses embed what changed.
 """
 
 import html
 import pathlib
 import sys
+from typing import Any
 
 from absl import app, flags
+import numpy as np
 
-from experiments import embed
-from experiments.engine import build, embedding_index, html_page
-from experiments.engine import config as config_lib
+from experiments.engine import command, embedding_index, html_page, trained_network
+from experiments.engine.embedding_index import Index
 from rll_jax import metrics
-from rll_jax.data import images
+from rll_jax.data import files, images
 
 
-def _page(root, queries, index, rows, similarities) -> str:
+def _page(
+    root: pathlib.Path,
+    queries: list[pathlib.Path],
+    index: Index,
+    rows: np.ndarray,
+    similarities: np.ndarray,
+) -> str:
     lines = []
-    for query, near, values in zip(queries, rows, similarities):
-        cells = [
-            html_page.picture(images.decode(query.read_bytes(), str(query)), str(query), "query")
-        ]
-        for row, value in zip(near, values):
-            path = root / index.files[row]
-            cells.append(
-                html_page.picture(
-                    images.decode(path.read_bytes(), str(path)), f"{index.files[row]} {value:.3f}"
-                )
-            )
-        lines.append(html_page.row(cells))
-    return (
-        f"<h1>Nearest images</h1><p>A query, then the images of {html.escape(str(root))} nearest to it.</p>"
-        + "".join(lines)
-    )
+    for query, nearest, values in zip(queries, rows, similarities, strict=True):
+        cells = [_thumbnail(query, str(query), "query")]
+        for row, value in zip(nearest, values, strict=True):
+            name = index.files[row]
+            cells.append(_thumbnail(root / name, f"{name} {value:.3f}"))
+        lines.append(html_page.image_row(cells))
+    about = f"A query, then the images of {html.escape(str(root))} nearest to it."
+    body = f"<h1>Nearest images</h1><p>{about}</p>{''.join(lines)}"
+    return html_page.page("Nearest images", body)
 
 
-def main(_):
+def _thumbnail(path: pathlib.Path, name: str, kind: str = "") -> str:
+    return html_page.thumbnail(images.decode(path.read_bytes(), str(path)), name, kind)
+
+
+def _query_paths(query: pathlib.Path) -> list[pathlib.Path]:
+    if not query.is_dir():
+        return [query]
+    return [query / name for name in embedding_index.image_names(query)]
+
+
+def main(_: Any) -> None:
+    """Runs the command."""
     options = flags.FLAGS
-    with config_lib.mistakes_in_one_line():
+    with command.user_errors():
         if options.k < 1:
             raise ValueError(f"--k={options.k}: expected at least 1")
         out = pathlib.Path(options.out or pathlib.Path(options.workdir) / "search.html")
         if options.out:
-            config_lib.check_free("out", out)
+            command.check_free("out", out)
         root, query = pathlib.Path(options.images), pathlib.Path(options.query)
         if not query.exists():
             raise ValueError(f"--query={query}: no such file or folder")
-        trained = build.load(options.workdir, options.step, options.best)
-        paths = (
-            [query / name for name in embedding_index.names(query)] if query.is_dir() else [query]
-        )
+        trained = trained_network.load_from_flags()
+        paths = _query_paths(query)
         embeddings, readable = embedding_index.embed_files(paths, trained.embed)
         if not readable.any():
             raise ValueError(f"--query={query}: cannot be read as an image")
         index = embedding_index.update(options.workdir, trained, options.images)
-        queries = [path for path, ok in zip(paths, readable) if ok]
-        rows, similarities = metrics.nearest(
-            embeddings[readable], index.embeddings, min(options.k, len(index.files))
-        )
-        for path, near, values in zip(queries, rows, similarities):
+        queries = [path for path, ok in zip(paths, readable, strict=True) if ok]
+        k = min(options.k, len(index.files))
+        rows, similarities = metrics.nearest(embeddings[readable], index.embeddings, k)
+        for path, nearest, values in zip(queries, rows, similarities, strict=True):
             print(f"{path}")
-            for row, value in zip(near, values):
+            for row, value in zip(nearest, values, strict=True):
                 print(f"  {value:.3f}  {root / index.files[row]}")
-        text = html_page.whole("Nearest images", _page(root, queries, index, rows, similarities))
-        with config_lib.written_whole(out) as aside:
-            aside.write_text(text, encoding="utf-8", errors="replace")
+        page = _page(root, queries, index, rows, similarities)
+        with files.atomic_write(out) as temporary:
+            temporary.write_text(page, encoding="utf-8", errors="replace")
     print(
-        f"page: {out}  ({len(index.files)} images in the index, {index.embedded} of them embedded now)"
+        f"page: {out}  ({len(index.files)} images in the index, {index.num_embedded} of them "
+        "embedded now)"
     )
-    sys.exit(
-        embed.tell_unreadable(
-            index.unreadable + [str(p) for p, ok in zip(paths, readable) if not ok]
-        )
-    )
+    unreadable = [str(path) for path, ok in zip(paths, readable, strict=True) if not ok]
+    sys.exit(embedding_index.print_unreadable([*index.unreadable, *unreadable]))
 
 
 if __name__ == "__main__":
-    build.define_flags()
-    flags.DEFINE_string("images", None, "folder of images, its folders too", required=True)
-    flags.DEFINE_string("query", None, "image, or a folder of them", required=True)
-    flags.DEFINE_integer("k", 10, "how many of the nearest to show")
+    trained_network.define_flags()
     flags.DEFINE_string(
-        "out", "", "page to write; by default search.html in the workdir, written anew"
+        "images", None, "The folder of images, with all folders in it.", required=True
     )
-    app.run(main, flags_parser=config_lib.parse_flags)
+    flags.DEFINE_string("query", None, "An image, or a folder of images.", required=True)
+    flags.DEFINE_integer("k", 10, "The number of nearest images to show for each query.")
+    flags.DEFINE_string(
+        "out", "", "The page to write. Empty: search.html in the workdir, which is overwritten."
+    )
+    app.run(main, flags_parser=command.parse_flags)

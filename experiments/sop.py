@@ -1,14 +1,15 @@
-"""Ranked List Loss on Stanford Online Products (Song et al. 2016): 11,318 classes train, 11,316 others are searched.
+"""Trains on Stanford Online Products (Song et al. 2016).
 
     python -m experiments.sop --flagfile=experiments/flagfiles/sop_2020.flags --data_dir=DIR
 
-DIR holds the published archive, unpacked: Stanford_Online_Products/ with Ebay_train.txt, Ebay_test.txt and the images.
+11,318 classes train, 11,316 others are searched. DIR holds the published archive, unpacked:
+Stanford_Online_Products/ with Ebay_train.txt, Ebay_test.txt and the images.
 """
 
 from absl import app
 
-from experiments.engine import config, train_loop
+from experiments.engine import command, flags, train_loop
 
 if __name__ == "__main__":
-    config.define_flags(dataset="sop", workdir="runs/sop", backbone="resnet50", image_size=224)
-    app.run(train_loop.main, flags_parser=config.parse_flags)
+    flags.define(dataset="sop", workdir="runs/sop", backbone="resnet50", image_size=224)
+    app.run(train_loop.main, flags_parser=command.parse_flags)

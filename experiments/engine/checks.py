@@ -1,208 +1,222 @@
-"""Everything about a run that can be refused, checked before anything is written but a benchmark's prepared files."""
+"""Checks a run before it begins. Nothing is written before, but a benchmark's prepared files."""
 
-import dataclasses
 import hashlib
 import json
 import pathlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from experiments.engine import build, datasets, network_inputs
+from experiments.engine import (
+    augmentation,
+    batches,
+    datasets,
+    network_inputs,
+    pretrained,
+    processes,
+)
 from experiments.engine import config as config_lib
-from rll_jax.data import cache, image_dataset, sampler
-from rll_jax.data.benchmarks import is_remote
-from rll_jax.training import devices as devices_lib
+from experiments.engine.config import Config
+from experiments.engine.datasets import DataOptions, Splits
+from experiments.engine.runtime import RuntimeOptions
+from rll_jax import typing
+from rll_jax.data import benchmarks, cache, image_dataset
+from rll_jax.data.image_dataset import EncodedImageDataset
+from rll_jax.training import devices
 
 
-class Setup(NamedTuple):
+class CheckedRun(NamedTuple):
     """A run that can begin.
 
     Attributes:
-      runner: of `rll_jax.training.devices`.
-      splits: {"train": ..., "test": ...}.
-      batches: the sampler.
-      published: the weights to start from, by their published names, or None.
-      left_out: what is wrong with the pictures that were left out.
+      config: its options.
+      workdir: its folder.
+      runner: the devices.
+      splits: {"train": ..., "test": ...}, without their bad images.
+      sampler: the sampler of the training batches.
+      starting_weights: {published name: array} of --pretrained or --init_from, or None.
+      skipped_images: a line for each image that was skipped.
     """
 
-    config: config_lib.Config
+    config: Config
     workdir: pathlib.Path
-    runner: devices_lib.Runner
-    splits: dict[str, image_dataset.EncodedImageDataset]
-    batches: Any
-    published: dict[str, np.ndarray] | None
-    left_out: list[str]
+    runner: devices.Runner
+    splits: Splits
+    sampler: typing.Sampler
+    starting_weights: dict[str, np.ndarray] | None
+    skipped_images: list[str]
 
 
-def prepare(config) -> Setup:
-    """Raises ValueError where the options, the data or the workdir are at fault."""
-    workdir = pathlib.Path(config.workdir)
+def check_run(config: Config) -> CheckedRun:
+    """Checks a run and opens what it needs.
+
+    Raises:
+      ValueError: the options, the data or the workdir are at fault.
+    """
+    workdir = pathlib.Path(config.runtime.workdir)
     _check_workdir(workdir, config)
-    runner = devices_lib.make_runner(config.parallel)
-    batch_size = config.classes_per_batch * config.images_per_class
-    if batch_size % runner.num_devices:
-        raise ValueError(
-            f"a batch of {config.classes_per_batch} classes x {config.images_per_class} images = {batch_size} images "
-            f"cannot be shared by {runner.num_devices} devices: change --classes_per_batch or --images_per_class"
-        )
-    if config.embed_chunk and batch_size // runner.num_devices % config.embed_chunk:
-        raise ValueError(
-            f"--embed_chunk={config.embed_chunk} does not divide the {batch_size // runner.num_devices} images of each device"
-        )
-    if config.frozen_views and (not config.data_dir or is_remote(config.data_dir)):
-        raise ValueError(
-            f"--frozen_views={config.frozen_views} writes into --data_dir, a local folder, and it is {config.data_dir!r}: use a local copy"
-        )
-    if config.memory_size and (
-        config.memory_size < batch_size or config.memory_size % runner.num_devices
-    ):
-        raise ValueError(
-            f"--memory_size={config.memory_size}: expected 0, or a multiple of the {runner.num_devices} devices and at least the {batch_size} images of a batch"
-        )
-    begun = any(
-        path.name.isdigit() for path in (workdir / "checkpoints").glob("*")
-    )  # then its own weights are
-    published = (
-        build.read_pretrained(config)
-        if (config.pretrained or config.init_from) and not begun
-        else None
-    )
-    if jax.process_index():  # the first process prepares files; the others find them
-        multihost_utils.sync_global_devices("data")
-    splits, left_out = datasets.open_usable(config)
-    if not jax.process_index():
-        multihost_utils.sync_global_devices("data")
-        for split, data in splits.items():
-            print(
-                f"{split}: {len(data)} images of {len(np.unique(data.labels))} classes", flush=True
-            )
-        if left_out:
-            print(f"{len(left_out)} images are left out, such as {left_out[0]}", flush=True)
+    runner = devices.make_runner(config.devices.parallel)
+    config.batches.check_devices(runner.num_devices, config.devices.embed_chunk)
+    _check_memory(config, runner.num_devices)
+    _check_frozen_views(config)
+    # A run that is resumed has its own weights.
+    resumed = any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+    starting_weights = None if resumed else pretrained.read_starting_weights(config)
+    splits, skipped_images = _open_in_turn(config)
     image_dataset.check_splits(splits["train"], splits["test"])
     if len(splits["test"]) < jax.process_count():
         raise ValueError(
             f"{len(splits['test'])} test images are fewer than the {jax.process_count()} processes"
         )
     check_same_data(workdir, splits)
-    batches = _sampler(splits["train"], config, runner.num_devices)
-    datasets.views(config).train(config.image_size)  # may lack a package
-    splits = cached(splits, config)
-    if config.frozen_views:
-        network_inputs.check_room(splits, config)
-    multihost_utils.sync_global_devices(
-        "checked"
-    )  # before any writes into a workdir that others look at
-    return Setup(config, workdir, runner, splits, batches, published, left_out)
+    sampler = batches.make_sampler(
+        config.batches, splits["train"], config.schedule.seed, config.data.dataset
+    )
+    # A view may need a package that is not installed.
+    augmentation.VIEWS[config.data.augmentation].train(config.data.image_size)
+    splits = cached_splits(splits, config.data, config.runtime)
+    if config.network.frozen_views:
+        network_inputs.check_room(config, splits)
+    # Other processes look at the workdir until here: no process writes into it earlier.
+    multihost_utils.sync_global_devices("checked")
+    return CheckedRun(config, workdir, runner, splits, sampler, starting_weights, skipped_images)
 
 
-def fingerprint(data: image_dataset.EncodedImageDataset) -> str:
-    """Of which images of which classes a set holds."""
-    digest = hashlib.sha256("\n".join(data.paths.tolist()).encode(errors="surrogateescape"))
-    for column in (data.labels, data.in_gallery):
-        digest.update(b"" if column is None else np.ascontiguousarray(column))
-    return digest.hexdigest()[:16]
-
-
-def check_same_data(workdir, splits) -> None:
-    """Raises ValueError where the run in the workdir had other images: classes of its training might be searched now."""
-    saved = workdir / "data.json"
-    if saved.exists():
-        try:
-            before = json.loads(saved.read_text())
-        except ValueError:
-            raise ValueError(
-                f"{saved} is damaged: remove it if the images are those that the run began with"
+def _open_in_turn(config: Config) -> tuple[Splits, list[str]]:
+    """Opens the datasets; the first process prepares files, and the others find them."""
+    if not processes.is_first():
+        multihost_utils.sync_global_devices("data")
+    splits, skipped_images = datasets.open_usable(config.data, config.runtime)
+    if processes.is_first():
+        multihost_utils.sync_global_devices("data")
+        for split, data in splits.items():
+            classes = len(np.unique(data.labels))
+            print(f"{split}: {len(data)} images of {classes} classes", flush=True)
+        if skipped_images:
+            print(
+                f"{len(skipped_images)} images are skipped, such as {skipped_images[0]}",
+                flush=True,
             )
-        differing = [
-            split for split, data in splits.items() if before.get(split) != fingerprint(data)
-        ]
-        if differing:
-            raise ValueError(
-                f"--workdir={workdir} holds a run on other images: its {' and '.join(differing)} images or their classes have changed; "
-                "choose another --workdir, or bring them back"
-            )
+    return splits, skipped_images
 
 
-def _check_workdir(workdir: pathlib.Path, config) -> None:
+def _check_memory(config: Config, num_devices: int) -> None:
+    size, batch_size = config.loss.memory_size, config.batches.batch_size
+    if size and (size < batch_size or size % num_devices):
+        raise ValueError(
+            f"--memory_size={size}: expected 0, or a multiple of the {num_devices} devices and at "
+            f"least the {batch_size} images of a batch"
+        )
+
+
+def _check_frozen_views(config: Config) -> None:
+    views, data_dir = config.network.frozen_views, config.runtime.data_dir
+    if views and (not data_dir or benchmarks.is_remote(data_dir)):
+        raise ValueError(
+            f"--frozen_views={views} writes into --data_dir, a local folder, and it is "
+            f"{data_dir!r}: use a local copy"
+        )
+
+
+def _check_workdir(workdir: pathlib.Path, config: Config) -> None:
     """Raises ValueError unless the workdir is local, and free or holds this very run."""
-    if is_remote(config.workdir):
-        raise ValueError(f"--workdir={config.workdir}: expected a local folder")
+    if benchmarks.is_remote(config.runtime.workdir):
+        raise ValueError(f"--workdir={config.runtime.workdir}: expected a local folder")
     saved = workdir / "flags.txt"
     if not saved.exists():
-        if workdir.exists() and (
-            not workdir.is_dir() or any(not path.name.startswith(".") for path in workdir.iterdir())
-        ):
+        if workdir.exists() and (not workdir.is_dir() or _has_files(workdir)):
             raise ValueError(
                 f"--workdir={workdir} is in use and holds no run to resume: choose another folder"
             )
         return
-    before = config_lib.from_flagfile(saved)
-    differing = [
-        f"--{field.name}={getattr(before, field.name)} there, {getattr(config, field.name)} here"
-        for field in dataclasses.fields(config)
-        if getattr(before, field.name) != getattr(config, field.name)
-        and field.name not in config_lib.FREE_TO_CHANGE
-    ]
-    if differing:
+    if differing := config_lib.differences(config_lib.from_flagfile(saved), config):
         raise ValueError(
-            f"--workdir={workdir} holds another run ({'; '.join(differing)}): choose another --workdir, and --init_from={workdir} to start from its weights"
+            f"--workdir={workdir} holds another run ({'; '.join(differing)}): choose another "
+            f"--workdir, and --init_from={workdir} to start from its weights"
         )
 
 
-def _sampler(data, config, devices: int):
-    if config.class_on_one_device and config.classes_per_batch % devices:
+def _has_files(folder: pathlib.Path) -> bool:
+    return any(not path.name.startswith(".") for path in folder.iterdir())
+
+
+def data_digests(splits: Splits) -> dict[str, str]:
+    """Returns {split: a digest of its images' paths, classes and roles}, for data.json."""
+    return {split: _data_digest(data) for split, data in splits.items()}
+
+
+def _data_digest(data: EncodedImageDataset) -> str:
+    digest = hashlib.sha256("\n".join(data.paths.tolist()).encode(errors="surrogateescape"))
+    for column in (data.labels, data.in_gallery):
+        if column is not None:
+            digest.update(np.ascontiguousarray(column).data)
+    return digest.hexdigest()[:16]
+
+
+def check_same_data(workdir: pathlib.Path, splits: Splits) -> None:
+    """Raises ValueError where the run in the workdir had other images.
+
+    Classes that it trained on might be searched now.
+    """
+    saved = workdir / "data.json"
+    if not saved.exists():
+        return
+    try:
+        before = json.loads(saved.read_text())
+    except ValueError:
         raise ValueError(
-            f"--class_on_one_device: {config.classes_per_batch} classes cannot be shared by {devices} devices: change --classes_per_batch"
+            f"{saved} is damaged: remove it if the images are those that the run began with"
+        ) from None
+    now = data_digests(splits)
+    if differing := [split for split in splits if before.get(split) != now[split]]:
+        raise ValueError(
+            f"--workdir={workdir} holds a run on other images: its {' and '.join(differing)} "
+            "images or their classes have changed; choose another --workdir, or bring them back"
         )
-    classes, each, seed = config.classes_per_batch, config.images_per_class, config.seed
-    if config.sampling == "shuffle":
-        return sampler.ShuffleSampler(data.labels, classes * each, config.min_positives, seed)
-    if config.sampling == "hierarchical":
-        if data.super_labels is None:
-            raise ValueError(f"--sampling=hierarchical: {config.dataset} has no super classes")
-        return sampler.HierarchicalSampler(
-            data.labels, data.super_labels, classes, each, config.super_classes_per_batch, seed
-        )
-    return sampler.ClassSampler(data.labels, classes, each, seed)
 
 
-def cached(splits: dict, config) -> dict:
-    """The sets as --cache has them; what that takes is told first.
+def cached_splits(splits: Splits, data: DataOptions, runtime: RuntimeOptions) -> Splits:
+    """Returns the datasets as --cache keeps them, and first prints what the cache takes.
 
     Raises:
-      ValueError: it cannot be, or there is not so much memory or space (how much).
+      ValueError: they cannot be cached, or there is not so much memory or room (how much).
     """
-    if config.cache == "none":
+    if data.cache == "none":
         return splits
-    if datasets.augment(config) == "border_crop":
+    _check_cache(data, runtime)
+    short_side = augmentation.resized_side(data.image_size)
+    need = sum(cache.estimated_bytes(part, short_side) for part in splits.values())
+    images = sum(map(len, splits.values()))
+    where = "in memory" if data.cache == "memory" else "on disk"
+    print(f"cache: about {need / 2**20:,.0f} MiB {where} for {images} images", flush=True)
+    if data.cache == "disk":
+        return {
+            split: cache.on_disk(part, short_side, runtime.data_dir, split)
+            for split, part in splits.items()
+        }
+    if need > (free := cache.free_memory()):
         raise ValueError(
-            "--cache keeps shrunk pictures, in which a border is no longer what --augment=border_crop cuts: leave one of them out"
+            f"--cache=memory would take {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: "
+            "use --cache=disk or none"
         )
-    if config.cache == "memory" and config.worker_processes:
+    return {split: cache.in_memory(part, short_side) for split, part in splits.items()}
+
+
+def _check_cache(data: DataOptions, runtime: RuntimeOptions) -> None:
+    if data.augmentation == "border_crop":
+        raise ValueError(
+            "--cache keeps shrunk images, in which a border is no longer what "
+            "--augment=border_crop cuts: leave one of them out"
+        )
+    if data.cache == "memory" and runtime.worker_processes:
         raise ValueError(
             "--cache=memory is of one process: use --cache=disk with --worker_processes"
         )
-    if config.cache == "disk" and (not config.data_dir or is_remote(config.data_dir)):
+    local = runtime.data_dir and not benchmarks.is_remote(runtime.data_dir)
+    if data.cache == "disk" and not local:
         raise ValueError(
-            f"--cache=disk is written into --data_dir, a local folder, and it is {config.data_dir!r}: use --cache=memory, or a local copy"
+            "--cache=disk is written into --data_dir, a local folder, and it is "
+            f"{runtime.data_dir!r}: use --cache=memory, or a local copy"
         )
-    short_side = datasets.cached_side(config.image_size)
-    need = {split: cache.estimated_bytes(data, short_side) for split, data in splits.items()}
-    where = "in memory" if config.cache == "memory" else "on disk"
-    print(
-        f"cache: about {sum(need.values()) / 2**20:,.0f} MiB {where} for {sum(map(len, splits.values()))} images",
-        flush=True,
-    )
-    if config.cache == "disk":
-        return {
-            split: cache.on_disk(data, short_side, config.data_dir, split)
-            for split, data in splits.items()
-        }
-    if sum(need.values()) > (free := cache.free_memory()):
-        raise ValueError(
-            f"--cache=memory would take {sum(need.values()) / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: use --cache=disk or none"
-        )
-    return {split: cache.in_memory(data, short_side) for split, data in splits.items()}

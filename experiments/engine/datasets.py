@@ -1,274 +1,362 @@
-"""The data set of a config, and how its pictures are looked at."""
+"""The datasets of the commands: their options, the table of their names, and opening them."""
 
+from collections.abc import Callable, Iterator
 import contextlib
-import functools
+import dataclasses
 import pathlib
 import sys
-from typing import Callable, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+from etils import epath
+
+from experiments.engine.augmentation import VIEWS
+from experiments.engine.options import Section, option
+from experiments.engine.runtime import RuntimeOptions
 from rll_jax.data import array_records, benchmarks, folders, image_dataset
-from rll_jax.data import views as views_lib
+from rll_jax.data.image_dataset import EncodedImageDataset
+
+Splits = dict[str, EncodedImageDataset]  # "train" and "test"
 
 _SHIPPED_EMOJI = pathlib.Path(__file__).parents[1] / "data" / "emoji"
-_RESIZE = 256 / 227  # the recipes resize to 256 and keep 227
-TFDS = "tfds:"
+_TFDS = "tfds:"
 
 
-class Source(NamedTuple):
-    """What is usual for a data set.
-
-    Attributes:
-      augment: of VIEWS, where the config names none.
-      ks: the K of Recall@K.
-    """
-
-    augment: str
-    ks: tuple[int, ...]
-
-
-SOURCES = {
-    "emoji": Source("affine", (1, 2, 4, 8)),
-    "sop": Source("random_resized_crop", (1, 10, 100, 1000)),
-    "cub": Source("random_resized_crop", (1, 2, 4, 8)),
-    "cars": Source("random_resized_crop", (1, 2, 4, 8)),
-    "inshop": Source("random_resized_crop", (1, 10, 20, 30, 40, 50)),
-    "folder": Source("random_resized_crop", (1, 2, 4, 8)),
-}
-_OF_TFDS = Source("random_resized_crop", (1, 2, 4, 8))
-
-
-class Views(NamedTuple):
-    """Two ways to look at a picture, each made for a size in pixels.
+class DatasetEntry(NamedTuple):
+    """What the commands know of a dataset.
 
     Attributes:
-      train: size -> (image, rng) -> (size, size, 3) uint8.
-      test: size -> image -> (size, size, 3) uint8.
+      open: opens the dataset from its options and `RuntimeOptions`.
+      ks: the K of Recall@K that its literature reports.
+      augment: the augmentation where --augment is empty, of `VIEWS`.
     """
 
-    train: Callable
-    test: Callable
+    open: Callable[["DataOptions", RuntimeOptions], Splits]
+    ks: tuple[int, ...] = (1, 2, 4, 8)
+    augment: str = "random_resized_crop"
 
 
-def _whole(size):
-    return functools.partial(views_lib.resize_center_crop, size=size, resize=size)
+@dataclasses.dataclass(frozen=True)
+class DataOptions(Section):
+    """Which images a run sees, and how it looks at them."""
+
+    title: ClassVar[str] = "Data"
+
+    dataset: str = option(
+        "emoji",
+        "The dataset: emoji, sop, cub, cars, inshop, folder, or tfds:NAME for a dataset of "
+        "tensorflow-datasets.",
+        main=True,
+    )
+    index: str = option(
+        "",
+        "A table of the images of --dataset=folder, .csv or .parquet, with the columns path, "
+        "label and optionally split and super_label. Empty: the folder's layout says it all.",
+    )
+    test_share: float = option(
+        0.5,
+        "The share of classes that is searched in --dataset=folder, 0.01 to 0.99, where neither "
+        "the folder nor the index has a split.",
+        low=0.01,
+        high=0.99,
+    )
+    split_seed: int = option(
+        0, "The seed that draws the classes of --test_share and --validation_share.", low=0
+    )
+    validation_share: float = option(
+        0.0,
+        "The share of the training classes to search instead of the test classes, 0 to 0.9. Choose "
+        "options with it: the test classes are then not read. 0 searches the test classes.",
+        low=0,
+        high=0.9,
+    )
+    image_key: str = option("image", "The feature that holds the image in --dataset=tfds:NAME.")
+    label_key: str = option(
+        "",
+        "The feature that holds the class in --dataset=tfds:NAME. Empty: label or class_id.",
+    )
+    augment: str = option(
+        "",
+        "The augmentation of training images and the test view that goes with it. Empty: what is "
+        "usual for the dataset.",
+        choices=("", *VIEWS),
+    )
+    class_augment: bool = option(
+        False,
+        "Mirror, turn and recolour all images of a class in a batch alike, so that the class "
+        "looks like a new one.",
+    )
+    image_size: int = option(
+        32, "The side of the square images that the network sees, in pixels.", low=8, main=True
+    )
+    cache: str = option(
+        "none",
+        "Keep decoded images, shrunk to what the views need: in memory, on disk in --data_dir, or "
+        "not at all.",
+        choices=("none", "memory", "disk"),
+    )
+    on_bad_image: str = option(
+        "stop",
+        "What to do about bad images found before the first step: stop the run, or skip them and "
+        "list them in bad_images.txt.",
+        choices=("stop", "skip"),
+    )
+
+    def check(self) -> None:
+        """See `Section.check`."""
+        known = self.dataset in DATASETS or self.dataset.removeprefix(_TFDS) not in (
+            "",
+            self.dataset,
+        )
+        if not known:
+            raise ValueError(
+                f"--dataset={self.dataset}: expected {', '.join(DATASETS)} or {_TFDS}NAME"
+            )
+        if self.index and self.dataset != "folder":
+            raise ValueError(f"--index={self.index} goes with --dataset=folder, not {self.dataset}")
+
+    @property
+    def entry(self) -> DatasetEntry:
+        """The dataset's entry in `DATASETS`."""
+        return DATASETS.get(self.dataset, _TFDS_ENTRY)
+
+    @property
+    def augmentation(self) -> str:
+        """--augment, or what is usual for the dataset."""
+        return self.augment or self.entry.augment
 
 
-def _centre(size):
-    return functools.partial(views_lib.resize_center_crop, size=size, resize=_resize(size))
+# ---- Opening
 
 
-def _resize(size):
-    return round(size * _RESIZE)
+def _open_emoji(data: DataOptions, runtime: RuntimeOptions) -> Splits:
+    _refuse_remote(data, runtime)
+    # Nothing is written beside the shipped files.
+    return array_records.open_dataset(
+        runtime.data_dir or _SHIPPED_EMOJI, keep_index=bool(runtime.data_dir)
+    )
 
 
-def cached_side(size: int) -> int:
-    """The short side of pictures kept by --cache, that of the recipes' resized ones."""
-    return _resize(size)
+def _open_tfds(data: DataOptions, runtime: RuntimeOptions) -> Splits:
+    _refuse_remote(data, runtime)
+    name = data.dataset.removeprefix(_TFDS)
+    return array_records.open_tfds(name, runtime.data_dir, data.image_key, data.label_key)
 
 
-VIEWS = {
-    "affine": Views(views_lib.RandomAffine, _whole),
-    "random_resized_crop": Views(views_lib.RandomResizedCrop, _centre),
-    "resize_crop": Views(lambda size: views_lib.ResizeCrop(size, _resize(size)), _centre),
-    "border_crop": Views(
-        lambda size: views_lib.BorderCrop(size, _resize(size)),
-        lambda size: functools.partial(views_lib.border_center_crop, size=size, fit=_resize(size)),
-    ),
-    "colour_jitter": Views(
-        lambda size: views_lib.Jittered(views_lib.RandomResizedCrop(size), strong=False), _centre
-    ),
-    "rand_augment": Views(
-        lambda size: views_lib.Jittered(views_lib.RandomResizedCrop(size), strong=True), _centre
-    ),
+def _open_benchmark(data: DataOptions, runtime: RuntimeOptions) -> Splits:
+    """Opens a benchmark's ArrayRecord files, which are written on first use."""
+    _refuse_remote(data, runtime)
+    folder = array_records_folder(_needed_data_dir(data, runtime), data.dataset)
+    if not folder.exists():
+        write_array_records(list_images(data, runtime.data_dir), folder, data, runtime)
+        return array_records.open_dataset(folder)
+    splits = array_records.open_dataset(folder)
+    _print_differences(data.dataset, _rows(splits))
+    return splits
+
+
+def _open_folder(data: DataOptions, runtime: RuntimeOptions) -> Splits:
+    """Opens a user's folder in place, or the ArrayRecord files that `prepare` made of one."""
+    data_dir = _needed_data_dir(data, runtime)
+    prepared = pathlib.Path(data_dir) / "dataset_info.json"
+    if benchmarks.is_remote(data_dir) or not prepared.exists():
+        return image_dataset.from_rows(*list_images(data, data_dir))
+    if data.index or (data.test_share, data.split_seed) != (0.5, 0):
+        raise ValueError(
+            f"--data_dir={data_dir} was prepared with its own split: --index, --test_share and "
+            "--split_seed go with the folder"
+        )
+    return array_records.open_dataset(data_dir)
+
+
+DATASETS = {
+    "emoji": DatasetEntry(_open_emoji, augment="affine"),
+    "sop": DatasetEntry(_open_benchmark, ks=(1, 10, 100, 1000)),
+    "cub": DatasetEntry(_open_benchmark),
+    "cars": DatasetEntry(_open_benchmark),
+    "inshop": DatasetEntry(_open_benchmark, ks=(1, 10, 20, 30, 40, 50)),
+    "folder": DatasetEntry(_open_folder),
 }
+_TFDS_ENTRY = DatasetEntry(_open_tfds)
 
 
-def is_known(dataset: str) -> bool:
-    return dataset in SOURCES or dataset.startswith(TFDS) and len(dataset) > len(TFDS)
-
-
-def find(dataset: str) -> Source:
-    return SOURCES.get(dataset, _OF_TFDS)
-
-
-def augment(config) -> str:
-    """Of VIEWS: what the config names, or what is usual for its set."""
-    return config.augment or find(config.dataset).augment
-
-
-def views(config) -> Views:
-    return VIEWS[augment(config)]
-
-
-def open_sets(config) -> dict[str, image_dataset.EncodedImageDataset]:
-    """{"train": ..., "test": ...}; a benchmark's published files are prepared on first use, in --data_dir.
+def open_datasets(data: DataOptions, runtime: RuntimeOptions) -> Splits:
+    """Returns {"train": ..., "test": ...}. A benchmark's files are prepared on first use.
 
     Raises:
-      ValueError: the set is not there, broken, or lacks pictures (unless --on_bad_image=skip); or an object store that cannot be reached,
-        or from which this set cannot be read.
+      ValueError: the dataset is absent or broken, or has bad images (unless --on_bad_image=skip);
+        or an object store cannot be reached, or this dataset cannot be read from one.
     """
-    with in_one_line(config.data_dir, config.index):
-        return _open(config)
-
-
-def _open(config) -> dict[str, image_dataset.EncodedImageDataset]:
-    if config.dataset != "folder" and benchmarks.is_remote(config.data_dir):
-        how = "copy it to a local folder"
-        if config.dataset in benchmarks.BENCHMARKS:
-            how = f"python -m experiments.prepare --dataset={config.dataset} --source={config.data_dir} --data_dir=DIR writes them, and --data_dir=DIR then trains"
-        raise ValueError(
-            f"--data_dir={config.data_dir}: prepared sets are read from local files: {how}"
-        )
-    if config.dataset.startswith(TFDS):
-        return array_records.open_tfds(
-            config.dataset.removeprefix(TFDS), config.data_dir, config.image_key, config.label_key
-        )
-    if config.dataset == "emoji":
-        # shipped: nothing is written beside it
-        return array_records.open_dataset(
-            config.data_dir or _SHIPPED_EMOJI, keep_index=bool(config.data_dir)
-        )
-    if not config.data_dir:
-        raise ValueError(f"--data_dir is needed for {config.dataset}: the folder of its pictures")
-    prepared = prepared_in(config.data_dir, config.dataset)
-    if (
-        config.dataset == "folder"
-    ):  # anyone's own folder is read where it is, what was made of it where it is named
-        if (
-            benchmarks.is_remote(config.data_dir)
-            or not (pathlib.Path(config.data_dir) / "dataset_info.json").exists()
-        ):
-            return image_dataset.from_rows(*listing(config))
-        if config.index or (config.test_share, config.split_seed) != (0.5, 0):
-            raise ValueError(
-                f"--data_dir={config.data_dir} was prepared with its own split: --index, --test_share and --split_seed go with the folder"
-            )
-        return array_records.open_dataset(config.data_dir)
-    if not prepared.exists():
-        prepare(*listing(config), prepared, config)
-        return array_records.open_dataset(prepared)
-    sets = array_records.open_dataset(prepared)
-    _tell_differences(config.dataset, _rows(sets))
-    return sets
+    with store_errors(runtime.data_dir, data.index):
+        return data.entry.open(data, runtime)
 
 
 @contextlib.contextmanager
-def in_one_line(*paths):
-    """Where one of the paths is of an object store, makes ValueErrors of what its client raises: not installed, no credentials, no network."""
+def store_errors(*paths: str) -> Iterator[None]:
+    """Turns what an object store's client raises into a ValueError, where a path is of one.
+
+    Clients raise their own kinds where a package is not installed, or without credentials or
+    network.
+    """
     try:
         yield
     except (ValueError, OSError):
         raise
     except Exception as error:
-        if not any(map(benchmarks.is_remote, paths)):
+        remote = [path for path in paths if benchmarks.is_remote(path)]
+        if not remote:
             raise
         raise ValueError(
-            f"cannot read {' or '.join(filter(benchmarks.is_remote, paths))}: {error or type(error).__name__}"
+            f"cannot read {' or '.join(remote)}: {error or type(error).__name__}"
         ) from error
 
 
-def prepared_in(data_dir, dataset: str) -> pathlib.Path:
-    return image_dataset.epath.Path(data_dir) / f"prepared_{dataset}"
+def _needed_data_dir(data: DataOptions, runtime: RuntimeOptions) -> str:
+    if not runtime.data_dir:
+        raise ValueError(f"--data_dir is needed for {data.dataset}: the folder of its images")
+    return runtime.data_dir
 
 
-def listing(config) -> benchmarks.Listing:
-    """The images of the files as they were published, or of a folder; differences from the published counts are told on stderr."""
-    if config.dataset == "folder":
-        if config.index:
-            return benchmarks.Listing(
-                config.data_dir,
-                folders.read_index(config.index, config.test_share, config.split_seed),
-            )
-        return benchmarks.Listing(
-            config.data_dir,
-            folders.class_folders(config.data_dir, config.test_share, config.split_seed),
+def _refuse_remote(data: DataOptions, runtime: RuntimeOptions) -> None:
+    if not benchmarks.is_remote(runtime.data_dir):
+        return
+    how = "copy it to a local folder"
+    if data.dataset in benchmarks.BENCHMARKS:
+        how = (
+            f"python -m experiments.prepare --dataset={data.dataset} --source={runtime.data_dir} "
+            "--data_dir=DIR writes them, and --data_dir=DIR then trains"
         )
-    found = benchmarks.read_listing(config.dataset, config.data_dir)
-    _tell_differences(config.dataset, found.rows)
-    return found
+    raise ValueError(
+        f"--data_dir={runtime.data_dir}: prepared datasets are read from local files: {how}"
+    )
 
 
-def _tell_differences(dataset: str, rows) -> None:
+# ---- Listing and preparing
+
+
+def array_records_folder(data_dir: str | pathlib.Path, dataset: str) -> epath.Path:
+    """Returns the folder in `data_dir` that holds a dataset's ArrayRecord files."""
+    return epath.Path(data_dir) / f"prepared_{dataset}"
+
+
+def list_images(data: DataOptions, data_dir: str) -> benchmarks.Listing:
+    """Lists the images of a benchmark's published files, or of a folder.
+
+    Differences from a benchmark's published counts are printed on stderr.
+    """
+    if data.dataset == "folder":
+        if data.index:
+            rows = folders.read_index(data.index, data.test_share, data.split_seed)
+        else:
+            rows = folders.class_folders(data_dir, data.test_share, data.split_seed)
+        return benchmarks.Listing(epath.Path(data_dir), rows)
+    listing = benchmarks.read_listing(data.dataset, data_dir)
+    _print_differences(data.dataset, listing.rows)
+    return listing
+
+
+def _print_differences(dataset: str, rows: list[benchmarks.Row]) -> None:
     for difference in benchmarks.differences(dataset, rows):
         print(f"note: {difference}", file=sys.stderr)
 
 
-def _rows(sets) -> list[benchmarks.Row]:
-    train, test = sets["train"], sets["test"]
-    roles = (
-        [benchmarks.TEST] * len(test)
-        if test.in_gallery is None
-        else [(benchmarks.QUERY, benchmarks.GALLERY)[int(g)] for g in test.in_gallery]
-    )
-    columns = zip(
-        [*train.paths, *test.paths],
-        [*train.labels, *test.labels],
-        [benchmarks.TRAIN] * len(train) + roles,
-    )
-    return [benchmarks.Row(*row) for row in columns]
+def _rows(splits: Splits) -> list[benchmarks.Row]:
+    train, test = splits["train"], splits["test"]
+    roles = [benchmarks.TEST] * len(test)
+    if test.in_gallery is not None:
+        roles = [benchmarks.GALLERY if row else benchmarks.QUERY for row in test.in_gallery]
+    train_rows = [
+        benchmarks.Row(path, label, benchmarks.TRAIN)
+        for path, label in zip(train.paths, train.labels, strict=True)
+    ]
+    test_rows = [
+        benchmarks.Row(path, label, role)
+        for path, label, role in zip(test.paths, test.labels, roles, strict=True)
+    ]
+    return train_rows + test_rows
 
 
-def prepare(root, rows, directory, config) -> None:
-    """Writes the set into ArrayRecord files; raises ValueError for missing pictures unless --on_bad_image=skip, or where it cannot."""
-    sets = image_dataset.from_rows(root, rows)
-    refuse_bad(
-        {split: image_dataset.find_bad(data, full=False) for split, data in sets.items()},
-        sets,
-        config,
-    )
+def write_array_records(
+    listing: benchmarks.Listing, folder: Any, data: DataOptions, runtime: RuntimeOptions
+) -> None:
+    """Writes a dataset into ArrayRecord files.
+
+    Raises:
+      ValueError: images are missing (unless --on_bad_image=skip), or the files cannot be written.
+    """
+    splits = image_dataset.from_rows(*listing)
+    bad = {split: image_dataset.find_bad(part, full=False) for split, part in splits.items()}
+    refuse_bad(bad, splits, data, runtime)
     try:
-        array_records.write_dataset(root, rows, directory)
+        array_records.write_dataset(*listing, folder)
     except OSError as error:
         raise ValueError(
-            f"cannot prepare {config.dataset} in {directory}: {error}; python -m experiments.prepare --dataset={config.dataset} "
-            f"--source={config.data_dir} --data_dir=OUT writes it elsewhere"
-        )
+            f"cannot prepare {data.dataset} in {folder}: {error}; "
+            f"python -m experiments.prepare --dataset={data.dataset} --source={runtime.data_dir} "
+            "--data_dir=OUT writes it elsewhere"
+        ) from error
 
 
-def refuse_bad(bad: dict[str, dict[int, str]], sets: dict, config) -> None:
-    """Raises ValueError, naming the first ten, where pictures are bad and --on_bad_image is stop, or where none is good."""
-    found = [reason for of_split in bad.values() for reason in of_split.values()]
-    total = sum(len(sets[split]) for split in bad)
-    where = f" of {config.data_dir}" if config.data_dir else ""
-    if found and len(found) == total:
+# ---- Bad images before the first step
+
+
+def refuse_bad(
+    bad: dict[str, dict[int, str]], splits: Splits, data: DataOptions, runtime: RuntimeOptions
+) -> None:
+    """Raises ValueError for bad images, as --on_bad_image says, or where no image is good.
+
+    Args:
+      bad: {split: {row: what is wrong}}, as `image_dataset.find_bad` finds it.
+      splits: the datasets.
+      data: the run's data options.
+      runtime: the run's runtime options.
+    """
+    reasons = [reason for rows in bad.values() for reason in rows.values()]
+    total = sum(len(splits[split]) for split in bad)
+    where = f" of {runtime.data_dir}" if runtime.data_dir else ""
+    if reasons and len(reasons) == total:
         raise ValueError(
-            f"none of the {total} images{where} can be used, such as {found[0]}: are they in another folder?"
+            f"none of the {total} images{where} can be used, such as {reasons[0]}: are they in "
+            "another folder?"
         )
-    if found and config.on_bad_image == "stop":
-        first, prepared = "; ".join(found[:10]), prepared_in(config.data_dir, config.dataset)
-        anew = f" and remove {prepared}, which is written anew" * (
-            config.dataset in benchmarks.BENCHMARKS and prepared.exists()
-        )
+    if reasons and data.on_bad_image == "stop":
+        folder = array_records_folder(runtime.data_dir, data.dataset)
+        rewrite = ""
+        if data.dataset in benchmarks.BENCHMARKS and folder.exists():
+            rewrite = f" and remove {folder}, which is written anew"
+        more = "; ..." if len(reasons) > 10 else ""
         raise ValueError(
-            f"{len(found)} of the {total} images{where} cannot be used: {first}{'; ...' * (len(found) > 10)}. "
-            f"Mend them{anew}, or leave them out by --on_bad_image=skip"
+            f"{len(reasons)} of the {total} images{where} cannot be used: "
+            f"{'; '.join(reasons[:10])}{more}. Mend them{rewrite}, or skip them by "
+            "--on_bad_image=skip"
         )
 
 
-def open_usable(config) -> tuple[dict[str, image_dataset.EncodedImageDataset], list[str]]:
-    """The sets without the pictures that cannot be used, and what is wrong with those; raises as `open_sets` and `refuse_bad`."""
-    sets = open_sets(config)
-    if config.validation_share:
-        sets = image_dataset.hold_out(sets["train"], config.validation_share, config.split_seed)
+def open_usable(data: DataOptions, runtime: RuntimeOptions) -> tuple[Splits, list[str]]:
+    """Opens the datasets without their bad images.
+
+    Returns:
+      {"train": ..., "test": ...}, and a line for each skipped image.
+
+    Raises:
+      ValueError: as `open_datasets` and `refuse_bad`.
+    """
+    splits = open_datasets(data, runtime)
+    if data.validation_share:
+        train = splits["train"]
+        splits = image_dataset.hold_out(train, data.validation_share, data.split_seed)
+    full = runtime.verify_images == "full"
     bad = {
-        split: image_dataset.find_bad(
-            data, full=config.verify_images == "full", threads=config.threads
-        )
-        for split, data in sets.items()
+        split: image_dataset.find_bad(part, full=full, threads=runtime.threads)
+        for split, part in splits.items()
     }
-    refuse_bad(bad, sets, config)
-    left_out = []
-    for split, of_split in bad.items():
-        if of_split:
-            kept = image_dataset.skip_bad(sets[split], of_split)
-            alone = (
-                set(sets[split].paths)
-                - set(kept.paths)
-                - {sets[split].paths[row] for row in of_split}
-            )
-            left_out += [
-                *of_split.values(),
-                *(f"{path}: the last one of its class" for path in sorted(alone)),
-            ]
-            sets[split] = kept
-    return sets, left_out
+    refuse_bad(bad, splits, data, runtime)
+    skipped = []
+    for split, reasons in bad.items():
+        if reasons:
+            good = image_dataset.skip_bad(splits[split], reasons)
+            bad_paths = {splits[split].paths[row] for row in reasons}
+            alone = set(splits[split].paths) - set(good.paths) - bad_paths
+            skipped += reasons.values()
+            skipped += [f"{path}: the last one of its class" for path in sorted(alone)]
+            splits[split] = good
+    return splits, skipped

@@ -1,15 +1,17 @@
-"""The embeddings of a folder of images, kept beside the run that made them and brought up to date on every use.
+"""The embeddings of a folder of images, kept beside the run and brought up to date at every use.
 
-Parts of some hundred images are written as they are ready, so that an interrupted embedding goes on where it stopped; files that
-changed (size or time) are embedded again, and those that are gone are left out. Nothing is remembered of unreadable files.
+Parts of some hundred images are written as they are ready, so that an interrupted embedding
+resumes. Files that changed (size or time) are embedded again. Files that are gone are left out.
+Images that cannot be read are tried again at every use.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 import hashlib
 import os
 import pathlib
 import stat
-import tempfile
-from typing import Callable, NamedTuple
+import sys
+from typing import NamedTuple, NoReturn
 import uuid
 import zipfile
 
@@ -17,38 +19,41 @@ import numpy as np
 import tqdm
 
 from experiments.engine import build
-from rll_jax.data import folders, images
+from experiments.engine.trained_network import TrainedNetwork
+from rll_jax.data import files, folders, images
 from rll_jax.networks import embedding_net
 
 _PART = 512  # images
+Stamps = dict[str, tuple[int, int]]  # {name: (bytes, time of the last change in ns)}
 
 
 class Index(NamedTuple):
-    """Of a folder: its readable images, sorted by name, and the names of the others.
+    """The index of a folder.
 
     Attributes:
-      files: (N,) names relative to the folder, with "/".
+      files: (N,) names of the readable images, relative to the folder, with "/", sorted.
       embeddings: (N, D) float32 of unit length.
-      unreadable: names.
-      embedded: how many were embedded now; the others were known.
+      unreadable: names of the images that cannot be read.
+      num_embedded: how many images were embedded now; the others were known.
     """
 
     files: np.ndarray
     embeddings: np.ndarray
     unreadable: list[str]
-    embedded: int
+    num_embedded: int
 
 
 class _ImageFiles:
-    """Image files as a set."""
+    """Image files as a dataset."""
 
-    def __init__(self, paths):
+    def __init__(self, paths: Sequence[pathlib.Path]) -> None:
         self._paths = list(paths)
+        self.labels = np.zeros(len(self._paths), np.int64)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._paths)
 
-    def image(self, row):
+    def image(self, row: int) -> images.EncodedImage:
         path = self._paths[row]
         try:
             return images.EncodedImage(path.read_bytes(), str(path))
@@ -56,118 +61,150 @@ class _ImageFiles:
             raise images.BadImageError(f"cannot read the image {str(path)!r}: {error}") from error
 
 
-def update(workdir: str, trained, folder: str) -> Index:
-    """The index of the folder's images by this network, kept in `workdir`/index.
+def update(workdir: str, trained: TrainedNetwork, folder: str) -> Index:
+    """Returns the index of a folder's images, which is kept in `workdir`/index.
 
     Raises:
       ValueError: no such folder, no images in it, or none that can be read.
     """
     root = pathlib.Path(folder)
     stamps = _scan(root)
-    name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
-    directory = pathlib.Path(workdir) / "index" / f"{name}-{build.identity(trained.variables)}"
-    directory.mkdir(parents=True, exist_ok=True)
-    known = {}
+    directory = _index_folder(pathlib.Path(workdir), trained, root)
+    known: dict[str, np.ndarray] = {}
     for path in directory.glob("*.npz"):
-        known.update(_known(path, stamps))
-    before = len(known)
-    todo = [file for file in stamps if file not in known]
+        known |= _read_part(path, stamps)
+    num_known = len(known)
+    todo = [name for name in stamps if name not in known]
     with tqdm.tqdm(total=len(todo), unit="image", desc="embedding", disable=not todo) as progress:
         for first in range(0, len(todo), _PART):
-            files = todo[first : first + _PART]
-            embeddings, readable = embed_files([root / file for file in files], trained.embed)
-            part = {
-                file: embedding for file, embedding, ok in zip(files, embeddings, readable) if ok
-            }
-            if part:
-                arrays = dict(
-                    files=list(part),
-                    stamps=[stamps[file] for file in part],
-                    embeddings=list(part.values()),
-                )
-                _write(directory, arrays)
-            known |= part
-            progress.update(len(files))
-    unreadable = [file for file in stamps if file not in known]
+            names = todo[first : first + _PART]
+            known |= _embed_part(directory, root, names, stamps, trained)
+            progress.update(len(names))
+    unreadable = [name for name in stamps if name not in known]
     if not known:
         raise ValueError(
             f"{root}: none of its {len(unreadable)} images can be read, such as {unreadable[:3]}"
         )
-    files = [file for file in stamps if file in known]
-    return Index(
-        np.array(files),
-        np.array([known[file] for file in files], np.float32),
-        unreadable,
-        len(known) - before,
-    )
+    names = [name for name in stamps if name in known]
+    embeddings = np.array([known[name] for name in names], np.float32)
+    return Index(np.array(names), embeddings, unreadable, len(known) - num_known)
 
 
-def _known(path: pathlib.Path, stamps: dict) -> dict:
-    """{name: embedding} of a part's files that are there unchanged; a part that was damaged is done away with."""
+def _index_folder(
+    workdir: pathlib.Path, trained: TrainedNetwork, root: pathlib.Path
+) -> pathlib.Path:
+    name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
+    directory = workdir / "index" / f"{name}-{build.weights_digest(trained.variables)}"
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def _embed_part(
+    directory: pathlib.Path,
+    root: pathlib.Path,
+    names: list[str],
+    stamps: Stamps,
+    trained: TrainedNetwork,
+) -> dict[str, np.ndarray]:
+    """Embeds some images and writes a part of the index; returns {name: embedding}."""
+    embeddings, readable = embed_files([root / name for name in names], trained.embed)
+    part = {
+        name: embedding
+        for name, embedding, ok in zip(names, embeddings, readable, strict=True)
+        if ok
+    }
+    if part:
+        # A part has a name of its own, whatever other processes write there.
+        target = directory / f"{uuid.uuid4().hex}.npz"
+        with files.atomic_write(target) as temporary, temporary.open("wb") as file:
+            np.savez(
+                file,
+                files=list(part),
+                stamps=[stamps[name] for name in part],
+                embeddings=list(part.values()),
+            )
+            file.flush()
+            os.fsync(file.fileno())
+    return part
+
+
+def _read_part(path: pathlib.Path, stamps: Mapping[str, tuple[int, int]]) -> dict[str, np.ndarray]:
+    """Returns {name: embedding} of a part's unchanged files. A damaged part is removed."""
     try:
         with np.load(path, allow_pickle=False) as part:
-            columns = [part[name] for name in ("files", "stamps", "embeddings")]
+            names, known_stamps, embeddings = (
+                part[column] for column in ("files", "stamps", "embeddings")
+            )
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
         path.unlink(missing_ok=True)
         return {}
-    rows = zip(columns[0].tolist(), columns[1].tolist(), columns[2])
-    return {file: embedding for file, stamp, embedding in rows if stamps.get(file) == tuple(stamp)}
+    rows = zip(names.tolist(), known_stamps.tolist(), embeddings, strict=True)
+    return {name: embedding for name, stamp, embedding in rows if stamps.get(name) == tuple(stamp)}
 
 
-def embed_files(paths: list, embed: Callable) -> tuple[np.ndarray, np.ndarray]:
-    """(N, D) embeddings, all levels concatenated, and (N,) which of the files were readable."""
+def embed_files(
+    paths: Sequence[pathlib.Path], embed: Callable[..., dict[str, np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Embeds image files.
+
+    Returns:
+      (N, D) embeddings, all levels concatenated, and (N,) bool: which files could be read.
+    """
     readable = np.ones(len(paths), bool)
 
-    def on_bad(row):
+    def on_bad(row: int) -> None:
         readable[row] = False
 
-    return np.asarray(
-        embedding_net.concatenate_levels(embed(_ImageFiles(paths), on_bad=on_bad))
-    ), readable
+    levels = embed(data=_ImageFiles(paths), on_bad=on_bad)
+    return np.asarray(embedding_net.concatenate_levels(levels)), readable
 
 
-def names(folder: pathlib.Path) -> list[str]:
-    """The images under a folder; raises as `update`."""
+def image_names(folder: pathlib.Path) -> list[str]:
+    """Returns the names of the images under a folder; raises as `update`."""
     return list(_scan(folder))
 
 
-def _scan(root: pathlib.Path) -> dict:
-    """{name: (bytes, time of the last change in ns)} of the images under the folder, by name."""
+def _scan(root: pathlib.Path) -> Stamps:
+    """Returns the images under a folder, sorted by name. Links are followed, each once."""
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
-    found, seen = {}, set()
-    for directory, inner, files in os.walk(root, followlinks=True, onerror=_raise):
-        if os.path.realpath(directory) in seen:  # a link to where we have been
+    stamps: Stamps = {}
+    visited: set[str] = set()
+    for directory, inner, names in os.walk(root, followlinks=True, onerror=_raise):
+        real = os.path.realpath(directory)
+        if real in visited:
             inner.clear()
             continue
-        seen.add(os.path.realpath(directory))
-        for path in (
-            pathlib.Path(directory, name)
-            for name in files
-            if name.lower().endswith(folders.SUFFIXES)
-        ):
-            try:
-                information = path.stat()
-            except OSError:
-                information = None  # a broken link: unreadable, and listed so
-            if information is None or stat.S_ISREG(information.st_mode):
-                stamp = (information.st_size, information.st_mtime_ns) if information else (0, 0)
-                found[path.relative_to(root).as_posix()] = stamp
-    if not found:
+        visited.add(real)
+        for name in names:
+            path = pathlib.Path(directory, name)
+            if name.lower().endswith(folders.SUFFIXES) and (stamp := _stamp(path)):
+                stamps[path.relative_to(root).as_posix()] = stamp
+    if not stamps:
         raise ValueError(
-            f"{root}: no images in it (looked for {', '.join(folders.SUFFIXES)}, in its folders too)"
+            f"{root}: no images in it (looked for {', '.join(folders.SUFFIXES)}, in its folders "
+            "too)"
         )
-    return dict(sorted(found.items()))
+    return dict(sorted(stamps.items()))
 
 
-def _raise(error):
+def _stamp(path: pathlib.Path) -> tuple[int, int] | None:
+    """Returns a file's size and time; (0, 0) for a broken link; None for what is no file."""
+    try:
+        information = path.stat()
+    except OSError:
+        return 0, 0
+    if not stat.S_ISREG(information.st_mode):
+        return None
+    return information.st_size, information.st_mtime_ns
+
+
+def _raise(error: OSError) -> NoReturn:
     raise error
 
 
-def _write(directory: pathlib.Path, arrays: dict) -> None:
-    """A part of a name of its own, whole or not at all, whatever other process writes there."""
-    with tempfile.NamedTemporaryFile(dir=directory, suffix=".tmp", delete=False) as file:
-        np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    pathlib.Path(file.name).replace(directory / f"{uuid.uuid4().hex}.npz")
+def print_unreadable(names: Sequence[str]) -> int:
+    """Lists images that could not be read on stderr; returns the exit code of the command."""
+    for name in names:
+        print(f"unreadable: {name}", file=sys.stderr)
+    return 1 if names else 0

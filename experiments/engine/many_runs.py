@@ -1,9 +1,8 @@
-"""Many runs of experiments, each a process of its own, that go on where they stopped: what sweeps and comparisons are made of."""
+"""Many runs of experiments, each a process, that resume where they stopped: sweeps, comparisons."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent import futures
 import contextlib
-import dataclasses
-import fcntl
 import json
 import os
 import pathlib
@@ -13,213 +12,274 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 from absl import flags
 
-from experiments.engine import config as config_lib
-from experiments.engine import datasets
+from experiments.engine import datasets, options
+from experiments.engine.config import OPTIONS, Config
+from rll_jax.data import files
 
-FIELDS = tuple(field.name for field in dataclasses.fields(config_lib.Config))
-_USUAL = {
-    "backbone": "resnet50",
-    "image_size": 224,
-}  # where the set is not the emoji and nothing is said, as in its own command
+# The defaults of a dataset's own command where the dataset is not the emoji.
+_DATASET_DEFAULTS = {"backbone": "resnet50", "image_size": 224}
 
 
-def define_flags(flag_values=flags.FLAGS) -> None:
-    """Those of every command that has many runs."""
+def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the flags of every command that has many runs."""
     flags.DEFINE_bool(
         "keep_going",
         False,
-        "go on after a run that fails, and list it in the table",
+        "Continue after a run that fails, and list it in the table.",
         flag_values=flag_values,
     )
     flags.DEFINE_integer(
         "jobs",
         1,
-        "runs at a time, each on its share of the CPU cores",
+        "The number of runs at a time, each on its share of the CPU cores.",
         lower_bound=1,
         flag_values=flag_values,
     )
 
 
-def base_options() -> dict:
-    """{option: value} of the flags, those of the data set's own command where nothing is said; raises ValueError for --dry_run."""
-    options = flags.FLAGS
-    if options.dry_run:
-        raise ValueError("--dry_run is of one run: give it to the data set's own command")
-    base = {name: options[name].value for name in FIELDS}
-    return base | {
-        name: value
-        for name, value in _USUAL.items()
-        if base["dataset"] != "emoji" and not options[name].present
-    }
+def base_options() -> dict[str, Any]:
+    """Returns {option: value} of the flags, with the defaults of the dataset's own command.
+
+    Raises:
+      ValueError: --dry_run, which is of one run.
+    """
+    values = flags.FLAGS
+    if values.dry_run:
+        raise ValueError("--dry_run is of one run: give it to the dataset's own command")
+    base = {name: values[name].value for name in OPTIONS}
+    if base["dataset"] != "emoji":
+        base |= {
+            name: value for name, value in _DATASET_DEFAULTS.items() if not values[name].present
+        }
+    return base
 
 
-def claim(
-    kind: str, base: dict, given: list[tuple[str, object]], swept: tuple[str, ...] = ()
+def claim_folder(
+    kind: str,
+    base: Mapping[str, Any],
+    changeable: Iterable[tuple[str, object]],
+    swept: Sequence[str] = (),
 ) -> None:
-    """Writes KIND.flags, which repeats the command; raises ValueError where the folder holds another such or anything else.
+    """Writes KIND.flags into the workdir, a flagfile that repeats the command.
 
     Args:
-      base: the options that all runs share, but for those in `swept`, and what else must not change.
-      given: other flags of the command, which may change when it goes on.
+      kind: "sweep" or "compare".
+      base: what all runs share: options, and what else must not change.
+      changeable: other flags of the command, which may change when it resumes.
+      swept: the options of `base` that the runs do not share.
+
+    Raises:
+      ValueError: the folder holds another sweep or comparison, or anything else.
     """
     folder = pathlib.Path(base["workdir"])
     path = folder / f"{kind}.flags"
-    here = {name: str(value) for name, value in base.items() if name not in swept}
+    texts = {name: options.to_text(value) for name, value in base.items() if name not in swept}
     if path.exists():
-        there = dict(
-            line.removeprefix("--").partition("=")[::2] for line in path.read_text().splitlines()
-        )
-        differing = [
-            f"--{name}={there.get(name, '(swept)')} there, {here.get(name, '(swept)')} here"
-            for name in {**dict.fromkeys(FIELDS), **here}
-            if there.get(name) != here.get(name) and name not in config_lib.FREE_TO_CHANGE
-        ]
-        if differing:
+        if differing := _differences(path, texts):
             raise ValueError(
-                f"--workdir={folder} holds another {kind} ({'; '.join(differing)}): choose another --workdir"
+                f"--workdir={folder} holds another {kind} ({'; '.join(differing)}): choose another "
+                "--workdir"
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(
             f"--workdir={folder} is in use and holds no {kind} to resume: choose another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    with config_lib.written_whole(path) as aside:
-        aside.write_text("".join(f"--{name}={value}\n" for name, value in [*here.items(), *given]))
+    with files.atomic_write(path) as temporary:
+        lines = (f"--{name}={value}\n" for name, value in [*texts.items(), *changeable])
+        temporary.write_text("".join(lines))
 
 
-def command(run: config_lib.Config) -> list[str]:
-    usual, options = dataclasses.asdict(config_lib.Config()), dataclasses.asdict(run)
-    module = run.dataset if run.dataset in datasets.SOURCES else "folder"  # any would do for tfds
+def _differences(path: pathlib.Path, now: Mapping[str, str]) -> list[str]:
+    before: dict[str, str] = {}
+    for line in path.read_text().splitlines():
+        name, _, value = line.removeprefix("--").partition("=")
+        before[name] = value
+    return [
+        f"--{name}={before.get(name, '(swept)')} there, {now.get(name, '(swept)')} here"
+        for name in {**OPTIONS, **now}
+        if before.get(name) != now.get(name)
+        and not (name in OPTIONS and OPTIONS[name].free_on_resume)
+    ]
+
+
+def command(run: Config) -> list[str]:
+    """Returns the command line of a run."""
+    module = run.data.dataset if run.data.dataset in datasets.DATASETS else "folder"
     given = [
-        f"--{name}={value}"
-        for name, value in options.items()
-        if value != usual[name] or name in _USUAL
+        f"--{name}={options.to_text(value)}"
+        for name, value in run.flat().items()
+        if value != OPTIONS[name].default or name in _DATASET_DEFAULTS
     ]
     return [sys.executable, "-m", f"experiments.{module}", *given]
 
 
-def name(run: config_lib.Config) -> str:
-    return " ".join(pathlib.Path(run.workdir).parts[-2:])
+def run_name(run: Config) -> str:
+    """Returns the last two folders of a run's workdir."""
+    return " ".join(pathlib.Path(run.runtime.workdir).parts[-2:])
 
 
-def scores(run: config_lib.Config) -> dict[str, float] | None:
-    """Those of its last step, or None where it has not come to its end: to that step's scores, and its report."""
-    written = pathlib.Path(run.workdir, "metrics.jsonl")
-    if not written.exists() or run.report and not written.with_name("report.html").exists():
-        return None
-    entries = map(json.loads, written.read_text().split("\n")[:-1])
-    last = next(
-        (entry for entry in entries if entry["step"] == run.steps and "recall@1" in entry), None
-    )
-    return last and {
-        name: value for name, value in last.items() if name not in ("step", "queries_without_match")
-    }
+def scores(run: Config) -> dict[str, float] | None:
+    """Returns the scores of a run's last step, or None where the run has not ended.
 
-
-def execute_all(
-    runs: list[config_lib.Config], *, keep_going: bool, jobs: int = 1
-) -> dict[str, str]:
-    """{workdir: why} of those that failed; ends the program at the first unless `keep_going`.
-
-    Where a run is interrupted or fails, the same call goes on from its last checkpoint. Compiled programs are shared, in `compiled` beside
-    the runs' folders, unless the environment says where.
+    A run has ended when it has the scores of its last step, and its report if it writes one.
     """
-    failed, live, over = {}, set(), threading.Event()
-    divided = jobs > 1 and hasattr(os, "sched_setaffinity")  # Linux alone has it
-    cores, shares = sorted(os.sched_getaffinity(0)) if divided else [], queue.SimpleQueue()
-    for i in range(jobs):
-        shares.put(cores[i::jobs] or cores)
+    written = pathlib.Path(run.runtime.workdir, "metrics.jsonl")
+    if not written.exists():
+        return None
+    if run.runtime.report and not written.with_name("report.html").exists():
+        return None
+    for line in written.read_text().split("\n")[:-1]:
+        entry = json.loads(line)
+        if entry["step"] == run.schedule.steps and "recall@1" in entry:
+            unwanted = ("step", "queries_without_match")
+            return {name: value for name, value in entry.items() if name not in unwanted}
+    return None
 
-    def one(number, run):
-        if over.is_set():
-            return
-        at, log, code, start = (
-            f"{number}/{len(runs)} {name(run)}",
-            pathlib.Path(f"{run.workdir}.log"),
-            0,
-            time.time(),
-        )
-        if due := scores(run) is None:
-            print(f"{at}: running, see {log}", flush=True)
-            share = shares.get()
+
+def run_all(runs: Sequence[Config], *, keep_going: bool, jobs: int = 1) -> dict[str, str]:
+    """Runs all runs that have not ended.
+
+    Where a run is interrupted or fails, the same call resumes it from its last checkpoint. Compiled
+    programs are shared, in compiled/ beside the runs' folders, unless the environment says where.
+
+    Args:
+      runs: the runs.
+      keep_going: continue after a run that fails; otherwise end the program.
+      jobs: the number of runs at a time.
+
+    Returns:
+      {workdir: reason} of the runs that failed.
+    """
+    pool = _Pool(runs, keep_going=keep_going, jobs=jobs)
+    try:
+        pool.wait()
+    finally:
+        pool.close()
+    return pool.failed
+
+
+class _Pool:
+    """Runs in a pool of threads, each of which waits for a process."""
+
+    def __init__(self, runs: Sequence[Config], *, keep_going: bool, jobs: int) -> None:
+        self.failed: dict[str, str] = {}
+        self._runs, self._keep_going = runs, keep_going
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._closed = threading.Event()
+        self._core_shares = _core_shares(jobs)
+        self._threads = futures.ThreadPoolExecutor(jobs)
+        self._futures = [
+            self._threads.submit(self._run_one, number, run)
+            for number, run in enumerate(runs, start=1)
+        ]
+
+    def wait(self) -> None:
+        """Waits for all runs; raises KeyboardInterrupt after it has said where it stopped."""
+        for number, (future, run) in enumerate(zip(self._futures, self._runs, strict=True), 1):
             try:
-                if divided:
-                    os.sched_setaffinity(
-                        0, share
-                    )  # of this thread, and of the process that it begins
-                code = _execute(run, log, live, over)
-            finally:
-                shares.put(share)
-        if over.is_set():
+                future.result()
+            except KeyboardInterrupt:
+                self._closed.set()
+                place = f"{number}/{len(self._runs)} {run_name(run)}"
+                print(f"stopped at {place}: the same command resumes there", flush=True)
+                raise
+
+    def close(self) -> None:
+        """Ends the processes that still run."""
+        self._closed.set()
+        for process in list(self._processes):
+            _terminate(process)
+        self._threads.shutdown(cancel_futures=True)
+
+    def _run_one(self, number: int, run: Config) -> None:
+        if self._closed.is_set():
+            return
+        place = f"{number}/{len(self._runs)} {run_name(run)}"
+        log = pathlib.Path(f"{run.runtime.workdir}.log")
+        begin, code = time.time(), 0
+        ended_before = scores(run) is not None
+        if not ended_before:
+            print(f"{place}: running, see {log}", flush=True)
+            code = self._execute_on_a_share(run, log)
+        if self._closed.is_set():
             return
         if code == 0:
-            took = f"{time.time() - start:.0f} s" if due else "finished before"
-            print(f"{at}: recall@1 {100 * scores(run)['recall@1']:.1f}  ({took})", flush=True)
+            took = "finished before" if ended_before else f"{time.time() - begin:.0f} s"
+            last = scores(run)
+            recall = 100 * last["recall@1"] if last else float("nan")
+            print(f"{place}: recall@1 {recall:.1f}  ({took})", flush=True)
             return
-        last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
-        failed[run.workdir] = f"exit code {code}: {''.join(last).removeprefix('error: ')}"
-        print(f"error: {at}: {failed[run.workdir]}", file=sys.stderr, flush=True)
-        if not keep_going:
-            over.set()
+        reason = f"exit code {code}: {_last_line(log)}"
+        self.failed[run.runtime.workdir] = reason
+        print(f"error: {place}: {reason}", file=sys.stderr, flush=True)
+        if not self._keep_going:
+            self._closed.set()
             sys.exit(2 if code == 2 else 1)
 
-    pool = futures.ThreadPoolExecutor(jobs)
-    waiting = [pool.submit(one, number, run) for number, run in enumerate(runs, start=1)]
-    try:
-        for number, (future, run) in enumerate(zip(waiting, runs), start=1):
-            future.result()
-    except KeyboardInterrupt:
-        over.set()
-        print(
-            f"stopped at {number}/{len(runs)} {name(run)}: the same command goes on from there",
-            flush=True,
-        )
-        raise
-    finally:
-        over.set()
-        for process in list(live):
-            _end(process)
-        pool.shutdown(cancel_futures=True)
-    return failed
+    def _execute_on_a_share(self, run: Config, log: pathlib.Path) -> int:
+        cores = self._core_shares.get()
+        try:
+            if cores:
+                # The affinity of this thread, which the process inherits.
+                os.sched_setaffinity(0, cores)
+            return self._execute(run, log)
+        finally:
+            self._core_shares.put(cores)
+
+    def _execute(self, run: Config, log: pathlib.Path) -> int:
+        """Returns the exit code of a run, which resumes from its last checkpoint by itself."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        shared = {}
+        if run.runtime.compilation_cache:
+            shared = {
+                "JAX_COMPILATION_CACHE_DIR": str(log.parents[1] / "compiled"),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+            }
+        with contextlib.ExitStack() as stack:
+            try:
+                # The run inherits the file, so that the lock is held as long as the run lives.
+                out = stack.enter_context(files.exclusive_lock(log, wait=False))
+            except BlockingIOError:
+                raise ValueError(
+                    f"{run_name(run)} is being run by another process: wait for that, or end it"
+                ) from None
+            process = subprocess.Popen(
+                command(run),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                env=shared | os.environ,
+            )
+            self._processes.add(process)
+            if self._closed.is_set():  # between the process's beginning and this line
+                _terminate(process)
+            try:
+                return process.wait()
+            finally:
+                self._processes.discard(process)
 
 
-def _end(process) -> None:
+def _core_shares(jobs: int) -> "queue.SimpleQueue[list[int]]":
+    """Returns a share of the CPU cores for each job; empty shares where they cannot be set."""
+    shares: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
+    settable = jobs > 1 and hasattr(os, "sched_setaffinity")  # Linux alone has it
+    cores = sorted(os.sched_getaffinity(0)) if settable else []
+    for job in range(jobs):
+        shares.put(cores[job::jobs] or cores)
+    return shares
+
+
+def _terminate(process: "subprocess.Popen[bytes]") -> None:
     with contextlib.suppress(ProcessLookupError):  # it has just ended
         os.killpg(process.pid, signal.SIGTERM)  # the processes that read for it too
 
 
-def _execute(run: config_lib.Config, log: pathlib.Path, live: set, over: threading.Event) -> int:
-    """The run's exit code; it goes on from its last checkpoint by itself."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    shared = {
-        "JAX_COMPILATION_CACHE_DIR": str(log.parents[1] / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-    }
-    environment = (shared if run.compilation_cache else {}) | os.environ
-    with log.open("ab") as out:
-        try:
-            fcntl.flock(
-                out, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # the run inherits it, so it is held while the run lives
-        except BlockingIOError:
-            raise ValueError(
-                f"{name(run)} is being run by another process: wait for that, or end it"
-            )
-        process = subprocess.Popen(
-            command(run),
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-            env=environment,
-        )
-        live.add(process)
-        if over.is_set():  # between its beginning and this
-            _end(process)
-        try:
-            return process.wait()
-        finally:
-            live.discard(process)
+def _last_line(log: pathlib.Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1].removeprefix("error: ") if lines else ""

@@ -1,7 +1,9 @@
-"""report.html: a run's curves, scores, distances and retrieved pictures in one file that fetches nothing."""
+"""report.html: a run's curves, scores, distances and retrieved images in one file."""
 
+from collections.abc import Sequence
 import html
 import pathlib
+from typing import Any
 import warnings
 
 from matplotlib.figure import Figure
@@ -10,14 +12,18 @@ from PIL import Image
 from sklearn.manifold import TSNE
 import threadpoolctl
 
-from experiments.engine import config as config_lib
 from experiments.engine import html_page, scoring
+from experiments.engine.config import Config
+from experiments.engine.losses import LossOptions
+from experiments.engine.scoring import ScoreTable
 from rll_jax import metrics
+from rll_jax.data import files
+from rll_jax.data.image_dataset import EncodedImageDataset
 from rll_jax.training import embedding
 
-_KINDS = {"Worst": 6, "Typical": 8, "Best": 6}  # queries shown of each
+_QUERIES = {"Worst": 6, "Typical": 8, "Best": 6}  # queries shown of each kind
 _NEIGHBOURS = 8
-_PAIRS = 100_000  # drawn for each histogram
+_PAIRS = 100_000  # pairs drawn for each histogram
 _MAP_IMAGES, _MAP_SIDE, _MAP_THUMBNAIL = 1000, 1400, 32
 
 
@@ -25,49 +31,68 @@ def write(
     path: pathlib.Path,
     *,
     title: str,
-    lines: list[dict],
-    config,
-    test,
+    lines: list[dict[str, Any]],
+    config: Config,
+    test: EncodedImageDataset,
     embeddings: np.ndarray,
-    table: dict,
+    table: ScoreTable,
 ) -> None:
     """Writes the page.
 
     Args:
-      lines: of metrics.jsonl.
+      path: the file.
+      title: the title.
+      lines: the lines of metrics.jsonl.
       config: the run's options.
-      test: the `datasets.EncodedImageDataset` that `embeddings` (N, D) are of.
-      table: `scoring.score_table` of the levels.
+      test: the test images.
+      embeddings: (N, D) their embeddings.
+      table: the scores of the levels, `scoring.score_table`.
     """
     evaluations = [line for line in lines if "recall@1" in line]
-    names = scoring.columns(table)
-    over_steps = [
-        [line["step"], *(f"{100 * line[name]:.1f}" for name in names)] for line in evaluations
-    ]
-    of_levels = [
-        [level, *(f"{100 * row[name]:.1f}" for name in names)] for level, row in table.items()
-    ]
-    each = metrics.scores_by_query(*embedding.queries_and_gallery(embeddings, test))
+    by_query = metrics.scores_by_query(*embedding.queries_and_gallery(embeddings, test))
+    curves = html_page.plot(_curves(lines, evaluations), "loss and scores over the steps")
+    distances = html_page.plot(
+        _distances(embeddings, test.labels, config.loss, by_query),
+        "distances of pairs, first ranks",
+    )
     body = f"""<h1>{html.escape(title)}</h1>
-<h2>Scores</h2><p>{len(test)} test images of {len(np.unique(test.labels))} classes, in percent; {len(each["query"])} of the
-images have another of their class to find.</p>
-{html_page.table(["step", *names], over_steps)}
-<p>At the end, by levels of the network:</p>
-{html_page.table(["levels", *names], of_levels)}
-<h2>Curves</h2>{html_page.plot(_curves(lines, evaluations), "loss and scores over the steps")}
-<h2>Distances and ranks</h2>{html_page.plot(_distances(embeddings, test.labels, config, each), "distances of pairs, first ranks")}
+{_scores(test, evaluations, table, by_query)}
+<h2>Curves</h2>{curves}
+<h2>Distances and ranks</h2>{distances}
 <h2>Nearest images</h2>
-<p>A query, then the {_NEIGHBOURS} images nearest to it: <b style="color:#2a2">green</b> of its class,
-<b style="color:#d33">red</b> of another. Queries are the worst, typical and best by their average precision.</p>
-{_grid(test, embeddings, each)}
+<p>A query, then the {_NEIGHBOURS} images nearest to it: <b style="color:#2a2">green</b> of its
+class, <b style="color:#d33">red</b> of another. Queries are the worst, typical and best by their
+average precision.</p>
+{_grid(test, embeddings, by_query)}
 <h2>Map</h2><p>Test images of classes drawn by chance, where t-SNE puts their embeddings.</p>
 {html_page.photograph(_map(test, embeddings), "map of the test embeddings")}
 <h2>Options</h2><pre>{html.escape(config.as_flagfile())}</pre>"""
-    with config_lib.written_whole(path) as aside:
-        aside.write_text(html_page.whole(title, body), encoding="utf-8", errors="replace")
+    with files.atomic_write(path) as temporary:
+        text = html_page.page(title, body)
+        temporary.write_text(text, encoding="utf-8", errors="replace")
 
 
-def _curves(lines, evaluations) -> Figure:
+def _scores(
+    test: EncodedImageDataset,
+    evaluations: Sequence[dict[str, Any]],
+    table: ScoreTable,
+    by_query: dict[str, np.ndarray],
+) -> str:
+    names = scoring.score_names(table)
+
+    def in_percent(scores: dict[str, float]) -> list[str]:
+        return [f"{100 * scores[name]:.1f}" for name in names]
+
+    by_step = [[line["step"], *in_percent(line)] for line in evaluations]
+    by_level = [[level, *in_percent(scores)] for level, scores in table.items()]
+    return f"""<h2>Scores</h2><p>{len(test)} test images of {len(np.unique(test.labels))} classes,
+in percent; {len(by_query["query"])} of the images have another of their class to find.</p>
+{html_page.table(["step", *names], by_step)}
+<p>At the end, by levels of the network:</p>
+{html_page.table(["levels", *names], by_level)}"""
+
+
+def _curves(lines: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     steps = [line for line in lines if "loss" in line]
@@ -75,18 +100,18 @@ def _curves(lines, evaluations) -> Figure:
     left.set(xlabel="step", ylabel="loss", ylim=(0, None))
     for name in ("recall@1", "map@r"):
         points = [(line["step"], 100 * line[name]) for line in evaluations]
-        right.plot(*zip(*points), marker="o", label=name)
+        right.plot(*zip(*points, strict=True), marker="o", label=name)
     right.set(xlabel="step", ylabel="percent")
     right.legend()
     return figure
 
 
-def _pairs(labels) -> tuple[np.ndarray, np.ndarray]:
-    """(2, P) rows of the same class, and of two classes, drawn by chance."""
+def _draw_pairs(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (2, P) rows of pairs of one class, and of two classes, drawn by chance."""
     rng = np.random.default_rng(0)
     order = np.argsort(labels, kind="stable")
     _, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
-    chances = sizes.astype(float) * (sizes - 1)  # each pair alike
+    chances = sizes.astype(float) * (sizes - 1)  # every pair is as likely as any other
     classes = rng.choice(len(sizes), _PAIRS, p=chances / chances.sum())
     first = rng.integers(0, sizes[classes])
     second = (first + rng.integers(1, sizes[classes])) % sizes[classes]
@@ -95,30 +120,33 @@ def _pairs(labels) -> tuple[np.ndarray, np.ndarray]:
     return positives, others[:, labels[others[0]] != labels[others[1]]]
 
 
-def _distances(embeddings, labels, config, each) -> Figure:
-    positives, negatives = _pairs(labels)
+def _distances(
+    embeddings: np.ndarray,
+    labels: np.ndarray,
+    loss: LossOptions,
+    by_query: dict[str, np.ndarray],
+) -> Figure:
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for (a, b), name, colour in (
+    positives, negatives = _draw_pairs(labels)
+    for pairs, name, colour in (
         (positives, "same class", "tab:green"),
         (negatives, "other classes", "tab:red"),
     ):
-        if not len(a):  # a single class
+        if not pairs.shape[1]:  # a single class has no negatives
             continue
-        distance = np.sqrt(
-            np.maximum(2 - 2 * np.einsum("nd,nd->n", embeddings[a], embeddings[b]), 0)
-        )
-        left.hist(
-            distance, bins=np.linspace(0, 2, 81), density=True, alpha=0.6, label=name, color=colour
-        )
-    for at, name, style in (
-        (config.alpha, "alpha", "-"),
-        (config.alpha - config.margin, "alpha - margin", "--"),
+        similarity = np.einsum("nd,nd->n", embeddings[pairs[0]], embeddings[pairs[1]])
+        distance = np.sqrt(np.maximum(2 - 2 * similarity, 0))
+        bins = np.linspace(0, 2, 81)
+        left.hist(distance, bins=bins, density=True, alpha=0.6, label=name, color=colour)
+    for boundary, name, style in (
+        (loss.alpha, "alpha", "-"),
+        (loss.alpha - loss.margin, "alpha - margin", "--"),
     ):
-        left.axvline(at, color="black", linestyle=style, label=name)
+        left.axvline(boundary, color="black", linestyle=style, label=name)
     left.set(xlabel="distance of a pair", ylabel="density", xlim=(0, 2))
     left.legend()
-    ranks = np.sort(each["first_rank"])
+    ranks = np.sort(by_query["first_rank"])
     right.step(ranks, 100 * np.arange(1, len(ranks) + 1) / len(ranks), where="post")
     right.set(
         xlabel="rank of the nearest of the query's class, at most",
@@ -130,58 +158,76 @@ def _distances(embeddings, labels, config, each) -> Figure:
     return figure
 
 
-def _grid(test, embeddings, each) -> str:
-    rows_of = lambda role: (
-        np.arange(len(test)) if test.in_gallery is None else np.flatnonzero(test.in_gallery == role)
-    )
-    query_rows, gallery_rows = rows_of(False), rows_of(True)
-    jitter = np.random.default_rng(0).random(len(each["query"]))  # among equals, by chance
-    order = each["query"][np.lexsort((jitter, -each["first_rank"], each["average_precision"]))]
+def _grid(
+    test: EncodedImageDataset, embeddings: np.ndarray, by_query: dict[str, np.ndarray]
+) -> str:
+    """Returns rows of a query and its nearest images, for the worst, typical and best queries."""
+    query_rows = gallery_rows = np.arange(len(test))
+    if test.in_gallery is not None:
+        query_rows = np.flatnonzero(~test.in_gallery)
+        gallery_rows = np.flatnonzero(test.in_gallery)
+    jitter = np.random.default_rng(0).random(len(by_query["query"]))  # orders equals by chance
+    keys = (jitter, -by_query["first_rank"], by_query["average_precision"])
+    order = by_query["query"][np.lexsort(keys)]
     parts = []
-    for kind, number in _KINDS.items():
+    for kind, number in _QUERIES.items():
         first = {
             "Worst": 0,
             "Typical": max(0, (len(order) - number) // 2),
             "Best": max(0, len(order) - number),
         }[kind]
-        parts.append(f"<h3>{kind}</h3>")
         queries = query_rows[order[first : first + number]]
         itself = queries if test.in_gallery is None else None
         k = min(_NEIGHBOURS, len(gallery_rows) - (itself is not None))
-        near_rows, _ = metrics.nearest(
+        nearest, _ = metrics.nearest(
             embeddings[queries], embeddings[gallery_rows], k, leave_out=itself
         )
-        for query, near in zip(queries, gallery_rows[near_rows]):
-            cells = [html_page.picture(test.decoded_image(query), str(test.paths[query]), "query")]
-            for row in near:
-                kind_of_row = "right" if test.labels[row] == test.labels[query] else "wrong"
-                cells.append(
-                    html_page.picture(test.decoded_image(row), str(test.paths[row]), kind_of_row)
-                )
-            parts.append(html_page.row(cells))
+        parts.append(f"<h3>{kind}</h3>")
+        for query, rows in zip(queries, gallery_rows[nearest], strict=True):
+            parts.append(_query_row(test, query, rows))
     return "".join(parts)
 
 
-def _map(test, embeddings) -> Image.Image:
-    classes, counts = np.unique(test.labels, return_counts=True)
-    order = np.random.default_rng(0).permutation(len(classes))
-    chosen = classes[order[: 1 + np.searchsorted(np.cumsum(counts[order]), _MAP_IMAGES)]]
-    rows = np.random.default_rng(0).permutation(np.flatnonzero(np.isin(test.labels, chosen)))[
-        :_MAP_IMAGES
-    ]
-    # one thread: 40 times as fast as two on a machine of two cores; warnings: of embeddings that are all equal
-    with warnings.catch_warnings(), threadpoolctl.threadpool_limits(1):
-        warnings.simplefilter("ignore")
-        init = "pca" if min(embeddings[rows].shape) > 1 else "random"
-        tsne = TSNE(
-            perplexity=min(30, (len(rows) - 1) / 3), init=init, max_iter=500, random_state=0
-        )
-        places = tsne.fit_transform(embeddings[rows])
+def _query_row(test: EncodedImageDataset, query: int, nearest: np.ndarray) -> str:
+    cells = [html_page.thumbnail(test.decoded_image(query), str(test.paths[query]), "query")]
+    for row in nearest:
+        kind = "right" if test.labels[row] == test.labels[query] else "wrong"
+        cells.append(html_page.thumbnail(test.decoded_image(row), str(test.paths[row]), kind))
+    return html_page.image_row(cells)
+
+
+def _map(test: EncodedImageDataset, embeddings: np.ndarray) -> Image.Image:
+    rows = _map_rows(test.labels)
+    places = _places(embeddings[rows])
     low, high = places.min(axis=0), places.max(axis=0)
     places = (places - low) / np.maximum(high - low, 1e-9) * (_MAP_SIDE - _MAP_THUMBNAIL)
     canvas = Image.new("RGB", (_MAP_SIDE, _MAP_SIDE), (255, 255, 255))
-    for row, (x, y) in zip(rows, places):
+    for row, (x, y) in zip(rows, places, strict=True):
         image = test.decoded_image(row)
         image.thumbnail((_MAP_THUMBNAIL, _MAP_THUMBNAIL), Image.Resampling.LANCZOS)
         canvas.paste(image, (int(x), int(y)))
     return canvas
+
+
+def _map_rows(labels: np.ndarray) -> np.ndarray:
+    """Returns the rows of some classes drawn by chance."""
+    classes, counts = np.unique(labels, return_counts=True)
+    order = np.random.default_rng(0).permutation(len(classes))
+    number = 1 + np.searchsorted(np.cumsum(counts[order]), _MAP_IMAGES)
+    rows = np.flatnonzero(np.isin(labels, classes[order[:number]]))
+    return np.random.default_rng(0).permutation(rows)[:_MAP_IMAGES]
+
+
+def _places(embeddings: np.ndarray) -> np.ndarray:
+    """Returns (N, 2) places by t-SNE."""
+    # One thread is 40 times as fast as two on a machine of two cores. The warnings are of
+    # embeddings that are all equal.
+    with warnings.catch_warnings(), threadpoolctl.threadpool_limits(1):
+        warnings.simplefilter("ignore")
+        tsne = TSNE(
+            perplexity=min(30, (len(embeddings) - 1) / 3),
+            init="pca" if min(embeddings.shape) > 1 else "random",
+            max_iter=500,
+            random_state=0,
+        )
+        return tsne.fit_transform(embeddings)

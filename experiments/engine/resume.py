@@ -1,19 +1,24 @@
-"""How a run ends early and goes on: being told to stop, and the last checkpoint that can be read."""
+"""How a run ends early and resumes: SIGTERM, lost processes, and the last readable checkpoint."""
 
+from collections.abc import Callable, Iterator
 import contextlib
+import pathlib
 import signal
 import subprocess
 import sys
+from typing import Any, NamedTuple
 import uuid
 
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from experiments.engine import logs
-from rll_jax.training import checkpoint
+from experiments.engine import processes
+from experiments.engine.errors import RunError
+from rll_jax.training import checkpoint, devices, steps
 
-RUN_AGAIN = 75  # the exit code of a run that was told to stop and has saved its state (EX_TEMPFAIL)
+# The exit code of a run that can be resumed by the same command (EX_TEMPFAIL).
+RUN_AGAIN = 75
 
 _WATCH = """
 import signal, sys
@@ -22,14 +27,22 @@ for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
 if not sys.stdin.read():
     sys.stderr.write(sys.argv[1])
 """
+_ABORTED = (
+    "error: this process was aborted, as happens where another process of this run has gone: the "
+    "same command resumes from the last checkpoint\n"
+)
 
 
 @contextlib.contextmanager
-def last_word():
-    """Has a process of its own say what happened where this one cannot: gloo and JAX's coordination abort it when another has gone."""
-    told = "error: this process was aborted, as happens where another process of this run has gone: the same command goes on from the last checkpoint\n"
+def explain_abort() -> Iterator[None]:
+    """Has another process explain an abort of this one.
+
+    gloo and JAX's coordination service abort a process when another one of the run has gone.
+    """
     watch = subprocess.Popen(
-        [sys.executable, "-ISc", _WATCH, told], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+        [sys.executable, "-ISc", _WATCH, _ABORTED],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
     )
     try:
         yield
@@ -37,46 +50,81 @@ def last_word():
         watch.communicate(b"ended")
 
 
-def restore(workdir, config, runner, state):
-    """The state of the last checkpoint that can be read, its step, and the best score then; the fresh state, 0 and -1 where there is none."""
-    directory, damaged = workdir / "checkpoints", []
-    restored, start, best_score = state, 0, -1.0
+class Restored(NamedTuple):
+    """What a run resumes from.
+
+    Attributes:
+      state: the state of the last readable checkpoint, or the fresh state.
+      step: the step of the checkpoint, or 0.
+      best_score: the best score by then, or -1.
+    """
+
+    state: steps.TrainState
+    step: int = 0
+    best_score: float = -1.0
+
+
+def restore(workdir: pathlib.Path, runner: devices.Runner, fresh: steps.TrainState) -> Restored:
+    """Restores the last checkpoint that can be read.
+
+    Damaged checkpoints after it are moved to damaged_checkpoints/.
+
+    Raises:
+      RunError: there are checkpoints and none can be read.
+    """
+    directory = workdir / "checkpoints"
+    restored, damaged = Restored(fresh), []
     if directory.is_dir():
         with checkpoint.Checkpoints(directory, read_only=True) as saved:
-            for step in reversed(saved.all_steps()):
-                try:
-                    restored = runner.replicate(saved.restore(step, runner.to_global(state)))
-                    start, best_score = step, saved.metadata(step).get("best_score", -1.0)
-                    break
-                except (
-                    Exception
-                ) as error:  # orbax, tensorstore and json have their own for each kind of damage
-                    damaged.append(
-                        (step, str(error).splitlines()[0] if str(error) else repr(error))
-                    )
-    if damaged and not start:
-        steps = ", ".join(str(step) for step, _ in damaged)
-        raise logs.BadRun(
-            f"none of the checkpoints of {workdir} can be read (steps {steps}): {damaged[0][1]}; remove {directory} to begin again"
+            restored, damaged = _last_readable(saved, runner, fresh)
+    if damaged and not restored.step:
+        all_steps = ", ".join(str(step) for step, _ in damaged)
+        raise RunError(
+            f"none of the checkpoints of {workdir} can be read (steps {all_steps}): "
+            f"{damaged[0][1]}; remove {directory} to begin again"
         )
-    for step, reason in damaged:
-        aside = workdir / "damaged_checkpoints" / f"{step}-{uuid.uuid4().hex[:8]}"
-        if jax.process_index() == 0:
-            aside.parent.mkdir(exist_ok=True)
-            (directory / str(step)).rename(aside)
-            print(
-                f"the checkpoint of step {step} cannot be read and was moved to {aside}: {reason[:300]}",
-                file=sys.stderr,
-                flush=True,
-            )
+    if processes.is_first():
+        for step, reason in damaged:
+            _move_damaged(workdir, step, reason)
     multihost_utils.sync_global_devices("restored")
-    return restored, start, best_score
+    return restored
 
 
-def end_on_sigterm() -> None:
-    """What SIGTERM does where there is nothing to save yet, or all is saved: half-written files go, and the exit code says: run me again."""
+def _last_readable(
+    saved: checkpoint.Checkpoints, runner: devices.Runner, fresh: steps.TrainState
+) -> tuple[Restored, list[tuple[int, str]]]:
+    """Returns the last readable checkpoint, and (step, reason) of the damaged ones after it."""
+    damaged = []
+    for step in reversed(saved.all_steps()):
+        try:
+            state = runner.replicate(saved.restore(step, runner.to_global(fresh)))
+            best_score = saved.metadata(step).get("best_score", -1.0)
+        except Exception as error:  # orbax, tensorstore and json have their own kinds
+            reason = str(error).splitlines()[0] if str(error) else repr(error)
+            damaged.append((step, reason))
+        else:
+            return Restored(state, step, best_score), damaged
+    return Restored(fresh), damaged
 
-    def end(*_):
+
+def _move_damaged(workdir: pathlib.Path, step: int, reason: str) -> None:
+    target = workdir / "damaged_checkpoints" / f"{step}-{uuid.uuid4().hex[:8]}"
+    target.parent.mkdir(exist_ok=True)
+    (workdir / "checkpoints" / str(step)).rename(target)
+    print(
+        f"the checkpoint of step {step} cannot be read and was moved to {target}: {reason[:300]}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def exit_on_sigterm() -> None:
+    """Has SIGTERM remove half-written files and exit with `RUN_AGAIN`.
+
+    For the time in which there is nothing to save yet, or all is saved.
+    """
+
+    def end(*_: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         sys.exit(RUN_AGAIN)
 
@@ -84,23 +132,30 @@ def end_on_sigterm() -> None:
 
 
 @contextlib.contextmanager
-def told_to_stop(every: int):
-    """A function of the step: whether SIGTERM has come, to any process (asked every so many steps); a second one ends a process at once."""
-    told = []
+def stop_requests(every: int) -> Iterator[Callable[[int], bool]]:
+    """Yields a function of the step: whether SIGTERM has come to any process of the run.
 
-    def note(*_):
-        told.append(True)
+    A second SIGTERM ends a process at once.
+
+    Args:
+      every: several processes ask each other only at multiples of so many steps.
+    """
+    requested = False
+
+    def note(*_: Any) -> None:
+        nonlocal requested
+        requested = True
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def stop(step):
+    def stop_requested(step: int) -> bool:
         if jax.process_count() == 1:
-            return bool(told)
-        return step % every == 0 and bool(
-            multihost_utils.process_allgather(np.array(bool(told))).any()
-        )
+            return requested
+        if step % every:
+            return False
+        return bool(multihost_utils.process_allgather(np.array(requested)).any())
 
     before = signal.signal(signal.SIGTERM, note)
     try:
-        yield stop
+        yield stop_requested
     finally:
         signal.signal(signal.SIGTERM, before)

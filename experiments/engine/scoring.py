@@ -1,37 +1,75 @@
 """The scores of a dataset's embeddings, level by level, and the images that could be embedded."""
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 from rll_jax import metrics
+from rll_jax.data.image_dataset import EncodedImageDataset
 from rll_jax.training import embedding
 
+ScoreTable = dict[str, dict[str, float]]  # {levels: {score: value}}
 
-def score_table(levels: dict, data, ks, clustering: bool) -> dict[str, dict[str, float]]:
-    """{"L": {"recall@1": ..., ...}, "L,M": ..., ...} from the {level: (N, D)} embeddings of a set."""
+
+def score_table(
+    levels: dict[str, np.ndarray],
+    data: EncodedImageDataset,
+    ks: Sequence[int],
+    *,
+    clustering: bool,
+) -> ScoreTable:
+    """Returns the scores of each level, each pair and the concatenation.
+
+    Args:
+      levels: {level: (N, D)} embeddings of the dataset.
+      data: the dataset.
+      ks: the K of Recall@K.
+      clustering: compute the scores of K-means too.
+
+    Returns:
+      {"L": {"recall@1": ..., ...}, "L,M": ..., ...}.
+    """
     table = {}
     for name, embeddings in embedding.combinations(levels).items():
-        table[name] = metrics.retrieval_metrics(
-            *embedding.queries_and_gallery(embeddings, data), ks=ks
-        )
+        rows = embedding.queries_and_gallery(embeddings, data)
+        table[name] = metrics.retrieval_metrics(*rows, ks=ks)
         if clustering:
             table[name] |= metrics.clustering_metrics(embeddings, data.labels)
     return table
 
 
-def embed_readable(embed, data, tell) -> tuple:
-    """The images of a set that can be read, and their {level: (N, D)} embeddings; of each other `tell(data, row)`.
+def embed_readable(
+    embed: Callable[..., dict[str, np.ndarray]],
+    data: EncodedImageDataset,
+    on_bad: Callable[[int], None],
+) -> tuple[EncodedImageDataset, dict[str, np.ndarray]]:
+    """Embeds the images that can be read.
+
+    Args:
+      embed: called as embed(on_bad=...), returns {level: (N, D)} of the dataset.
+      data: the dataset.
+      on_bad: called with the row of each image that cannot be read.
+
+    Returns:
+      The dataset of the readable images, and their embeddings by level.
 
     Raises:
-      ValueError: none can be read.
+      ValueError: no image can be read.
     """
     bad = set()
-    levels = embed(data=data, on_bad=lambda row: bad.add(row) or tell(data, row))
+
+    def note(row: int) -> None:
+        bad.add(row)
+        on_bad(row)
+
+    levels = embed(on_bad=note)
     rows = np.setdiff1d(np.arange(len(data)), list(bad))
     if not len(rows):
         raise ValueError("none of the test images can be read")
-    return data.take(rows), {level: e[rows] for level, e in levels.items()}
+    return data.take(rows), {level: embeddings[rows] for level, embeddings in levels.items()}
 
 
-def columns(table: dict) -> list[str]:
-    """The names of the scores, shares all."""
-    return [name for name in next(iter(table.values())) if name != "queries_without_match"]
+def score_names(table: ScoreTable) -> list[str]:
+    """Returns the names of the scores that are shares, in order."""
+    scores = next(iter(table.values()))
+    return [name for name in scores if name != "queries_without_match"]

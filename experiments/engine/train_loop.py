@@ -1,390 +1,239 @@
-"""One experiment from its options to its report: the loop, top to bottom, for every data set."""
+"""One experiment from its options to its report; the loop reads top to bottom."""
 
+from collections.abc import Iterator
 import contextlib
 import functools
-import json
 import sys
-import time
+from typing import Any, NoReturn
 
 import jax
 from jax.experimental import multihost_utils
-from jax.experimental.compilation_cache import compilation_cache
 import numpy as np
 import tqdm
 
 from experiments.engine import (
-    build,
     checks,
-    datasets,
-    logs,
-    losses,
+    command,
+    dry_run,
+    flags,
     network_inputs,
+    optimizer,
+    processes,
     resume,
-    scoring,
+    run_parts,
+    step_metrics,
+    summary,
+    workdir,
 )
-from experiments.engine import config as config_lib
-from rll_jax import metrics
+from experiments.engine.bad_images import BadImagesFile
+from experiments.engine.checks import CheckedRun
+from experiments.engine.config import Config
+from experiments.engine.errors import RunError
+from experiments.engine.evaluation import Evaluated, Evaluator
+from experiments.engine.logs import MetricsLog
 from rll_jax.data import images, pipeline
-from rll_jax.data import views as views_lib
-from rll_jax.networks import embedding_net
-from rll_jax.training import checkpoint, embedding, steps
+from rll_jax.training import checkpoint
 
 
-def main(_) -> None:
-    """Runs the flags' experiment and exits with 2 and one line where they, the data or the workdir are at fault."""
-    with config_lib.mistakes_in_one_line():
-        config = config_lib.from_flags()
-    with resume.last_word() if config.multihost else contextlib.nullcontext():
-        _main(config)
+def main(_: Any) -> None:
+    """Runs the experiment of the flags. A user's mistake ends in one line and exit code 2."""
+    with command.user_errors():
+        config = flags.config_from_flags()
+    explained = resume.explain_abort if config.processes.multihost else contextlib.nullcontext
+    with explained():
+        _run(config)
 
 
-def _main(config) -> None:
-    if not config.multihost:  # the others would wait for this one
-        resume.end_on_sigterm()
-    with config_lib.mistakes_in_one_line():
-        _join_processes(config)
-        prepared = checks.prepare(config)
+def _run(config: Config) -> None:
+    if not config.processes.multihost:  # the other processes would wait for this one
+        resume.exit_on_sigterm()
+    with command.user_errors():
+        processes.join(config.processes)
+        checked = checks.check_run(config)
+    with _run_errors():
+        if config.runtime.dry_run:
+            dry_run.print_costs(checked)
+        else:
+            train(checked)
+
+
+@contextlib.contextmanager
+def _run_errors() -> Iterator[None]:
+    """Ends the program with one line where a run cannot go on, and with the exit code for it."""
     try:
-        _dry_run(prepared) if config.dry_run else _run(prepared)
-    except (logs.BadRun, images.BadImageError, OSError) as error:
-        sys.exit(config_lib.fail(error))
+        yield
+    except (RunError, images.BadImageError, OSError) as error:
+        sys.exit(command.print_error(error))
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        print("interrupted: the same command resumes from the last checkpoint", file=sys.stderr)
+        sys.exit(command.INTERRUPTED)
     except jax.errors.JaxRuntimeError as error:
-        gone = ("UNAVAILABLE", "DEADLINE", "ABORTED", "Gloo", "Connection", "coordination")
-        if jax.process_count() == 1 or not any(word in str(error) for word in gone):
+        lost = ("UNAVAILABLE", "DEADLINE", "ABORTED", "Gloo", "Connection", "coordination")
+        if jax.process_count() == 1 or not any(word in str(error) for word in lost):
             raise
-        print(
-            f"error: another process of this run has gone: {str(error).splitlines()[0][:300]}",
-            file=sys.stderr,
-            flush=True,
-        )
+        reason = str(error).splitlines()[0][:300]
+        print(f"error: another process of this run has gone: {reason}", file=sys.stderr, flush=True)
         sys.exit(resume.RUN_AGAIN)
 
 
-def _join_processes(config) -> None:
-    if not config.multihost:
-        return
-    try:
-        jax.distributed.initialize(
-            config.coordinator_address or None,
-            config.num_processes or None,
-            config.process_id if config.num_processes else None,
-        )
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"--multihost: cannot join the other processes: {str(error).splitlines()[0]}"
-        )
-
-
-def _train_step(config, train_labels):
-    watch = functools.partial(steps.watch_distances, alpha=config.alpha, margin=config.margin)
-    loss = losses.make(config, train_labels)
-    return functools.partial(
-        steps.train_step,
-        loss=loss,
-        ema_decay=config.ema,
-        embed_chunk=config.embed_chunk,
-        watch=watch,
-    )
-
-
-def _fresh_state(prepared):
-    config, proxies = (
-        prepared.config,
-        losses.num_proxies(prepared.config, prepared.splits["train"].labels),
-    )
-    return build.make_state(config, prepared.runner, prepared.published, proxies)
-
-
-def _batches(prepared, source, start: int, on_bad=None):
-    """Those from step `start` on, this process's share of each."""
-    config = prepared.config
-    return pipeline.train_batches(
-        source.data,
-        prepared.batches,
-        source.view,
-        views_lib.ClassTransform() if config.class_augment else None,
-        start=start,
-        stop=config.steps,
-        spread=not config.class_on_one_device,
-        share=(jax.process_index(), jax.process_count()),
-        threads=config.threads,
-        processes=config.worker_processes,
-        on_bad=on_bad,
-    )
-
-
-def _dry_run(prepared) -> None:
-    """Everything but the steps, and what one of them takes."""
-    config, _, runner, splits, *_ = prepared
-    state, fed = network_inputs.of(prepared, _fresh_state(prepared))
-    batch = next(_batches(prepared, fed["train"], 0))
-    begun = time.time()
-    compiled = (
-        runner.train(_train_step(config, splits["train"].labels))
-        .lower(state, runner.shard(batch))
-        .compile()
-    )
-    seconds, memory = time.time() - begun, compiled.memory_analysis()
-    flops = (compiled.cost_analysis() or {}).get("flops", 0)
-    count = sum(p.size for p in jax.tree.leaves(state.params))
-    print(f"data: {len(splits['train'])} train images, {len(splits['test'])} test images")
-    print(f"network: {config.backbone}, levels {config.levels}: {count:,} parameters")
-    for name, array in batch.items():
-        print(
-            f"batch, {name}: {array.shape} {array.dtype} in this process, of {jax.process_count()}"
-        )
-    print(
-        f"step, compiled in {seconds:.1f} s for {runner.num_devices} devices: {flops / 1e9:.2f} GFLOP on each"
-    )
-    if memory is not None:
-        parts = {
-            "arguments": memory.argument_size_in_bytes,
-            "temporary": memory.temp_size_in_bytes,
-            "results": memory.output_size_in_bytes,
-        }
-        print(
-            "memory of each device: "
-            + ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in parts.items())
-        )
-    print("dry run: nothing was trained, and nothing written into the workdir")
-
-
-def _run(prepared) -> None:
-    config, workdir, runner, splits, batches, published, left_out = prepared
-    first = jax.process_index() == 0
-    say = functools.partial(print, flush=True) if first else lambda *_, **__: None
-    train_step, ks = (
-        runner.train(_train_step(config, splits["train"].labels)),
-        datasets.find(config.dataset).ks,
-    )
-    rate_at = build.schedule(config)
-    embed_step = runner.embed(steps.embed_step)
-    embed = functools.partial(
-        embedding.embed_images,
-        runner=runner,
-        batch_size=config.eval_batch_size,
-        threads=config.threads,
-        processes=config.worker_processes,
-    )
-
-    # ---- The workdir: what is there goes on from its last checkpoint
-    if first:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = logs.locked(workdir)
-        prints = json.dumps({split: checks.fingerprint(data) for split, data in splits.items()})
-        environment = logs.environment()
-        # the flags first: without them the folder would look like anything else after a kill
-        for name, text in (
-            ("flags.txt", config.as_flagfile()),
-            ("data.json", prints),
-            ("environment.json", environment),
-        ):
-            with config_lib.written_whole(workdir / name) as aside:
-                aside.write_text(text)
-    multihost_utils.sync_global_devices("workdir")
-    bad_images = logs.BadImages(
-        workdir / "bad_images.txt", config.max_bad_images, left_out if first else []
-    )
-    if config.compilation_cache and not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str((workdir / "compiled").absolute()))
-        compilation_cache.reset_cache()  # the first compilation of a process decides whether there is one
-    state, start, best_score = resume.restore(workdir, config, runner, _fresh_state(prepared))
-    if start:
-        say(f"resuming {workdir} at step {start} of {config.steps}")
-    try:
-        state, fed = network_inputs.of(prepared, state)
-    except ValueError as error:
-        raise logs.BadRun(error)
+def train(checked: CheckedRun) -> None:
+    """Trains from the last checkpoint to the end, and leaves a report."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(lock if first else contextlib.nullcontext())
-        saved = stack.enter_context(
-            checkpoint.Checkpoints(workdir / "checkpoints", keep=config.keep)
-        )
-        best = (
-            stack.enter_context(checkpoint.Checkpoints(workdir / "best", keep=1))
-            if config.best
-            else None
-        )
-        log = stack.enter_context(logs.Log(workdir, start))
-        best_score = max(
-            [best_score, *(line[config.best] for line in log.kept if config.best in line)]
-        )
-        log.text("options", config.as_flagfile())
-        log.text("environment", environment if first else "")
-        stop = stack.enter_context(resume.told_to_stop(config.log_every))
-
-        def embed_unless_stopped(*args):
-            if (
-                jax.process_count() == 1 and stop(0)
-            ):  # an evaluation may take longer than a machine is left; many processes end it together
-                raise _Stopped
-            return embed_step(*args)
-
-        def end_early(step):
-            saved.wait()
-            say(
-                f"told to stop: saved step {step} of {config.steps}; the same command goes on",
-                file=sys.stderr,
-            )
-            sys.exit(resume.RUN_AGAIN)
-
-        def evaluate_at(step):
-            """The test images that could be read, and their embeddings; None where the run was told to stop."""
-            nonlocal best_score
-            here = runner.to_local(
-                state.replace(opt_state=(), memory=None)
-            )  # not needed, and large
-            try:
-                data, levels = scoring.embed_readable(
-                    lambda data, on_bad: embed(
-                        here, *fed["test"], embed=embed_unless_stopped, on_bad=on_bad
-                    ),
-                    splits["test"],
-                    bad_images.found,
-                )
-                embeddings = np.asarray(embedding_net.concatenate_levels(levels))
-                scores = metrics.retrieval_metrics(
-                    *embedding.queries_and_gallery(embeddings, data), ks=ks
-                )
-            except _Stopped:
-                return None
-            except logs.BadRun:
-                raise
-            except ValueError as error:
-                raise logs.BadRun(
-                    f"step {step}: {error}; where embeddings are not finite or all zero, lower --learning_rate"
-                )
-            if config.best and config.best not in scores:
-                raise logs.BadRun(f"--best={config.best}: expected one of {', '.join(scores)}")
-            log.write(step, scores)
-            line = "  ".join(
-                f"{name} {100 * value:.1f}"
-                for name, value in scores.items()
-                if "queries" not in name
-            )
-            if first:
-                progress.write(f"step {step}: {line}")
-            if config.best and scores[config.best] > best_score:
-                best_score = scores[config.best]
-                best.save(step, runner.to_global(state))
-                best.wait()  # before a checkpoint of this step counts: one that goes on would not save it again
-            return data, levels
-
-        # ---- The loop
-        with tqdm.tqdm(
-            total=config.steps,
-            initial=start,
-            unit="step",
-            mininterval=0.5 if sys.stderr.isatty() else 10,
-            disable=not first,
-        ) as progress:
-            evaluated = None
-            scored = any(line["step"] == start and "recall@1" in line for line in log.kept)
-            if (
-                start % config.eval_every == 0 and start < config.steps and not scored
-            ):  # at 0, or told to stop before it
-                evaluate_at(start) or end_early(start)
-            loaded = pipeline.prefetch(
-                _batches(
-                    prepared,
-                    fed["train"],
-                    start,
-                    functools.partial(bad_images.found, splits["train"]),
-                ),
-                runner.shard,
-            )
-            since, waited = (start, time.time()), 0.0
-            profiled = (
-                tuple(map(int, config.profile_steps.split(":"))) if config.profile_steps else (0, 0)
-            )
-            longest_before = int(np.asarray(state.skipped)[1])
-            for step in range(start + 1, config.steps + 1):
-                asked = time.time()
-                batch = next(loaded)
-                waited += time.time() - asked
-                last = step == config.steps
-                if step == profiled[0]:
-                    jax.profiler.start_trace(str(workdir / "profile"))
-                state, measured = train_step(state, batch)
-                if start < profiled[0] <= step == min(profiled[1] - 1, config.steps):
-                    jax.block_until_ready(state)
-                    jax.profiler.stop_trace()
-                if step % config.log_every == 0 or last:
-                    values = {name: np.asarray(value).tolist() for name, value in measured.items()}
-                    in_a_row, longest, skipped = np.asarray(state.skipped).tolist()
-                    rate = (step - since[0]) * batches.batch_size / (time.time() - since[1])
-                    values |= {
-                        "learning_rate": float(rate_at(step - 1 - skipped)),
-                        "images_per_second": rate,
-                        "seconds_waiting": waited,
-                    }
-                    values |= {"skipped_steps": skipped} if skipped else {}
-                    since, waited = (step, time.time()), 0.0
-                    log.write(step, values, {"device_mib": logs.device_mib()})
-                    if in_a_row >= config.max_bad_steps or longest > max(
-                        longest_before, config.max_bad_steps - 1
-                    ):
-                        saved.wait()
-                        what = [
-                            name for name, value in values.items() if not np.isfinite(value).all()
-                        ] or ["batch statistics"]
-                        until, what = (
-                            (f"until step {step}", f" ({', '.join(what)})")
-                            if in_a_row
-                            else (f"before step {step}", "")
-                        )
-                        raise logs.BadRun(
-                            f"{max(in_a_row, longest)} steps in a row, {until}, had something not finite{what} and changed nothing; "
-                            f"the last checkpoint is of step {saved.latest_step() or 0}; lower --learning_rate"
-                        )
-                    progress.set_postfix_str(
-                        f"loss {values['loss']:.4f}, {rate:.0f} images/s", refresh=False
-                    )
-                progress.update()
-                stopping = not last and stop(step)
-                if (step % config.eval_every == 0 or last) and not stopping:
-                    evaluated = evaluate_at(step)
-                    stopping = evaluated is None
-                    since, waited = (step, time.time()), 0.0
-                if step % config.checkpoint_every == 0 or last or stopping:
-                    saved.save(step, runner.to_global(state), {"best_score": best_score})
-                if stopping:
-                    end_early(step)
-            if evaluated is None:  # the run had ended before: measured again for the report
-                evaluated = evaluate_at(config.steps) or end_early(config.steps)
-
-    # ---- What is left to the user
-    if first:
-        _finish(config, workdir, *evaluated, ks)
+        workdir.claim(stack, checked)
+        evaluated = TrainingRun(checked, stack).run()
+    if processes.is_first():
+        summary.finish(checked, evaluated)
     multihost_utils.sync_global_devices("done")
 
 
-def _finish(config, workdir, test, levels, ks) -> None:
-    table = scoring.score_table(levels, test, ks, clustering=False)
-    if config.report:
-        from experiments.engine import report
+class TrainingRun:
+    """A run between its last checkpoint and its end."""
 
-        print("writing the report ...", flush=True)
-        report.write(
-            workdir / "report.html",
-            title=f"Retrieval on unseen classes: {workdir.name}",
-            lines=[
-                json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()
-            ],
-            config=config,
-            test=test,
-            embeddings=np.asarray(embedding_net.concatenate_levels(levels)),
-            table=table,
+    def __init__(self, checked: CheckedRun, stack: contextlib.ExitStack) -> None:
+        """Restores the last checkpoint and opens what the run writes.
+
+        Args:
+          checked: the run, whose workdir is claimed.
+          stack: closes what is opened here.
+        """
+        config, folder = checked.config, checked.workdir
+        self._checked, self._config = checked, config
+        skipped = checked.skipped_images if processes.is_first() else []
+        self._bad_images = BadImagesFile(
+            folder / "bad_images.txt", config.runtime.max_bad_images, skipped
         )
-    *_, final = table.values()
-    recalls = "  ".join(f"Recall@{k} {100 * final[f'recall@{k}']:.1f} %" for k in ks)
-    print(f"Recall@K on {len(np.unique(test.labels))} classes never trained on: {recalls}")
-    if config.report:
-        print(f"report: {workdir / 'report.html'}")
+        workdir.cache_compiled_programs(checked)
+        restored = resume.restore(folder, checked.runner, run_parts.fresh_state(checked))
+        self._start = restored.step
+        if self._start:
+            self._say(f"resuming {folder} at step {self._start} of {config.schedule.steps}")
+        try:
+            self._state, self._inputs = network_inputs.make_inputs(
+                config, checked.splits, checked.runner, restored.state
+            )
+        except ValueError as error:
+            raise RunError(error) from error
+        self._saved = stack.enter_context(
+            checkpoint.Checkpoints(folder / "checkpoints", keep=config.runtime.keep)
+        )
+        best = None
+        if config.schedule.best:
+            best = stack.enter_context(checkpoint.Checkpoints(folder / "best", keep=1))
+        self._log = stack.enter_context(MetricsLog(folder, self._start))
+        self._log.write_text("options", config.as_flagfile())
+        self._stop_requested = stack.enter_context(resume.stop_requests(config.runtime.log_every))
+        self._evaluator = Evaluator(
+            checked,
+            self._inputs["test"],
+            self._bad_images,
+            self._log,
+            best,
+            restored.best_score,
+            self._stop_requested,
+        )
+        labels = checked.splits["train"].labels
+        self._train_step = checked.runner.train(run_parts.make_train_step(config, labels))
+        self._metrics = step_metrics.StepMetrics(
+            config.runtime,
+            optimizer.learning_rate(config.optimizer, config.schedule.steps),
+            checked.sampler.batch_size,
+            self._start,
+            longest_streak=int(np.asarray(self._state.skipped)[1]),
+        )
 
+    def run(self) -> Evaluated:
+        """Trains to the last step; returns the evaluation of that step."""
+        schedule = self._config.schedule
+        with self._progress_bar() as self._progress:
+            if self._start % schedule.eval_every == 0 and self._start < schedule.steps:
+                self._evaluate_before(self._start)
+            evaluated = None
+            batches = pipeline.prefetch(self._batches(), self._checked.runner.shard)
+            for step in range(self._start + 1, schedule.steps + 1):
+                with self._metrics.waiting():
+                    batch = next(batches)
+                self._take_step(step, batch)
+                evaluated = self._after_step(step)
+            if evaluated is None:  # the run had ended before: the report needs embeddings
+                evaluated = self._evaluate_or_stop(schedule.steps)
+        return evaluated
 
-class _Stopped(Exception):
-    """SIGTERM came in the middle of an evaluation."""
+    def _progress_bar(self) -> tqdm.tqdm:
+        return tqdm.tqdm(
+            total=self._config.schedule.steps,
+            initial=self._start,
+            unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+            disable=not processes.is_first(),
+        )
+
+    def _batches(self) -> Iterator[dict[str, np.ndarray]]:
+        on_bad = functools.partial(self._bad_images.add, self._checked.splits["train"])
+        return run_parts.train_batches(self._checked, self._inputs["train"], self._start, on_bad)
+
+    def _take_step(self, step: int, batch: Any) -> None:
+        """Updates the state by one batch, and logs the metrics of every --log_every-th step."""
+        schedule, runtime = self._config.schedule, self._config.runtime
+        profiled = runtime.profiled
+        if profiled and step == profiled.start:
+            jax.profiler.start_trace(str(self._checked.workdir / "profile"))
+        self._state, measured = self._train_step(self._state, batch)
+        last_profiled = min(profiled.stop - 1, schedule.steps)
+        if self._start < profiled.start <= step == last_profiled:
+            jax.block_until_ready(self._state)
+            jax.profiler.stop_trace()
+        if step % runtime.log_every == 0 or step == schedule.steps:
+            values = self._metrics.values(step, measured, self._state.skipped)
+            self._log.write(step, values, self._metrics.board_only())
+            self._metrics.check_finite(step, values, self._state.skipped, self._saved)
+            text = f"loss {values['loss']:.4f}, {values['images_per_second']:.0f} images/s"
+            self._progress.set_postfix_str(text, refresh=False)
+        self._progress.update()
+
+    def _after_step(self, step: int) -> Evaluated | None:
+        """Evaluates and saves the state where it is time, and ends a run that is told to stop."""
+        last = step == self._config.schedule.steps
+        stopping = not last and self._stop_requested(step)
+        evaluated = None
+        if (step % self._config.schedule.eval_every == 0 or last) and not stopping:
+            evaluated = self._evaluate(step)
+            stopping = evaluated is None
+            self._metrics.restart(step)
+        if step % self._config.runtime.checkpoint_every == 0 or last or stopping:
+            best_score = {"best_score": self._evaluator.best_score}
+            self._saved.save(step, self._checked.runner.to_global(self._state), best_score)
+        if stopping:
+            self._end_early(step)
+        return evaluated
+
+    def _evaluate(self, step: int) -> Evaluated | None:
+        evaluated = self._evaluator.evaluate(step, self._state)
+        if evaluated is not None and processes.is_first():
+            self._progress.write(f"step {step}: {summary.scores_in_a_line(evaluated.scores)}")
+        return evaluated
+
+    def _evaluate_or_stop(self, step: int) -> Evaluated:
+        evaluated = self._evaluate(step)
+        if evaluated is None:
+            self._end_early(step)
+        return evaluated
+
+    def _evaluate_before(self, step: int) -> None:
+        """Evaluates before the first step, unless the log has the scores."""
+        if not self._log.has_scores(step):
+            self._evaluate_or_stop(step)
+            self._metrics.restart(step)
+
+    def _end_early(self, step: int) -> NoReturn:
+        """Ends a run that was told to stop, after its last checkpoint is on disk."""
+        self._saved.wait()
+        self._say(
+            f"told to stop: saved step {step} of {self._config.schedule.steps}; the same command "
+            "resumes",
+            file=sys.stderr,
+        )
+        sys.exit(resume.RUN_AGAIN)
+
+    def _say(self, text: str, **options: Any) -> None:
+        if processes.is_first():
+            print(text, flush=True, **options)

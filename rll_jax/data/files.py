@@ -6,11 +6,12 @@ import fcntl
 import os
 import pathlib
 import tempfile
+from typing import BinaryIO
 import uuid
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """Yields a temporary path beside `path`, which replaces `path` when the block ends.
 
     A block that fails removes the temporary file and leaves `path` as it was.
@@ -25,7 +26,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """Yields a temporary folder beside `path`, which is renamed to `path` when the block ends.
 
     The result is either complete or absent. A folder that is at `path` by then is left untouched.
@@ -46,20 +47,21 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def exclusive_lock(path: str | os.PathLike, *, wait: bool) -> Iterator[None]:
+def exclusive_lock(path: str | os.PathLike[str], *, wait: bool) -> Iterator[BinaryIO]:
     """Holds a lock file that one process at a time can hold; a killed process loses it.
 
-    File systems without locks are taken as unlocked.
+    Yields the file, open to append. A child process that inherits it holds the lock too, as long as
+    it lives. File systems without locks are taken as unlocked.
 
     Args:
       path: the lock file, which is created and stays.
       wait: wait for the other process; otherwise BlockingIOError is raised.
     """
-    with pathlib.Path(path).open("a") as file:
+    with pathlib.Path(path).open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise
         except OSError:
             pass
-        yield
+        yield file

@@ -1,0 +1,189 @@
+"""The network of a run: its options, the model, and the weights that it starts from."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+
+from experiments.engine.options import Section, option
+from rll_jax import typing
+from rll_jax.networks import backbones, embedding_net, resnet, weights
+from rll_jax.training import devices, steps
+
+# Changes of a `ResNetConfig` by the names of --stem.
+_STEMS = {
+    "7x7": {"small_images": False, "stem_pool": 1},
+    "3x3": {"small_images": True, "stem_pool": 1},
+    "3x3_pooled": {"small_images": True, "stem_pool": 2},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkOptions(Section):
+    """The backbone, its embedding heads, and what of them trains."""
+
+    title: ClassVar[str] = "Network"
+
+    backbone: str = option(
+        "resnet_small", "The backbone network.", choices=tuple(backbones.BACKBONES), main=True
+    )
+    stem: str = option(
+        "",
+        "The stem of a ResNet: 7x7 with stride 2 and a max pool; or, for small images, 3x3 with "
+        "stride 1, without or with a 2x2 average pool. Empty: the backbone's own.",
+        choices=("", *_STEMS),
+    )
+    width: int = option(
+        0,
+        "The number of channels of a ResNet's first stage; it doubles from stage to stage. 0: the "
+        "backbone's own.",
+        low=0,
+    )
+    stage_sizes: tuple[int, ...] = option(
+        (),
+        "The number of blocks in each stage of a ResNet, such as 2,2,2,2. Empty: the backbone's "
+        "own.",
+    )
+    pretrained: str = option(
+        "",
+        "The weights to start from: a .safetensors, .pth or .npz file in the names of torchvision, "
+        "timm or Caffe; another run's workdir; or a repository of the Hugging Face hub such as "
+        "timm/resnet50.tv_in1k. Empty: random weights.",
+        main=True,
+    )
+    pretrained_head: bool = option(
+        False, "Take the embedding heads of --pretrained too, not the backbone alone."
+    )
+    init_from: str = option(
+        "", "The workdir of another run whose weights, heads included, this run starts from."
+    )
+    embedding_dim: int = option(128, "The dimension of each level's embedding.", low=1, main=True)
+    levels: tuple[str, ...] = option(
+        ("H",),
+        "The levels of the network that have an embedding and a loss each, some of L,M,H.",
+        main=True,
+    )
+    batch_norm: str = option(
+        "train",
+        "The statistics of the backbone's batch norm: of the batch over all devices (train), of "
+        "each device's share (local), or the running ones (frozen; frozen_affine holds scales "
+        "and biases too).",
+        choices=embedding_net.BATCH_NORMS,
+    )
+    dtype: str = option(
+        "float32", "The dtype of the convolutions.", choices=("float32", "bfloat16")
+    )
+    frozen_stages: int = option(
+        0,
+        "The number of first stages, and the stem, that do not train. Needs --batch_norm=frozen or "
+        "frozen_affine.",
+        low=0,
+    )
+    frozen_views: int = option(
+        0,
+        "The number of views of each training image that the frozen stages see, once, before the "
+        "first step. Their features are cached in --data_dir, and the remaining stages train on "
+        "the cache. 0: no cache, a new view at every step.",
+        low=0,
+    )
+    remat: tuple[int, ...] = option(
+        (),
+        "The stages, such as 1,2, that are computed again for the gradient to save memory. Empty: "
+        "none.",
+    )
+
+    def __post_init__(self) -> None:
+        # A level's place is that of the network, whatever the order of the flag.
+        if set(self.levels) <= set(embedding_net.LEVELS):
+            in_order = sorted(self.levels, key=embedding_net.LEVELS.index)
+            object.__setattr__(self, "levels", tuple(in_order))
+        super().__post_init__()
+
+    def check(self) -> None:
+        """See `Section.check`."""
+        text = ",".join(self.levels)
+        unknown = set(self.levels) - set(embedding_net.LEVELS)
+        if unknown or not self.levels or len(set(self.levels)) != len(self.levels):
+            raise ValueError(
+                f"--levels={text}: expected some of L,M,H, each once, with commas between"
+            )
+        stages = self.backbone_config.num_stages
+        needed = len(embedding_net.LEVELS) - embedding_net.LEVELS.index(self.levels[0])
+        if stages < needed:
+            raise ValueError(
+                f"--levels={text}: --backbone={self.backbone} has only {stages} stages"
+            )
+        self._check_stages(stages)
+        if self.frozen_views and not self.frozen_stages:
+            raise ValueError(
+                f"--frozen_views={self.frozen_views} caches the features of frozen stages: give "
+                "--frozen_stages too"
+            )
+        if self.init_from and self.pretrained:
+            raise ValueError(
+                f"--init_from={self.init_from} and --pretrained={self.pretrained}: give one of them"
+            )
+
+    def _check_stages(self, stages: int) -> None:
+        if not set(self.remat) <= set(range(1, stages + 1)):
+            raise ValueError(
+                f"--remat={','.join(map(str, self.remat))}: the stages of "
+                f"--backbone={self.backbone} are 1 to {stages}"
+            )
+        frozen_norm = self.batch_norm.startswith("frozen")
+        if self.frozen_stages > stages or (self.frozen_stages and not frozen_norm):
+            raise ValueError(
+                f"--frozen_stages={self.frozen_stages}: expected at most the {stages} stages of "
+                f"--backbone={self.backbone}, and --batch_norm=frozen or frozen_affine"
+            )
+
+    @property
+    def backbone_config(self) -> typing.Backbone:
+        """--backbone, changed by --stem, --width and --stage_sizes."""
+        config = backbones.BACKBONES[self.backbone]
+        changes: dict[str, object] = dict(_STEMS.get(self.stem, {}))
+        if self.width:
+            changes["width"] = self.width
+        if self.stage_sizes:
+            changes["stage_sizes"] = self.stage_sizes
+        if not changes:
+            return config
+        if not isinstance(config, resnet.ResNetConfig):
+            raise ValueError(
+                "--stem, --width and --stage_sizes are of ResNets, and "
+                f"--backbone={self.backbone} is none"
+            )
+        try:
+            return dataclasses.replace(config, **changes)
+        except ValueError as error:
+            raise ValueError(f"--{error}") from error
+
+    @property
+    def starting_weights(self) -> str:
+        """--pretrained or --init_from; empty for random weights."""
+        return self.pretrained or self.init_from
+
+    @property
+    def loads_heads(self) -> bool:
+        """Whether the starting weights include the embedding heads."""
+        return self.pretrained_head or bool(self.init_from)
+
+    def is_frozen(self, module: str) -> bool:
+        """Whether --frozen_stages holds a top-level module of the network, by its name."""
+        if module.startswith((*weights.HEAD_PREFIXES, steps.PROXIES)):
+            return False
+        return self.backbone_config.stage_of(module) <= self.frozen_stages
+
+
+def make_model(options: NetworkOptions) -> embedding_net.EmbeddingNet:
+    """Returns the network, for steps over the axis `devices.AXIS`."""
+    return embedding_net.EmbeddingNet(
+        options.backbone_config,
+        options.embedding_dim,
+        options.levels,
+        dtype=jnp.dtype(options.dtype),
+        batch_norm=options.batch_norm,
+        axis_name=devices.AXIS,
+        remat=options.remat,
+        frozen_stages=options.frozen_stages,
+    )

@@ -1,0 +1,96 @@
+"""How a section of a run's options is declared: typed fields with help and limits."""
+
+from collections.abc import Iterator, Sequence
+import dataclasses
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: Sequence[str] = (),
+    main: bool = False,
+) -> Any:
+    """Declares a field of a `Section`.
+
+    Args:
+      default: the value where nothing is said.
+      help: a full sentence that can be understood alone, with the unit.
+      low: the lowest value allowed, or None.
+      high: the highest value allowed, or None.
+      choices: the texts allowed; empty for any.
+      main: whether the option is among those that --help shows.
+    """
+    metadata = {"help": help, "low": low, "high": high, "choices": tuple(choices), "main": main}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """Options that belong together. Subclasses declare fields by `option`.
+
+    Raises:
+      ValueError: an option is out of range or two do not go together; the message names the flag.
+    """
+
+    title: ClassVar[str]
+    free_on_resume: ClassVar[bool] = False  # whether a resumed run may change these options
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check(field, getattr(self, field.name))
+        self.check()
+
+    def check(self) -> None:
+        """Raises ValueError where options of this section do not go together."""
+
+
+def _check(field: dataclasses.Field[Any], value: Any) -> None:
+    choices, low, high = (field.metadata[name] for name in ("choices", "low", "high"))
+    if choices and value not in choices:
+        raise ValueError(f"--{field.name}={value}: expected one of {', '.join(choices)}")
+    too_low, too_high = low is not None and not low <= value, high is not None and not value <= high
+    if too_low or too_high:
+        expected = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ValueError(f"--{field.name}={value}: expected {expected}")
+
+
+def fields(section: type[Section] | Section) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
+    """Yields each field of a section with its type."""
+    section_type = section if isinstance(section, type) else type(section)
+    hints = get_type_hints(section_type)
+    for field in dataclasses.fields(section_type):
+        yield field, hints[field.name]
+
+
+def to_text(value: Any) -> str:
+    """Returns a value as a flag's text: a list with commas between, None as nothing."""
+    if value is None:
+        return ""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def from_text(name: str, kind: Any, text: str) -> Any:
+    """Returns a flag's text as a value of the field's type.
+
+    Raises:
+      ValueError: the text is not of that type.
+    """
+    if kind is bool:
+        return _boolean(name, text)
+    if get_origin(kind) is not tuple:
+        return kind(text)
+    item = get_args(kind)[0]
+    parts = [part.strip() for part in text.split(",")] if text else []
+    if item is int and not all(part.isdecimal() for part in parts):
+        raise ValueError(f"--{name}={text}: expected numbers with commas between")
+    return tuple(item(part) for part in parts)
+
+
+def _boolean(name: str, text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(f"--{name}={text}: expected True or False")
+    return text.lower() == "true"
