@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -107,3 +108,44 @@ def test_the_core_needs_jax_and_numpy_alone(module):
 def test_no_test_imports_another():
     for path in (ROOT / "tests").rglob("*.py"):
         assert not any("test_" in name for name in imported(path)), path
+
+
+FUNCTIONS = [
+    (path, node)
+    for path in FILES
+    for node in ast.walk(ast.parse(path.read_text()))
+    if isinstance(node, ast.FunctionDef)
+]
+
+
+def test_functions_fit_a_screen():
+    """At most 60 lines, the docstring not counted."""
+
+    def lines(node):
+        docstring = (
+            node.body[0].end_lineno - node.body[0].lineno + 1 if ast.get_docstring(node) else 0
+        )
+        return node.end_lineno - node.lineno + 1 - docstring
+
+    assert not [f"{path}:{node.name}" for path, node in FUNCTIONS if lines(node) > 60]
+
+
+def test_every_argument_is_annotated():
+    def bare(node):
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        arguments += filter(None, (node.args.vararg, node.args.kwarg))
+        missing = [a for a in arguments if not a.annotation and a.arg not in ("self", "cls")]
+        return missing or node.returns is None
+
+    assert not [f"{path}:{node.name}" for path, node in FUNCTIONS if bare(node)]
+
+
+def test_ls_is_the_list_of_commands():
+    """Commands alone stand at the top of experiments/, and the README there names each."""
+    commands = {path.stem for path in (ROOT / "experiments").glob("*.py")} - {"__init__"}
+    text = (ROOT / "experiments/README.md").read_text()
+    table = text.partition("| command |")[2].partition("\n\n")[0]
+    first_cells = [line.split("|")[1] for line in table.splitlines() if line.count("|") > 2]
+    assert {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)} == commands
+    for name in commands:
+        assert 'if __name__ == "__main__":' in (ROOT / f"experiments/{name}.py").read_text()

@@ -256,7 +256,7 @@ def test_pytorch_loads_what_export_writes(workdir, tmp_path):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     from safetensors.torch import load_file
 
-    from experiments.engine import build
+    from experiments.engine import network, trained_network
     from rll_jax.networks import backbones, embedding_net
     from tests.helpers import torch_networks
 
@@ -271,9 +271,9 @@ def test_pytorch_loads_what_export_writes(workdir, tmp_path):
     x = (pixels.astype(np.float32) - np.float32(config.mean)) / np.float32(config.std)
     with torch.no_grad():
         found = theirs.eval()(torch.from_numpy(x.transpose(0, 3, 1, 2)))
-    ours = build.load(workdir)
+    ours = trained_network.load(workdir)
     expected = embedding_net.concatenate_levels(
-        build.make_model(ours.config).clone(axis_name=None).apply(ours.variables, pixels)
+        network.make_model(ours.config.network).clone(axis_name=None).apply(ours.variables, pixels)
     )
     np.testing.assert_allclose(found, expected, atol=1e-5)
 

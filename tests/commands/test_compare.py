@@ -12,15 +12,15 @@ from experiments import compare
 from experiments.engine import config, many_runs
 from tests.helpers.commands import TINY, refused, run
 
-BASE = {**vars(config.Config()), "workdir": "w", "report": False, "steps": 20}
+BASE = {**config.Config().flat(), "workdir": "w", "report": False, "steps": 20}
 
 
 def write_scores(run, recall, step=None):
-    folder = pathlib.Path(run.workdir)
+    folder = pathlib.Path(run.runtime.workdir)
     folder.mkdir(parents=True)
     lines = [
         {"step": 0, "recall@1": 0.01, "map@r": 0.01},
-        {"step": step or run.steps, "recall@1": recall, "map@r": recall / 2},
+        {"step": step or run.schedule.steps, "recall@1": recall, "map@r": recall / 2},
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -36,11 +36,11 @@ def test_equal_terms():
         free = {*compare.ENTRIES[name].options, "learning_rate", "seed", "workdir"} | (
             {"validation_share", "steps"} if of_tuning else set()
         )
-        assert all(
-            getattr(one, field) == BASE[field] for field in many_runs.FIELDS if field not in free
-        )
-        assert (one.validation_share, one.steps) == ((0.3, 10) if of_tuning else (0, 20))
-    assert len({run.workdir for run in [*tuned.values(), *compared.values()]}) == 7 * len(names)
+        flat = one.flat()
+        assert all(flat[name] == BASE[name] for name in config.OPTIONS if name not in free)
+        assert (flat["validation_share"], flat["steps"]) == ((0.3, 10) if of_tuning else (0, 20))
+    runs = [*tuned.values(), *compared.values()]
+    assert len({run.runtime.workdir for run in runs}) == 7 * len(names)
     assert [seed for _, seed in compared][: len(names)] == [0] * len(names)
 
 
@@ -58,7 +58,8 @@ def test_rates_are_tried_until_the_best_is_not_at_an_end(tmp_path):
 
     def execute(runs):
         for one in runs:
-            name, rate = pathlib.Path(one.workdir).parent.name, one.learning_rate
+            name = pathlib.Path(one.runtime.workdir).parent.name
+            rate = one.optimizer.learning_rate
             if name in recalls and many_runs.scores(one) is None:
                 told.append((name, rate))
                 write_scores(one, recalls[name].get(rate, 0.1))
@@ -125,14 +126,14 @@ def test_mistakes_before_anything_is_written(arguments, text, tmp_path):
 
 def test_another_comparison_in_the_folder_is_refused(tmp_path):
     base = BASE | {"workdir": str(tmp_path), "tuning_share": "0.3"}
-    many_runs.claim("compare", base, [("seeds", 3)])
-    many_runs.claim("compare", base | {"threads": 7}, [("seeds", 5)])
+    many_runs.claim_folder("compare", base, [("seeds", 3)])
+    many_runs.claim_folder("compare", base | {"threads": 7}, [("seeds", 5)])
     for changed, text in (
         ({"tuning_share": "0.5"}, "--tuning_share=0.3 there, 0.5 here"),
         ({"steps": 9}, "--steps=20 there, 9 here"),
     ):
         with pytest.raises(ValueError, match=text):
-            many_runs.claim("compare", base | changed, [("seeds", 3)])
+            many_runs.claim_folder("compare", base | changed, [("seeds", 3)])
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from absl import flags
 import pytest
 
 from experiments import compare
-from experiments.engine import config
+from experiments.engine import flags as engine_flags
 from tests.helpers.commands import TINY, browse, refused, run, scores
 from tests.helpers.paths import ROOT
 
@@ -116,14 +116,15 @@ def test_a_batch_that_devices_cannot_share(tmp_path):
 def test_every_flagfile_is_accepted(path):
     values = flags.FlagValues()
     flags.DEFINE_string("flagfile", "", "", flag_values=values)
-    (compare if path.stem.endswith("_compare") else config).define_flags(flag_values=values)
+    if path.stem.endswith("_compare"):
+        compare.define_flags(flag_values=values)
+    else:
+        engine_flags.define(flag_values=values)
     values(["experiment", *values.read_flags_from_files([f"--flagfile={path}"])])
-    options = config.from_flags(values)
-    assert options.workdir == f"runs/{path.stem}" and path.stem.split("_")[0] in (
-        options.dataset,
-        "grocery",
-    )
-    assert (ROOT / "experiments" / f"{options.dataset}.py").exists()
+    options = engine_flags.config_from_flags(values)
+    assert options.runtime.workdir == f"runs/{path.stem}"
+    assert path.stem.split("_")[0] in (options.data.dataset, "grocery")
+    assert (ROOT / "experiments" / f"{options.data.dataset}.py").exists()
 
 
 def test_the_report_in_a_browser(finished, tmp_path):

@@ -1,7 +1,6 @@
 """A sweep as a user gives it, on a few pictures."""
 
 import ast
-import dataclasses
 import fcntl
 import json
 import re
@@ -16,6 +15,7 @@ import pytest
 
 from experiments import sweep
 from experiments.engine import config, datasets
+from experiments.engine import flags as engine_flags
 from tests.helpers.benchmark_trees import make_folders
 from tests.helpers.commands import TINY, command, refused, run
 from tests.helpers.paths import ROOT
@@ -68,8 +68,7 @@ def test_killed_in_the_middle_it_goes_on_to_its_table(small, tmp_path):
     told, complaint = process.communicate(timeout=60)
     assert process.returncode == 130, complaint
     assert (
-        told.splitlines()[-1]
-        == "stopped at 2/4 margin=0.2 seed=6: the same command goes on from there"
+        told.splitlines()[-1] == "stopped at 2/4 margin=0.2 seed=6: the same command resumes there"
     )
     assert "Traceback" not in complaint
     finished = times(workdir)
@@ -161,11 +160,11 @@ def test_commands_are_those_of_the_runs(tmp_path):
     found = []
     for line in lines:
         values = flags.FlagValues()
-        config.define_flags(flag_values=values)
+        engine_flags.define(flag_values=values)
         values(["sop", *line[3:]])
-        found.append(config.from_flags(values))
+        found.append(engine_flags.config_from_flags(values))
     assert found == [
-        config.Config(
+        config.from_flat(
             dataset="sop",
             backbone="resnet50",
             image_size=224,
@@ -182,7 +181,7 @@ def test_commands_are_those_of_the_runs(tmp_path):
     assert [path.name for path in (tmp_path / "a sweep").iterdir()] == ["sweep.flags"]
 
 
-@pytest.mark.parametrize("dataset", datasets.SOURCES)
+@pytest.mark.parametrize("dataset", datasets.DATASETS)
 def test_the_usual_options_of_each_command_are_known(dataset):
     calls = [
         node
@@ -192,7 +191,7 @@ def test_the_usual_options_of_each_command_are_known(dataset):
     own = next(
         {word.arg: word.value.value for word in call.keywords}
         for call in calls
-        if ast.unparse(call.func) == "config.define_flags"
+        if ast.unparse(call.func) == "flags.define"
     )
     usual = {} if dataset == "emoji" else {"backbone": "resnet50", "image_size": 224}
     assert own == {"dataset": dataset, "workdir": f"runs/{dataset}"} | usual
@@ -212,24 +211,22 @@ def test_the_usual_options_of_each_command_are_known(dataset):
 )
 def test_sweeps_that_cannot_be(texts, error, monkeypatch):
     values = flags.FlagValues()
-    config.define_flags(flag_values=values)
+    engine_flags.define(flag_values=values)
     monkeypatch.setattr(flags, "FLAGS", values)
     with pytest.raises(ValueError, match=re.escape(error)):
-        sweep._plan(
-            dataclasses.asdict(config.Config()), [sweep._axis(text) for text in texts], seeds=1
-        )
+        sweep._plan(config.Config().flat(), [sweep._axis(text) for text in texts], seeds=1)
 
 
 def test_folders_of_runs_have_safe_names():
-    base = dataclasses.asdict(config.Config(workdir="w"))
+    base = config.from_flat(workdir="w").flat()
     runs = sweep._plan(
         base, [("pretrained", ["", "../a b/c?.npz"]), ("levels", ["L,M,H"])], seeds=2
     )
     folders = ["levels=L,M,H,pretrained=", "levels=L,M,H,pretrained=..%2Fa b%2Fc%3F.npz"]
-    assert [run.workdir for run in runs] == [
+    assert [run.runtime.workdir for run in runs] == [
         f"w/{folder}/seed={seed}" for folder in folders for seed in (0, 1)
     ]
-    assert runs[3].pretrained == "../a b/c?.npz" and runs[3].seed == 1
+    assert runs[3].network.pretrained == "../a b/c?.npz" and runs[3].schedule.seed == 1
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Data of one's own, from the files to a report, by command."""
 
 import csv
-import dataclasses
 import json
 import shutil
 import subprocess
@@ -11,7 +10,8 @@ import time
 import numpy as np
 import pytest
 
-from experiments.engine import config, datasets
+from experiments.engine import datasets, trained_network
+from experiments.engine.runtime import RuntimeOptions
 from tests.helpers.benchmark_trees import jpeg, make_cub, make_inshop, make_sop
 from tests.helpers.commands import SMALL, command, refused, run, scores
 
@@ -92,7 +92,7 @@ def test_prepare_from_an_archive(tmp_path):
     again = run(
         "--dataset=cub", f"--source={tmp_path / 'there'}", f"--data_dir={out}", name="prepare"
     )
-    assert again.returncode == 2 and "is there already" in again.stderr
+    assert again.returncode == 2 and "exists already" in again.stderr
     refused(
         "CUB_200_2011 is there already",
         "--dataset=cub",
@@ -115,22 +115,20 @@ def test_pictures_mended_after_they_were_prepared(tmp_path, capsys):
     picture = root / "images/001.Some_Bird/Some_Bird_0000_1.jpg"
     whole = picture.read_bytes()
     picture.write_bytes(b"")
-    options = config.Config(dataset="cub", data_dir=str(tmp_path), on_bad_image="skip")
-    sets, left_out = datasets.open_usable(options)
-    assert len(sets["train"]) == 19 and len(left_out) == 1
+    skip = datasets.DataOptions(dataset="cub", on_bad_image="skip")
+    stop, runtime = datasets.DataOptions(dataset="cub"), RuntimeOptions(data_dir=str(tmp_path))
+    splits, skipped = datasets.open_usable(skip, runtime)
+    assert len(splits["train"]) == 19 and len(skipped) == 1
     picture.write_bytes(whole)
     capsys.readouterr()
     with pytest.raises(
         ValueError,
-        match=f"Mend them and remove {tmp_path}/prepared_cub, which is written anew, or leave",
+        match=f"Mend them and remove {tmp_path}/prepared_cub, which is written anew, or skip them by",
     ):
-        datasets.open_usable(dataclasses.replace(options, on_bad_image="stop"))
+        datasets.open_usable(stop, runtime)
     assert capsys.readouterr().err.count("note: CUB-200-2011: train has 20 images") == 1
     shutil.rmtree(tmp_path / "prepared_cub")
-    assert (
-        len(datasets.open_usable(dataclasses.replace(options, on_bad_image="stop"))[0]["train"])
-        == 20
-    )
+    assert len(datasets.open_usable(stop, runtime)[0]["train"]) == 20
 
 
 def test_bad_images_stop_a_run_before_it_begins(folder, tmp_path):
@@ -240,7 +238,6 @@ def test_border_crop_does_not_go_with_a_cache(folder, tmp_path):
 
 def test_frozen_stages_stay(folder, tmp_path):
     """The weights that a run ends with, beside those that it began with; what the frozen stages made of pictures is kept and used again."""
-    from experiments.engine import build
 
     common = [
         *SMALL,
@@ -273,7 +270,9 @@ def test_frozen_stages_stay(folder, tmp_path):
     assert again.returncode == 0 and found["map@r"] == pytest.approx(
         scores(tmp_path / "then")[-1]["map@r"], abs=0.02
     ), again.stderr
-    first, then = (build.load(tmp_path / name).variables["params"] for name in ("first", "then"))
+    first, then = (
+        trained_network.load(tmp_path / name).variables["params"] for name in ("first", "then")
+    )
     moved = {
         name: not all(
             np.array_equal(a, b) for a, b in zip(first[name].values(), then[name].values())

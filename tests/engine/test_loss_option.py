@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.engine import build, config, datasets, losses
+from experiments.engine import build, config, datasets, losses, optimizer, trained_network
+from experiments.engine.runtime import RuntimeOptions
 from rll_jax import loss
 from rll_jax.data import image_dataset
 from rll_jax.loss import baselines
@@ -38,7 +39,7 @@ def make_state():
 def make_step(**options):
     return functools.partial(
         steps.train_step,
-        loss=losses.make(config.Config(loss="proxy_anchor"), LABELS[::-1]),
+        loss=losses.make_loss(losses.LossOptions(loss="proxy_anchor"), LABELS[::-1]),
         **options,
     )
 
@@ -63,8 +64,10 @@ def test_every_loss_is_its_function_with_its_options():
         ),
     }
     for (name, text, *more), expected in cases.items():
-        of = losses.make(config.Config(loss=name, loss_options=text, **dict(more)), labels)
-        np.testing.assert_allclose(of(x, labels), expected, rtol=1e-6)
+        options = losses.LossOptions(loss=name, loss_options=text, **dict(more))
+        np.testing.assert_allclose(
+            losses.make_loss(options, labels)(x, labels), expected, rtol=1e-6
+        )
 
 
 @pytest.mark.parametrize(
@@ -114,7 +117,7 @@ def test_every_loss_is_its_function_with_its_options():
 )
 def test_mistakes(options, text):
     with pytest.raises(ValueError, match=re.escape(text)):
-        config.Config(**options)
+        config.from_flat(**options)
 
 
 @functools.cache
@@ -156,8 +159,9 @@ def test_proxies_and_the_optimiser():
         batch_norm="frozen",
         frozen_stages=2,
     )
-    tx = build.make_optimizer(
-        config.Config(loss="proxy_anchor", proxy_lr_multiplier=100.0, **usual)
+    options = config.from_flat(**usual)
+    tx = optimizer.make_optimizer(
+        options.optimizer, options.network, options.schedule.steps, proxy_lr_multiplier=100.0
     )
     updates, _ = tx.update(params, tx.init(params), params)
     assert (
@@ -169,7 +173,7 @@ def test_proxies_and_the_optimiser():
 @pytest.mark.parametrize("ema", [0.5, pytest.param(0.0, marks=pytest.mark.slow)])
 def test_a_run_with_proxies_is_loaded_without_them(ema, tmp_path):
     """What searches has no use for them."""
-    options = config.Config(
+    options = config.from_flat(
         loss="proxy_anchor",
         ema=ema,
         backbone="resnet_tiny",
@@ -182,7 +186,7 @@ def test_a_run_with_proxies_is_loaded_without_them(ema, tmp_path):
     (tmp_path / "flags.txt").write_text(options.as_flagfile())
     with checkpoint.Checkpoints(tmp_path / "checkpoints") as saved:
         saved.save(3, state)
-    loaded = build.load(tmp_path)
+    loaded = trained_network.load(tmp_path)
     expected = {
         name: leaf
         for name, leaf in (state.ema if ema else state.params).items()
@@ -193,9 +197,11 @@ def test_a_run_with_proxies_is_loaded_without_them(ema, tmp_path):
 
 
 def test_classes_held_out():
-    opened, _ = datasets.open_usable(config.Config())
-    held, _ = datasets.open_usable(config.Config(validation_share=0.25))
-    other, _ = datasets.open_usable(config.Config(validation_share=0.25, split_seed=1))
+    def open_splits(**options):
+        return datasets.open_usable(datasets.DataOptions(**options), RuntimeOptions())[0]
+
+    opened, held = open_splits(), open_splits(validation_share=0.25)
+    other = open_splits(validation_share=0.25, split_seed=1)
     classes = {name: np.unique(held[name].labels) for name in held}
     assert (
         len(classes["test"]) == round(0.25 * 718)

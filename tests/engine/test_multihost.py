@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.engine import build
+from experiments.engine import trained_network
 from tests.helpers.commands import FEW, command, run, scores
 
 pytestmark = pytest.mark.usefixtures("pictures")
@@ -55,7 +55,7 @@ def ends(processes, timeout=240):
 
 
 def weights(workdir):
-    return jax.tree.leaves(build.load(workdir).variables)
+    return jax.tree.leaves(trained_network.load(workdir).variables)
 
 
 @pytest.fixture(scope="module")

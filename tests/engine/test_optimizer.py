@@ -5,19 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.engine import build, config
+from experiments.engine import config, optimizer
+from experiments.engine.optimizer import OptimizerOptions
 
 
 def test_schedules():
-    step = build.schedule(
-        config.Config(schedule="step", learning_rate=0.8, decay_at="3,5", decay_factor=0.25)
-    )
+    falls = OptimizerOptions(schedule="step", learning_rate=0.8, decay_at=(3, 5), decay_factor=0.25)
+    step = optimizer.learning_rate(falls, 10)
     np.testing.assert_allclose(
         [step(i) for i in range(7)], [0.8, 0.8, 0.8, 0.2, 0.2, 0.05, 0.05], rtol=1e-6
     )
-    cosine = build.schedule(
-        config.Config(schedule="cosine", learning_rate=0.8, steps=100, warmup=0.2)
-    )
+    rises = OptimizerOptions(schedule="cosine", learning_rate=0.8, warmup=0.2)
+    cosine = optimizer.learning_rate(rises, 100)
     found = np.array([cosine(i) for i in range(101)])
     np.testing.assert_allclose(found[:21], 0.8 * np.arange(21) / 20, atol=1e-6)
     np.testing.assert_allclose(
@@ -25,17 +24,18 @@ def test_schedules():
     )
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_the_heads_rate_and_the_decay(optimizer):
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_the_heads_rate_and_the_decay(name):
     params = {
         "conv1": {"kernel": jnp.ones((2, 2))},
         "bn1": {"scale": jnp.ones(2)},
         "H_embedding": {"kernel": jnp.ones((2, 2))},
     }
-    options = dict(optimizer=optimizer, schedule="step", learning_rate=0.1, weight_decay=0.5)
+    options = dict(optimizer=name, schedule="step", learning_rate=0.1, weight_decay=0.5)
 
     def update(gradient, **more):
-        tx = build.make_optimizer(config.Config(**options, **more))
+        one = config.from_flat(**options, **more)
+        tx = optimizer.make_optimizer(one.optimizer, one.network, one.schedule.steps)
         updates, _ = tx.update(
             jax.tree.map(lambda p: gradient * jnp.ones_like(p), params), tx.init(params), params
         )
@@ -51,5 +51,5 @@ def test_the_heads_rate_and_the_decay(optimizer):
         1.0, frozen_stages=1, batch_norm="frozen", decay_norm_and_bias=True, head_lr_multiplier=10.0
     )
     assert frozen == {"conv1": 0, "bn1": 0, "H_embedding": multiplied["H_embedding"]}
-    if optimizer == "sgd":
+    if name == "sgd":
         assert update(1.0, clip_gradient=1.0)["bn1"] == pytest.approx(-0.1 / np.sqrt(10))

@@ -53,7 +53,7 @@ def begin(*arguments):
 def everything(workdir):
     """All arrays of the last checkpoint."""
     state = jax.eval_shape(
-        functools.partial(build._create, config.from_flagfile(workdir / "flags.txt"))
+        functools.partial(build.create_state, config.from_flagfile(workdir / "flags.txt"))
     )
     with checkpoint.Checkpoints(workdir / "checkpoints", read_only=True) as saved:
         return saved.restore_subset(saved.latest_step(), checkpoint._arrays(state))
@@ -121,8 +121,8 @@ def test_told_to_stop_saves_and_says_so(tmp_path):
 def test_a_second_sigterm_ends_at_once():
     """The first is noted, for every step from then on; the second finds what a process does that knows nothing of it."""
     code = (
-        "import os, signal, time; from experiments import survival\n"
-        "with survival.told_to_stop(10) as stop:\n"
+        "import os, signal, time; from experiments.engine import resume\n"
+        "with resume.stop_requests(10) as stop:\n"
         "    assert not stop(10); os.kill(os.getpid(), signal.SIGTERM); assert stop(11) and stop(12); print('noted', flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"
     )
@@ -136,14 +136,15 @@ def test_a_second_sigterm_ends_at_once():
 def test_told_to_stop_in_the_middle_of_an_evaluation(finished, tmp_path):
     """It is not waited for: the step is saved, and evaluated when the run goes on."""
     code = (
-        "import os, signal, sys; from absl import app; from experiments import config, evaluate, run\n"
-        "embed_readable, times = run.embed_readable, []\n"
+        "import os, signal, sys; from absl import app\n"
+        "from experiments.engine import command, flags, scoring, train_loop\n"
+        "embed_readable, times = scoring.embed_readable, []\n"
         "def told(embed, *args):\n"
         "    times.append(1)\n"
         "    if len(times) == 2: os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return embed_readable(embed, *args)\n"
-        "run.embed_readable = told\n"
-        "config.define_flags(); app.run(run.main, flags_parser=config.parse_flags)"
+        "scoring.embed_readable = told\n"
+        "flags.define(); app.run(train_loop.main, flags_parser=command.parse_flags)"
     )
     given = command(*TINY, f"--workdir={tmp_path / 'run'}")
     given["args"][1:3] = ["-c", code]
@@ -295,10 +296,11 @@ def test_told_to_stop_where_it_would_evaluate(tmp_path):
 def test_killed_while_it_wrote_its_first_files(tmp_path):
     """After the first of them; and a cut-off one lies there."""
     code = (
-        "import os, pathlib; from absl import app; from experiments import config, run\n"
+        "import os, pathlib; from absl import app\n"
+        "from experiments.engine import command, flags, train_loop\n"
         "replace = pathlib.Path.replace\n"
         "pathlib.Path.replace = lambda *args: (replace(*args), os.kill(os.getpid(), 9))\n"
-        "config.define_flags(); app.run(run.main, flags_parser=config.parse_flags)"
+        "flags.define(); app.run(train_loop.main, flags_parser=command.parse_flags)"
     )
     given = command(*TINY, "--steps=1", f"--workdir={tmp_path / 'run'}")
     given["args"][1:3] = ["-c", code]
@@ -319,7 +321,7 @@ def test_two_runs_in_one_workdir(tmp_path):
     assert told.returncode == 2 and "is in use by another run" in told.stderr, told.stderr
     assert (
         process.returncode == 130
-        and "interrupted: the same command goes on" in err
+        and "interrupted: the same command resumes" in err
         and "Traceback" not in err
     )
 

@@ -1,5 +1,6 @@
 """Commands as a user gives them, in processes of their own."""
 
+import functools
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import sys
 import pytest
 
 from tests.helpers.paths import ROOT
+from tests.helpers.warm_process import WarmProcess
 
 TINY = [
     "--backbone=resnet_tiny",
@@ -58,8 +60,16 @@ def command(*arguments, name="emoji", devices=1):
     )
 
 
-def run(*arguments, **kwargs):
-    return subprocess.run(**command(*arguments, **kwargs), capture_output=True, timeout=240)
+@functools.cache
+def warm_process(devices):
+    given = command(devices=devices)
+    return WarmProcess(given["env"], given["cwd"])
+
+
+def run(*arguments, name="emoji", devices=1):
+    """The completed process of a command; see `WarmProcess`."""
+    given = command(*arguments, name=name, devices=devices)
+    return warm_process(devices).run(given["args"][2], given["args"][3:], given["env"], timeout=240)
 
 
 def scores(workdir):
