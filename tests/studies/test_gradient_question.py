@@ -73,7 +73,7 @@ def test_slopes_times_directions_are_the_gradient(differentiated):
 
 
 def test_pytorch_metric_learnings_loss_pulls_the_same_pairs():
-    """Of an added coordinate z, 0 everywhere, d2L / dz_i dz_j (i != j) is minus the slope / d_ij."""
+    """Of an added coordinate z, all 0, d2L / dz_i dz_j (i != j) is minus the slope / d_ij."""
     x = simulated(16, batches=1)[0]
     n = len(x)
     with jax.enable_x64(True):
