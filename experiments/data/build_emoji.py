@@ -72,7 +72,7 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
 
     def __init__(
         self, classes: Sequence[tuple[str, Mapping[str, emoji_drawings.Drawing]]], **kwargs: Any
-    ):
+    ) -> None:
         """Takes the classes sorted by name: (name, {vendor: drawing}) each."""
         self.classes = classes
         super().__init__(**kwargs)

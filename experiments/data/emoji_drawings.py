@@ -134,7 +134,7 @@ class Vendor:
       other_names: {name: aliases that are the same drawing}.
     """
 
-    def __init__(self, modules: pathlib.Path, name: str):
+    def __init__(self, modules: pathlib.Path, name: str) -> None:
         package = modules / "@iconify-json" / name
         icons = read_json(package / "icons.json", "icons", "width", "height")
         self.name = name

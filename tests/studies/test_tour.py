@@ -53,7 +53,7 @@ def test_shows_that_training_helps(committed):
 
 
 def test_its_cells_make_what_it_shows(committed):
-    """The whole notebook with three training steps: what does not depend on them is as committed."""
+    """The whole notebook in three training steps: what does not depend on them is as committed."""
     pytest.importorskip("ipykernel", reason="pip install -r requirements-dev.txt")
     nbclient = pytest.importorskip("nbclient", reason="pip install -r requirements-dev.txt")
     notebook = nbformat.read(TOUR, as_version=4)
