@@ -1,57 +1,74 @@
 # shellcheck shell=bash
-# What the launch scripts share. A script sets $options (names of --name=value), $switches (names of --name) and their
-# defaults, sources this file and calls `parse "$@"`.
+# Functions that the launch scripts share. A script sets $options (names of --name=value), $switches (names of
+# --name) and their defaults, then sources this file and calls `parse_options "$@"`.
 dry_run=false
 
-mistake() {
+# usage_error MESSAGE: ends the script with exit code 2.
+usage_error() {
   echo "${0##*/}: $1 (--help lists the options)" >&2
   exit 2
 }
 
-# The comment at the head of the script, then its options.
+# Prints the comment at the head of the script.
 usage() {
   sed -n '/^#SBATCH/d; 2,/^[^#]/s/^# \{0,1\}//p' "$0"
 }
 
-# Sets a variable for each option, $experiment (module and flags) from what follows --, and $workdir from among them.
-parse() {
-  # shellcheck disable=SC2154 # the script sets them
+# Sets a variable for each option, $experiment to what follows -- (the module and its flags), and $workdir to the
+# experiment's --workdir.
+parse_options() {
+  # shellcheck disable=SC2154 # the script sets $options and $switches
   local known=" $options " flags=" $switches dry_run " key argument
   experiment=() workdir=""
   while (($#)); do
     key=${1%%=*} key=${key#--}
     case $1 in
-      --help) usage; exit 0 ;;
-      --) shift; experiment=("$@"); break ;;
-      --?*=?*) [[ $known == *" $key "* ]] || mistake "unknown option $1"; printf -v "$key" %s "${1#*=}" ;;
-      --?*) [[ $flags == *" ${1#--} "* ]] || mistake "unknown option, or one without its value: $1"; printf -v "$key" %s true ;;
-      *) mistake "options are --name=value, not $1" ;;
+      --help)
+        usage
+        exit 0
+        ;;
+      --)
+        shift
+        experiment=("$@")
+        break
+        ;;
+      --?*=?*)
+        [[ $known == *" $key "* ]] || usage_error "unknown option $1"
+        printf -v "$key" %s "${1#*=}"
+        ;;
+      --?*)
+        [[ $flags == *" ${1#--} "* ]] || usage_error "$1: unknown option, or its value is missing"
+        printf -v "$key" %s true
+        ;;
+      *) usage_error "$1: options are written --name=value" ;;
     esac
     shift
   done
-  [[ ${experiment[0]-} =~ ^experiments\.[a-z_0-9]+$ ]] || mistake "after -- an experiment is expected, such as experiments.sop"
+  [[ ${experiment[0]-} =~ ^experiments\.[a-z_0-9]+$ ]] ||
+    usage_error "expected an experiment after --, such as experiments.sop"
   for argument in "${experiment[@]}"; do
     if [[ $argument == --workdir=?* ]]; then workdir=${argument#*=}; fi
   done
-  [[ $workdir ]] || mistake "--workdir=... is missing from the experiment's flags: it is where a run goes on"
-  [[ $workdir != *://* ]] || mistake "--workdir=$workdir: expected a path, local or mounted"
+  [[ $workdir ]] ||
+    usage_error "the experiment's flags lack --workdir=..., the folder from which an interrupted run resumes"
+  [[ $workdir != *://* ]] || usage_error "--workdir=$workdir: expected a path, local or mounted"
 }
 
-# under FOLDER: --workdir lies in it.
-under() {
+# workdir_is_under FOLDER: succeeds if --workdir lies in the folder.
+workdir_is_under() {
   [[ $workdir == "$1"/?* && $workdir/ != */../* ]]
 }
 
-# need NAME REGEX EXAMPLE: the option is there and looks right.
-need() {
-  [[ ${!1} =~ ^($2)$ ]] || mistake "--$1=${!1}: expected something like $3"
+# require NAME REGEX EXAMPLE: ends the script unless the value of the option matches.
+require() {
+  [[ ${!1} =~ ^($2)$ ]] || usage_error "--$1=${!1}: expected something like $3"
 }
 
-need_bucket() {
-  need bucket '[a-z0-9][-a-z0-9_.]{1,220}[a-z0-9]' my-bucket
+require_bucket() {
+  require bucket '[a-z0-9][-a-z0-9_.]{1,220}[a-z0-9]' my-bucket
 }
 
-# Words as a shell reads them.
+# quote WORD...: prints the words as a shell would read them.
 quote() {
   local word words=() single="'\\''"
   for word; do
@@ -61,13 +78,14 @@ quote() {
   echo "${words[*]}"
 }
 
-# Runs a command; with --dry_run it is printed instead.
+# run COMMAND...: runs the command, or prints it with --dry_run.
 run() {
   if $dry_run; then quote "$@"; else "$@"; fi
 }
 
-# Runs a command, passing SIGTERM on by `$1` (which finds the process in $child), and returns its exit code when it has ended.
-# shellcheck disable=SC2034 # for the script
+# supervise ON_TERM COMMAND...: runs the command and returns its exit code once it has ended. At SIGTERM or Ctrl-C it
+# calls ON_TERM, which finds the process in $child, and sets $signalled.
+# shellcheck disable=SC2034 # the script reads it
 signalled=false
 supervise() {
   local code interrupted=false on_term=$1

@@ -1,20 +1,32 @@
-"""Which way the gradient moves a pair: how many of the active negatives does one with differentiated weights pull nearer?
+"""Measures how many negatives a gradient with differentiated weights pulls nearer to the query.
 
-    python -m experiments.studies.gradient_question --out=experiments/results                           # the simulation: half a minute
-    python -m experiments.studies.gradient_question --out=DIR --workdir=runs/emoji                      # and where a trained network lies
+The simulation alone takes half a minute:
 
-The slope of a pair is dL_i / dd_ij; a descent step on a slope above 0 brings the pair nearer, which is wrong for a negative. Published: the
-weights are constants, so the slope of an active negative is minus its share of the weight. Differentiated, as in pytorch-metric-learning
-2.9: -p_ij (1 + T (h_ij - L_i)), above 0 for every negative whose hinge h is more than 1 / T below the weighted mean L_i. The slopes here
-are not taken from that formula but from gradients of `rll_jax.loss`. Writes gradient_question.md, .json and .png.
+    python -m experiments.studies.gradient_question --out=experiments/results
+
+The same with the test embeddings of a trained network:
+
+    python -m experiments.studies.gradient_question --out=DIR --workdir=runs/emoji
+
+The slope of a pair is dL_i / dd_ij, the derivative of query i's loss by its distance to j. A
+descent step brings a pair nearer where its slope is above 0, which is wrong for a negative.
+In the published gradient the weights are constants: the slope of an active negative is minus its
+share of the weight, never above 0. With differentiated weights, as in pytorch-metric-learning 2.9,
+the slope is -p_ij (1 + T (h_ij - L_i)), which is above 0 for every negative whose hinge h is more
+than 1 / T below the weighted mean L_i.
+
+The slopes measured here do not come from that formula but from gradients of `rll_jax.loss`. The
+command writes gradient_question.md, .json and .png into --out.
 """
 
+from collections.abc import Callable, Iterable, Sequence
 import functools
 import json
 import pathlib
 import shlex
 import sys
 import time
+from typing import Any, TypeVar
 
 from absl import app, flags
 import jax
@@ -23,351 +35,356 @@ import numpy as np
 
 from experiments.engine import build, checks, datasets, logs, measuring, scoring
 from experiments.engine import config as config_lib
+from experiments.studies import gradient_question_page as page
 from rll_jax import loss
+from rll_jax.data import files
 
-_NAMES = ("gradient_question.md", "gradient_question.json", "gradient_question.png")
+_Number = TypeVar("_Number", int, float)
 
 
-# ---- What is measured
 @functools.partial(jax.jit, static_argnames="weight_gradient")
-def slopes(embeddings, labels, alpha, temperature, *, weight_gradient):
-    """dL_i / dd_ij of each query's list and the active negatives, both (N, N), of embeddings of unit length.
+def slopes(
+    embeddings: jax.Array | np.ndarray,
+    labels: jax.Array | np.ndarray,
+    alpha: float,
+    temperature: float,
+    *,
+    weight_gradient: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the slopes of all pairs and which pairs are active negatives.
 
-    The loss sees distances alone. So each query is put at 0 and its gallery on the axes, at the same distances: its gradient, the one with
-    which it is trained, has then minus the slope of a pair in that pair's coordinate.
+    The loss depends on distances alone. So each query is put at 0 and its gallery on the axes, at
+    the same distances. The gradient of the query, which is the one that trains it, then has minus
+    the slope of a pair in the coordinate of that pair.
+
+    Args:
+      embeddings: (N, D) floating, of unit length.
+      labels: (N,) integer classes.
+      alpha: the negatives' boundary.
+      temperature: T_n of the negatives' weights.
+      weight_gradient: whether the weights are differentiated.
+
+    Returns:
+      slopes: (N, N) dL_i / dd_ij, query i in row i.
+      active: (N, N) bool, the negatives that are nearer than alpha.
     """
     d2 = 2 - 2 * jnp.matmul(embeddings, embeddings.T, precision=jax.lax.Precision.HIGHEST)
-    d = jnp.sqrt(jnp.maximum(d2, 0)) * ~jnp.eye(
-        len(labels), dtype=bool
-    )  # itself: a positive at 0, which is trivial
-    options = {
-        "alpha": alpha,
-        "temperature_neg": temperature,
-        "weight_gradient": weight_gradient,
-        "normalize": False,
-    }
+    others = ~jnp.eye(len(labels), dtype=bool)
+    # A query is also in its own gallery: a positive at distance 0, which is trivial.
+    distances = jnp.sqrt(jnp.maximum(d2, 0)) * others
 
-    def of_query(row):
-        gallery, label = jnp.diag(row[0]), row[1][None]
-        of = lambda query: loss.ranked_list_loss(
-            query, label, gallery=gallery, gallery_labels=labels, **options
-        )
-        return -jax.grad(of)(jnp.zeros((1, len(labels)), d.dtype))[0]
+    def slopes_of_query(query: tuple[jax.Array, jax.Array]) -> jax.Array:
+        distances, label = query
 
-    return jax.lax.map(of_query, (d, labels)), (labels[:, None] != labels[None, :]) & (d < alpha)
+        def query_loss(position: jax.Array) -> jax.Array:
+            return loss.ranked_list_loss(
+                position,
+                label[None],
+                gallery=jnp.diag(distances),
+                gallery_labels=labels,
+                alpha=alpha,
+                temperature_neg=temperature,
+                weight_gradient=weight_gradient,
+                normalize=False,
+            )
+
+        return -jax.grad(query_loss)(jnp.zeros((1, len(labels)), distances.dtype))[0]
+
+    active = (labels[:, None] != labels[None, :]) & (distances < alpha)
+    return jax.lax.map(slopes_of_query, (distances, labels)), active
 
 
-def shares(batches, labels, alpha, temperature, *, weight_gradient) -> dict:
-    """In percent, the means over batches (B, N, D) and the standard deviation of the first.
+def shares(
+    batches: np.ndarray,
+    labels: np.ndarray,
+    alpha: float,
+    temperature: float,
+    *,
+    weight_gradient: bool,
+) -> page.Shares:
+    """Returns which shares of the active negatives are pulled nearer, means over the batches.
 
-    pairs: of the active negatives of all lists, those pulled nearer. norm: their part of the sum of |slope| over the active negatives.
-    both_lists: as pairs, where both ends move, so that the slopes of (i, j) and (j, i) add. active: of all negatives.
+    Args:
+      batches: (B, N, D) embeddings of unit length.
+      labels: (N,) integer classes, the same in every batch.
+      alpha: the negatives' boundary.
+      temperature: T_n of the negatives' weights.
+      weight_gradient: whether the weights are differentiated.
     """
     rows = []
     for batch in batches:
-        with jax.enable_x64(
-            True
-        ):  # a gradient's coordinates are rounded by the largest: float32 has no sign for weights below 1e-8
-            found = slopes(
-                np.asarray(batch, np.float64),
-                labels,
-                alpha,
-                temperature,
-                weight_gradient=weight_gradient,
+        # The coordinates of a gradient are rounded by the largest of them: float32 has no sign
+        # for weights below 1e-8.
+        with jax.enable_x64(True):
+            slope, active = map(
+                np.asarray,
+                slopes(
+                    np.asarray(batch, np.float64),
+                    labels,
+                    alpha,
+                    temperature,
+                    weight_gradient=weight_gradient,
+                ),
             )
-        slope, active = map(np.asarray, found)
-        wrong, size, count = active & (slope > 0), np.abs(slope[active]).sum(), active.sum()
-        row = (
-            wrong.sum() / max(count, 1),
-            slope[wrong].sum() / (size or 1),
-            (active & (slope + slope.T > 0)).sum() / max(count, 1),
+        pulled = active & (slope > 0)
+        pulled_by_both = active & (slope + slope.T > 0)
+        count, size = active.sum(), np.abs(slope[active]).sum()
+        negatives = (labels[:, None] != labels).sum()
+        rows.append(
+            [
+                pulled.sum() / max(count, 1),
+                slope[pulled].sum() / (size or 1),
+                pulled_by_both.sum() / max(count, 1),
+                count / negatives,
+            ]
         )
-        rows.append([*row, count / (labels[:, None] != labels).sum()])
-    means = dict(
-        zip(("pairs", "norm", "both_lists", "active"), 100 * np.mean(rows, axis=0), strict=True)
-    )
-    return means | {"std": 100 * np.std(rows, axis=0)[0]}
+    pairs, norm, both_lists, active = 100 * np.mean(rows, axis=0)
+    deviation = 100 * np.std(rows, axis=0)[0]
+    return {
+        "pairs": pairs,
+        "norm": norm,
+        "both_lists": both_lists,
+        "active": active,
+        "std": deviation,
+    }
 
 
-def effective_dimension(embeddings) -> float:
-    """The participation ratio (sum l)^2 / sum l^2 of the eigenvalues l of the covariance of (N, D): D where all are alike."""
+def effective_dimension(embeddings: np.ndarray) -> float:
+    """Returns the participation ratio (sum l)^2 / sum l^2 of the covariance's eigenvalues l.
+
+    Args:
+      embeddings: (N, D). The ratio is D where all eigenvalues are alike.
+    """
     covariance = np.cov(np.asarray(embeddings, np.float64), rowvar=False)
     return float(np.trace(covariance) ** 2 / np.sum(covariance**2))
 
 
-def simulated(rank, labels, options) -> np.ndarray:
-    """(B, N, D) float32 of unit length: normal class centres and, narrower, examples in `rank` random directions of D."""
+def simulated(rank: int, labels: np.ndarray, options: flags.FlagValues) -> np.ndarray:
+    """Returns random embeddings that vary in few directions.
+
+    The centres of the classes are normal in `rank` random directions of the embedding space. The
+    examples are normal about them in the same directions, --spread times as wide.
+
+    Args:
+      rank: the number of directions.
+      labels: (N,) the classes 0 to --classes - 1.
+      options: the flags --batches, --classes, --embedding_dim, --spread and --seed.
+
+    Returns:
+      (--batches, N, --embedding_dim) float32, of unit length.
+    """
     rng = np.random.default_rng((options.seed, rank))
     directions = rng.standard_normal((rank, options.embedding_dim))
     centres = rng.standard_normal((options.batches, options.classes, rank))[:, labels]
-    points = (
-        centres + options.spread * rng.standard_normal((options.batches, len(labels), rank))
-    ) @ directions
+    noise = rng.standard_normal((options.batches, len(labels), rank))
+    points = (centres + options.spread * noise) @ directions
     return (points / np.linalg.norm(points, axis=-1, keepdims=True)).astype(np.float32)
 
 
-def drawn(workdir, options) -> tuple[str, np.ndarray, np.ndarray]:
-    """Of a run: its title, all test embeddings of its last level (M, D), and batches of them (B, N, D)."""
+def embed_run(workdir: str, options: flags.FlagValues) -> tuple[str, np.ndarray, np.ndarray]:
+    """Embeds the test images of a run with the last level of its network, and draws batches.
+
+    Images that cannot be read are skipped and listed on stderr.
+
+    Args:
+      workdir: the folder of the run.
+      options: the flags --batches, --classes, --images_per_class and --seed.
+
+    Returns:
+      title: the run, its level and its step.
+      embeddings: (M, D) of all test images, of unit length.
+      batches: (--batches, --classes x --images_per_class, D) of them, drawn at random.
+
+    Raises:
+      ValueError: the run cannot be used, or too few of its test classes are large enough.
+    """
     trained = build.load(workdir)
-    sets, _ = datasets.open_usable(trained.config)
-    checks.check_same_data(pathlib.Path(workdir), sets)
-    data, levels = scoring.embed_readable(
-        trained.embed,
-        sets["test"],
-        lambda data, row: print(f"left out: {data.paths[row]}", file=sys.stderr),
-    )
+    splits, _ = datasets.open_usable(trained.config)
+    checks.check_same_data(pathlib.Path(workdir), splits)
+    data, levels = scoring.embed_readable(trained.embed, splits["test"], _report_skipped)
     level = trained.config.level_names[-1]
-    embeddings = levels[level] / np.maximum(
-        np.linalg.norm(levels[level], axis=1, keepdims=True), 1e-12
-    )
-    classes = [
-        rows
-        for label in np.unique(data.labels)
-        if len(rows := np.flatnonzero(data.labels == label)) >= options.images_per_class
-    ]
+    lengths = np.linalg.norm(levels[level], axis=1, keepdims=True)
+    embeddings = levels[level] / np.maximum(lengths, 1e-12)
+    run = " ".join(pathlib.Path(workdir).parts[-2:])
+    title = f"{trained.config.dataset}, {run}, level {level}, step {trained.step}"
+
+    classes = [np.flatnonzero(data.labels == label) for label in np.unique(data.labels)]
+    classes = [rows for rows in classes if len(rows) >= options.images_per_class]
     if len(classes) < options.classes:
         raise ValueError(
-            f"--classes={options.classes}: {workdir} has {len(classes)} test classes of {options.images_per_class} images or more"
+            f"--classes={options.classes}: found {len(classes)} test classes with "
+            f"{options.images_per_class} images or more in {workdir}; lower --classes or "
+            "--images_per_class"
         )
     rng, batches = np.random.default_rng(options.seed), []
     for _ in range(options.batches):
-        chosen = rng.choice(len(classes), options.classes, replace=False)
-        batches.append(
-            np.concatenate(
-                [rng.choice(classes[c], options.images_per_class, replace=False) for c in chosen]
-            )
-        )
-    title = f"{trained.config.dataset}, {' '.join(pathlib.Path(workdir).parts[-2:])}, level {level}, step {trained.step}"
+        drawn = rng.choice(len(classes), options.classes, replace=False)
+        rows = [rng.choice(classes[c], options.images_per_class, replace=False) for c in drawn]
+        batches.append(np.concatenate(rows))
     return title, embeddings, embeddings[np.array(batches)]
 
 
-def row_of(title, population, batches, labels, temperatures, alpha) -> dict:
-    of = lambda t, differentiated: shares(batches, labels, alpha, t, weight_gradient=differentiated)
-    kinds = {"differentiated": True, "published": False}
-    found = {kind: {f"{t:g}": of(t, value) for t in temperatures} for kind, value in kinds.items()}
-    mean_length = float(np.linalg.norm(population.mean(axis=0, dtype=np.float64)))
+def _report_skipped(data: Any, row: int) -> None:
+    print(f"skipped, cannot be read: {data.paths[row]}", file=sys.stderr)
+
+
+def measure(
+    title: str,
+    population: np.ndarray,
+    batches: np.ndarray,
+    labels: np.ndarray,
+    temperatures: Iterable[float],
+    alpha: float,
+) -> page.Row:
+    """Measures the shares of one kind of embeddings at all temperatures.
+
+    Args:
+      title: what the embeddings are.
+      population: (M, D) the embeddings whose effective dimension and mean are measured.
+      batches: (B, N, D) batches of them.
+      labels: (N,) integer classes, the same in every batch.
+      temperatures: values of T_n.
+      alpha: the negatives' boundary.
+    """
+
+    def at_all_temperatures(weight_gradient: bool) -> dict[str, page.Shares]:
+        return {
+            f"{t:g}": shares(batches, labels, alpha, t, weight_gradient=weight_gradient)
+            for t in temperatures
+        }
+
     return {
         "title": title,
         "effective_dimension": effective_dimension(population),
-        "mean_length": mean_length,
-        **found,
+        "mean_length": float(np.linalg.norm(population.mean(axis=0, dtype=np.float64))),
+        "differentiated": at_all_temperatures(True),
+        "published": at_all_temperatures(False),
     }
 
 
-# ---- The table and the plot
-def as_markdown(rows, temperatures, about: str) -> str:
-    names = [f"{t:g}" for t in temperatures]
-    usual = min(names, key=lambda name: abs(float(name) - 10))  # the paper's
-    head = [
-        "embeddings",
-        "effective dimension",
-        "length of the mean",
-        "active",
-        *(f"T = {t}" for t in names),
-        f"both lists, T = {usual}",
-        "published, all T",
-    ]
-    lines = [
-        "# Which way the gradient moves negative pairs\n",
-        about,
-        "Percent of the active negatives (in a query's list: nearer than alpha) that a descent step with differentiated weights pulls nearer, "
-        "and in brackets their part of the negatives' gradient, the sum of |dL_i / dd_ij|. Both lists: where both ends move, the slopes of "
-        "(i, j) and (j, i) add. Published: the same with constant weights, the largest at any T. Active: of all negatives. Effective "
-        "dimension: participation ratio of the covariance's eigenvalues, of all batches together, or of all test embeddings of a run. A run need "
-        "not lie on the simulated line: its embeddings may lie to one side of 0 (length of the mean), where more negatives are active.\n",
-        f"| {' | '.join(head)} |",
-        "|---" * len(head) + "|",
-    ]
-    for row in rows:
-        moved = row["differentiated"]
-        cells = [
-            row["title"],
-            f"{row['effective_dimension']:.1f}",
-            f"{row['mean_length']:.2f}",
-            f"{moved[usual]['active']:.0f}",
-        ]
-        cells += [f"{moved[t]['pairs']:.1f} ({moved[t]['norm']:.1f})" for t in names]
-        cells += [
-            f"{moved[usual]['both_lists']:.1f}",
-            f"{max(found['pairs'] for found in row['published'].values()):.1f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+def _parse_numbers(
+    name: str, texts: Sequence[str], kind: Callable[[str], _Number], least: _Number
+) -> list[_Number]:
+    """Returns the sorted numbers of a flag.
 
-
-def plot(simulations, runs, temperatures, path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
-    axes = figure.subplots()
-    at = [row["effective_dimension"] for row in simulations]
-    for number, t in enumerate(f"{t:g}" for t in temperatures):
-        found = [row["differentiated"][t] for row in simulations]
-        axes.errorbar(
-            at,
-            [f["pairs"] for f in found],
-            [f["std"] for f in found],
-            fmt="o-",
-            capsize=3,
-            color=f"C{number}",
-            label=f"T = {t}",
-        )
-        for row, mark in zip(runs, "*PXD" * len(runs)):
-            axes.plot(
-                row["effective_dimension"],
-                row["differentiated"][t]["pairs"],
-                mark,
-                ms=12,
-                mec="black",
-                color=f"C{number}",
-                zorder=3,
-            )
-    published = [max(found["pairs"] for found in row["published"].values()) for row in simulations]
-    axes.plot(at, published, "--", color="black", zorder=4, label="published gradient, all T")
-    for row, mark in zip(runs, "*PXD" * len(runs)):
-        axes.plot(
-            [],
-            [],
-            mark,
-            ms=12,
-            mec="black",
-            mfc="none",
-            linestyle="none",
-            label=row["title"].replace(", level", ",\nlevel"),
-        )
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(
-        xlabel="effective dimension of the embeddings",
-        ylabel="active negatives pulled nearer, percent",
-        ylim=(-3, 103),
-    )
-    axes.grid(alpha=0.3)
-    figure.legend(
-        frameon=False,
-        loc="outside right upper",
-        title="weights differentiated, but for the dashed line",
-    )
-    figure.savefig(path, format="png", dpi=110)
-
-
-def _numbers(name, texts, kind, least) -> list:
+    Raises:
+      ValueError: there are none, one is no number or below `least`, or one is repeated.
+    """
     try:
         numbers = [kind(text) for text in texts]
     except ValueError:
         numbers = []
-    if not numbers or not min(numbers) >= least or len(set(numbers)) < len(numbers):
+    in_range = all(number >= least for number in numbers)
+    if not numbers or not in_range or len(set(numbers)) < len(numbers):
         raise ValueError(
-            f"--{name}={','.join(texts)}: expected numbers of {least} or more with commas between, each once"
+            f"--{name}={','.join(texts)}: expected numbers of {least} or more, separated by "
+            "commas, each of them once"
         )
     return sorted(numbers)
 
 
-def main(_):
+def _parse_temperatures(options: flags.FlagValues) -> list[float]:
+    temperatures = _parse_numbers("temperatures", options.temperatures, float, 0)
+    highest = max(temperatures)
+    if highest * options.alpha > 30:
+        raise ValueError(
+            f"--temperatures={highest:g} times --alpha={options.alpha:g} is above 30, where the "
+            "smallest weights are lost in rounding: lower one of them"
+        )
+    return temperatures
+
+
+def _check_out(options: flags.FlagValues) -> pathlib.Path:
+    out = pathlib.Path(options.out)
+    if not out.is_dir():
+        raise ValueError(f"--out={out}: found no such folder, create it first")
+    if not options.overwrite:
+        for name in page.NAMES:
+            config_lib.check_free("out", out / name)
+    return out
+
+
+def _about(options: flags.FlagValues) -> dict[str, Any]:
+    """Returns what was run, when, where and with which options."""
+    module = "experiments.studies.gradient_question"
+    names = ("batches", "classes", "images_per_class", "alpha", "embedding_dim", "spread", "seed")
+    return {
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "date": time.strftime("%F"),
+        "hardware": measuring.machine().rpartition(",")[0],
+        "commit": json.loads(logs.environment())["commit"] or "unknown",
+        **{name: options[name].value for name in names},
+    }
+
+
+def main(_: Sequence[str]) -> None:
+    """Measures, and writes the table, its numbers and the plot."""
     options = flags.FLAGS
     with config_lib.mistakes_in_one_line():
-        ranks, temperatures = (
-            _numbers("ranks", options.ranks, int, 2),
-            _numbers("temperatures", options.temperatures, float, 0),
-        )
-        if max(temperatures) * options.alpha > 30:
-            raise ValueError(
-                f"--temperatures={max(temperatures):g} times --alpha={options.alpha:g}: above 30 the least weights are lost in rounding"
-            )
-        out = pathlib.Path(options.out)
-        if not out.is_dir():
-            raise ValueError(f"--out={out}: no such folder")
-        for name in () if options.overwrite else _NAMES:
-            config_lib.check_free("out", out / name)
+        ranks = _parse_numbers("ranks", options.ranks, int, 2)
+        temperatures = _parse_temperatures(options)
+        out = _check_out(options)
         labels = np.repeat(np.arange(options.classes), options.images_per_class)
-        found = [
-            drawn(workdir, options) for workdir in options.workdir
-        ]  # first: what is wrong with a run is told at once
+        # All runs are embedded first, so that an error in a run is reported at once.
+        embedded = [embed_run(workdir, options) for workdir in options.workdir]
         runs = [
-            row_of(title, everything, batches, labels, temperatures, options.alpha)
-            for title, everything, batches in found
+            measure(title, population, batches, labels, temperatures, options.alpha)
+            for title, population, batches in embedded
         ]
         simulations = []
         for rank in ranks:
             batches = simulated(rank, labels, options)
             population = batches.reshape(-1, batches.shape[-1])
+            title = f"simulated, rank {rank}"
             simulations.append(
-                row_of(
-                    f"simulated, rank {rank}",
-                    population,
-                    batches,
-                    labels,
-                    temperatures,
-                    options.alpha,
-                )
+                measure(title, population, batches, labels, temperatures, options.alpha)
             )
-        commit = json.loads(logs.environment())["commit"] or "unknown"
-        command = shlex.join(
-            ["python", "-m", "experiments.studies.gradient_question", *sys.argv[1:]]
-        )
-        about = {
-            "command": command,
-            "date": time.strftime("%F"),
-            "hardware": measuring.machine().rpartition(",")[0],
-            "commit": commit,
-            "batches": options.batches,
-            "classes": options.classes,
-            "images_per_class": options.images_per_class,
-            "alpha": options.alpha,
-            "embedding_dim": options.embedding_dim,
-            "spread": options.spread,
-            "seed": options.seed,
-        }
-        what = f"{options.batches} batches of {options.classes} x {options.images_per_class}, alpha {options.alpha:g}. Simulated: normal class "
-        what += f"centres in as many random directions of {options.embedding_dim} as the rank says, examples {options.spread:g} as wide about them."
-        text = (
-            f"    {command}\n\n{what}\n\n{about['date']}, {about['hardware']}, commit {commit}.\n"
-        )
-        text = as_markdown([*simulations, *runs], temperatures, text)
-        with config_lib.written_whole(out / _NAMES[0]) as aside:
-            aside.write_text(text)
-        with config_lib.written_whole(out / _NAMES[1]) as aside:
-            aside.write_text(
-                json.dumps({**about, "simulations": simulations, "runs": runs}, indent=1) + "\n"
-            )
-        with config_lib.written_whole(out / _NAMES[2]) as aside:
-            plot(simulations, runs, temperatures, aside)
-        print(text + f"written: {', '.join(str(out / name) for name in _NAMES)}")
+        about = _about(options)
+        text = page.as_markdown([*simulations, *runs], temperatures, page.heading(about))
+        numbers = {**about, "simulations": simulations, "runs": runs}
+        with files.atomic_write(out / page.NAMES[0]) as path:
+            path.write_text(text)
+        with files.atomic_write(out / page.NAMES[1]) as path:
+            path.write_text(json.dumps(numbers, indent=1) + "\n")
+        with files.atomic_write(out / page.NAMES[2]) as path:
+            page.plot(simulations, runs, temperatures, path)
+        print(text + f"written: {', '.join(str(out / name) for name in page.NAMES)}")
 
 
-def define_flags(flag_values=flags.FLAGS) -> None:
-    given = {"flag_values": flag_values}
+def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the flags of the command."""
+    define = functools.partial(flags.DEFINE_integer, flag_values=flag_values)
+    define_list = functools.partial(flags.DEFINE_list, flag_values=flag_values)
+    define_float = functools.partial(flags.DEFINE_float, flag_values=flag_values)
     flags.DEFINE_string(
-        "out", None, "folder for the table, its numbers and the plot", required=True, **given
+        "out",
+        None,
+        "existing folder for the table, its numbers and the plot",
+        required=True,
+        flag_values=flag_values,
     )
-    flags.DEFINE_bool("overwrite", False, "replace those that are there", **given)
-    flags.DEFINE_list(
-        "workdir", [], "folders of runs whose test embeddings are measured too", **given
+    flags.DEFINE_bool(
+        "overwrite", False, "replace the files of an earlier run", flag_values=flag_values
     )
-    flags.DEFINE_list(
+    define_list("workdir", [], "folders of runs whose test embeddings are measured too")
+    define_list(
         "ranks",
         ["4", "8", "16", "32", "64", "128"],
-        "directions in which the simulated embeddings vary",
-        **given,
+        "numbers of directions in which the simulated embeddings vary",
     )
-    flags.DEFINE_list(
-        "temperatures", ["1", "5", "10", "20"], "T_n of the negatives' weights", **given
-    )
-    flags.DEFINE_integer("batches", 20, "of each kind of embeddings", lower_bound=1, **given)
-    flags.DEFINE_integer("classes", 60, "of a batch", lower_bound=2, **given)
-    flags.DEFINE_integer("images_per_class", 3, "examples of each", lower_bound=1, **given)
-    flags.DEFINE_integer("embedding_dim", 512, "of the simulation", lower_bound=2, **given)
-    flags.DEFINE_float(
+    define_list("temperatures", ["1", "5", "10", "20"], "T_n of the negatives' weights")
+    define("batches", 20, "number of batches of each kind of embeddings", lower_bound=1)
+    define("classes", 60, "classes of a batch", lower_bound=2)
+    define("images_per_class", 3, "examples of each class of a batch", lower_bound=1)
+    define("embedding_dim", 512, "dimension of the simulated embeddings", lower_bound=2)
+    define_float(
         "spread",
         0.5,
-        "of a class's examples, of the simulation, by that of the centres",
+        "standard deviation of a class's simulated examples, relative to that of the centres",
         lower_bound=0.0,
-        **given,
     )
-    flags.DEFINE_float(
-        "alpha", 1.2, "the negatives' boundary", lower_bound=1e-6, upper_bound=2.0, **given
-    )
-    flags.DEFINE_integer("seed", 0, "of the simulation and of the batches", lower_bound=0, **given)
+    define_float("alpha", 1.2, "the negatives' boundary", lower_bound=1e-6, upper_bound=2.0)
+    define("seed", 0, "seed of the simulation and of the drawn batches", lower_bound=0)
 
 
 if __name__ == "__main__":

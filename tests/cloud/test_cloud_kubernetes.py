@@ -3,7 +3,7 @@
 from tests.helpers.cloud import DATA, RUN, manifest
 
 
-def test_kubernetes_applies_what_it_prints(machine):  # noqa: F811
+def test_kubernetes_applies_what_it_prints(machine):
     arguments = [
         "--name=run",
         "--image=host/rll_jax:cuda13",
@@ -25,7 +25,7 @@ def test_kubernetes_applies_what_it_prints(machine):  # noqa: F811
     assert "__NAME__" not in shown.stdout and "__HOSTS__" not in shown.stdout
 
 
-def test_kubernetes_manifest(machine):  # noqa: F811
+def test_kubernetes_manifest(machine):
     def made(*options):
         shown = machine.run(
             "kubernetes.sh", "--dry_run", "--name=run", "--image=host/rll_jax:a", *options, *DATA
@@ -95,10 +95,8 @@ def test_kubernetes_manifest(machine):  # noqa: F811
         "limits": {"google.com/tpu": 4}
     }
     assert set(pod["nodeSelector"].values()) == {"tpu-v6e-slice", "4x4"}
-    attributes = {
-        "bucketName": "some.bucket",
-        "mountOptions": "implicit-dirs,rename-dir-limit=200000,metadata-cache:ttl-secs:0,uid=1000,gid=1000",
-    }
+    fuse = "implicit-dirs,rename-dir-limit=200000,metadata-cache:ttl-secs:0,uid=1000,gid=1000"
+    attributes = {"bucketName": "some.bucket", "mountOptions": fuse}
     assert pod["volumes"] == [
         shm,
         {
@@ -116,14 +114,14 @@ def test_kubernetes_manifest(machine):  # noqa: F811
     assert container["args"] == flags and container["resources"] == {"limits": {}}
 
 
-def test_kubernetes_wants_a_place_that_stays(machine):  # noqa: F811
+def test_kubernetes_wants_a_place_that_stays(machine):
     named = ["--name=run", "--image=aa"]
     for options, words in (
-        (["--claim=data", *RUN, "--workdir=runs/a"], "goes away with the pod"),
-        (DATA, "goes away with the pod"),
-        (["--claim=data", "--bucket=bucket", *DATA], "only one"),
+        (["--claim=data", *RUN, "--workdir=runs/a"], "is lost when the pod ends"),
+        (DATA, "is lost when the pod ends"),
+        (["--claim=data", "--bucket=bucket", *DATA], "give only one of them"),
         (["--bucket=gs://bucket", *DATA], "--bucket=gs://bucket: expected"),
-        (["--claim=data", *DATA, "--note=two\nlines"], "line break"),
+        (["--claim=data", *DATA, "--note=two\nlines"], "expected a flag without a line break"),
     ):
         result = machine.run("kubernetes.sh", *named, *options)
         assert result.returncode == 2 and words in result.stderr

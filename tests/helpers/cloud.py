@@ -17,6 +17,8 @@ DATA = [*RUN, "--workdir=/data/run"]
 SLICE = ["--name=slice", "--zone=us-east5-b", "--accelerator_type=v6e-16"]
 TPU = [*SLICE, "--bucket=bucket"]
 JOB = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "4"}
+# Appends its arguments to `calls`, one line for each call. Then it does what the first line left in
+# `plan` says whose pattern occurs in its command line.
 STAND_IN = r"""#!/usr/bin/env bash
 here=${BASH_SOURCE[0]%/*} name=${0##*/}
 { printf '%s' "$name"; printf '\t%s' "$@"; echo; } >>"$here/calls"
@@ -61,7 +63,10 @@ class Machine:
         }
 
     def plan(self, *lines):
-        """What the next calls do: a piece of their command line, an exit code, and a shell command that goes before."""
+        """Sets what the next calls do.
+
+        A line has a piece of a call's command line, the exit code and a shell command to run first.
+        """
         (self.folder / "plan").write_text(
             "".join("\t".join(map(str, line)) + "\n" for line in lines)
         )
@@ -79,7 +84,7 @@ class Machine:
         )
 
     def run_and_stop(self, script, *arguments, **more):
-        """Sends SIGTERM once the file `ready` is there; the exit code."""
+        """Sends SIGTERM once the file `ready` exists, and returns the exit code."""
         process = subprocess.Popen(
             [CLOUD / script, *arguments], cwd=ROOT, env=self.environment | more
         )

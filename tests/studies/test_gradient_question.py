@@ -1,4 +1,4 @@
-"""Slopes of pairs against the gradients that they stand for, and the published figures of the simulation."""
+"""Slopes of pairs against the gradients that they come from, and the simulation's figures."""
 
 import json
 
@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from experiments.studies import gradient_question
+from experiments.studies import gradient_question_page as page
 from rll_jax import loss
 from rll_jax.loss import baselines
 from tests.helpers.commands import refused, run
+from tests.helpers.paths import ROOT
 
 LABELS = np.repeat(np.arange(60), 3)
 
@@ -31,27 +33,26 @@ def test_differentiated_weights_pull_as_many_negatives_nearer_as_was_published(
     rank, wrong, norm, wrong_at_5
 ):
     batches = simulated(rank)
-    found = gradient_question.shares(batches, LABELS, 1.2, 10.0, weight_gradient=True)
-    assert found["pairs"] == pytest.approx(wrong, abs=3) and found["norm"] == pytest.approx(
-        norm, abs=1.5
-    )
-    assert gradient_question.shares(batches, LABELS, 1.2, 5.0, weight_gradient=True)[
-        "pairs"
-    ] == pytest.approx(wrong_at_5, abs=3)
-    assert found["active"] > 1
+    at_10 = gradient_question.shares(batches, LABELS, 1.2, 10.0, weight_gradient=True)
+    assert at_10["pairs"] == pytest.approx(wrong, abs=3)
+    assert at_10["norm"] == pytest.approx(norm, abs=1.5)
+    at_5 = gradient_question.shares(batches, LABELS, 1.2, 5.0, weight_gradient=True)
+    assert at_5["pairs"] == pytest.approx(wrong_at_5, abs=3)
+    assert at_10["active"] > 1
 
 
 @pytest.mark.parametrize("temperature", [1.0, 10.0, 25.0])
 def test_the_published_gradient_pulls_none(temperature):
-    found = gradient_question.shares(
+    shares = gradient_question.shares(
         simulated(4, batches=1), LABELS, 1.2, temperature, weight_gradient=False
     )
-    assert found["pairs"] == found["norm"] == found["both_lists"] == 0 and found["active"] > 20
+    assert shares["pairs"] == shares["norm"] == shares["both_lists"] == 0
+    assert shares["active"] > 20
 
 
 @pytest.mark.parametrize("differentiated", [False, True])
 def test_slopes_times_directions_are_the_gradient(differentiated):
-    """The published one moves the query alone, by constant weights; the port both ends, weights differentiated."""
+    """Constant weights (published) move the query alone, differentiated ones (port) both ends."""
     labels = LABELS[:30]
     with jax.enable_x64(True):
         x = np.random.default_rng(0).normal(size=(30, 6))
@@ -67,45 +68,40 @@ def test_slopes_times_directions_are_the_gradient(differentiated):
             "normalize": False,
         }
         gradient = jax.jit(jax.grad(lambda x: loss.ranked_list_loss(x, labels, **options)))(x)
-    np.testing.assert_allclose(
-        gradient,
-        np.einsum("ij,ijk->ik", slope + slope.T if differentiated else slope, away) / 30,
-        atol=1e-12,
-    )
+    moved = slope + slope.T if differentiated else slope
+    np.testing.assert_allclose(gradient, np.einsum("ij,ijk->ik", moved, away) / 30, atol=1e-12)
 
 
 def test_pytorch_metric_learnings_loss_pulls_the_same_pairs():
-    """One coordinate z more, 0 everywhere: the second derivative by z_i and z_j, i != j, is minus the slope over d_ij."""
+    """Of an added coordinate z, all 0, d2L / dz_i dz_j (i != j) is minus the slope / d_ij."""
     x = simulated(16, batches=1)[0]
     n = len(x)
     with jax.enable_x64(True):
         x = np.float64(x)
-        of = lambda z: (
-            n * baselines.pml_ranked_list_loss(jnp.concatenate([x, z[:, None]], axis=1), LABELS)
-        )
-        d = np.sqrt(np.maximum(2 - 2 * x @ x.T, 0))
-        basis = jnp.eye(n)
-        second = jax.lax.map(
-            lambda along: jax.jvp(jax.grad(of), (jnp.zeros(n),), (along,))[1], basis
-        )
+
+        def peer_loss(z):
+            raised = jnp.concatenate([x, z[:, None]], axis=1)
+            return n * baselines.pml_ranked_list_loss(raised, LABELS)
+
+        def second_derivative(direction):
+            return jax.jvp(jax.grad(peer_loss), (jnp.zeros(n),), (direction,))[1]
+
+        distances = np.sqrt(np.maximum(2 - 2 * x @ x.T, 0))
+        second = jax.lax.map(second_derivative, jnp.eye(n))
         slope, active = map(
             np.asarray, gradient_question.slopes(x, LABELS, 1.2, 10.0, weight_gradient=True)
         )
-    peer, ours = -d * np.asarray(second), slope + slope.T
-    np.testing.assert_allclose(
-        peer[active], ours[active], atol=2e-3 * np.abs(ours).max()
-    )  # its 1e-5 for each of the batch
-    assert (
-        np.mean((peer > 0)[active]) == pytest.approx(np.mean((ours > 0)[active]), abs=0.005)
-        and np.mean((ours > 0)[active]) > 0.4
-    )
+    peer, ours = -distances * np.asarray(second), slope + slope.T
+    # The peer adds 1e-5 for each member of the batch.
+    np.testing.assert_allclose(peer[active], ours[active], atol=2e-3 * np.abs(ours).max())
+    pulled = np.mean((ours > 0)[active])
+    assert np.mean((peer > 0)[active]) == pytest.approx(pulled, abs=0.005) and pulled > 0.4
 
 
 def test_effective_dimension():
     x = np.random.default_rng(0).normal(size=(20_000, 6)) * [1, 1, 1, 1, 0, 0]
-    assert gradient_question.effective_dimension(
-        x @ np.linalg.qr(np.random.default_rng(1).normal(size=(6, 6)))[0]
-    ) == pytest.approx(4, rel=0.01)
+    rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(6, 6)))[0]
+    assert gradient_question.effective_dimension(x @ rotation) == pytest.approx(4, rel=0.01)
 
 
 def test_the_command(tmp_path):
@@ -120,38 +116,52 @@ def test_the_command(tmp_path):
     result = run(*small, name="studies.gradient_question")
     assert result.returncode == 0, result.stderr
     written = {path.name: path for path in tmp_path.iterdir()}
-    assert written.keys() == {
-        "gradient_question.md",
-        "gradient_question.json",
-        "gradient_question.png",
-    }
-    text, numbers = (
-        written["gradient_question.md"].read_text(),
-        json.loads(written["gradient_question.json"].read_text()),
-    )
+    assert written.keys() == set(page.NAMES)
+    text = written["gradient_question.md"].read_text()
+    numbers = json.loads(written["gradient_question.json"].read_text())
     assert text in result.stdout and numbers["command"] in text and numbers["commit"] in text
     assert written["gradient_question.png"].read_bytes().startswith(b"\x89PNG")
     first, second = numbers["simulations"]
-    assert (
-        second["effective_dimension"] > first["effective_dimension"]
-        and first["published"]["10"]["pairs"] == 0
-    )
-    assert (
-        f"{first['differentiated']['10']['pairs']:.1f} ({first['differentiated']['10']['norm']:.1f})"
-        in text
-    )
+    assert second["effective_dimension"] > first["effective_dimension"]
+    assert first["published"]["10"]["pairs"] == 0
+    moved = first["differentiated"]["10"]
+    assert f"{moved['pairs']:.1f} ({moved['norm']:.1f})" in text
     refused("gradient_question.md exists", *small, name="studies.gradient_question")
-    refused(
-        "--temperatures=40 times --alpha=1.2",
-        *small,
-        "--temperatures=40",
-        "--overwrite",
-        name="studies.gradient_question",
-    )
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--temperatures=40"], "--temperatures=40 times --alpha=1.2"),
+        (["--ranks=1"], "--ranks=1: expected numbers of 2 or more"),
+        (["--out=nowhere"], "--out=nowhere: found no such folder"),
+        (["--alpha=3"], "--alpha=3"),
+        (["--beta=3"], "Unknown command line flag 'beta'"),
+        (["stray"], "unexpected argument 'stray'"),
+    ],
+)
+def test_a_mistake_takes_one_line(tmp_path, arguments, words):
+    refused(words, f"--out={tmp_path}", *arguments, name="studies.gradient_question")
+    assert not list(tmp_path.iterdir())
 
 
 def test_lists_of_numbers():
-    assert gradient_question._numbers("ranks", ["8", "4"], int, 2) == [4, 8]
+    assert gradient_question._parse_numbers("ranks", ["8", "4"], int, 2) == [4, 8]
     for wrong in (["2", "x"], ["1"], ["4", "4"], []):
         with pytest.raises(ValueError, match="--ranks=.*: expected numbers of 2 or more"):
-            gradient_question._numbers("ranks", wrong, int, 2)
+            gradient_question._parse_numbers("ranks", wrong, int, 2)
+    with pytest.raises(ValueError, match="--temperatures=1,nan: expected numbers of 0 or more"):
+        gradient_question._parse_numbers("temperatures", ["1", "nan"], float, 0)
+
+
+def test_the_recorded_page_has_the_recorded_numbers():
+    results = ROOT / "experiments/results"
+    numbers = json.loads((results / "gradient_question.json").read_text())
+    # The module has moved since.
+    command = numbers["command"].replace(
+        "experiments.gradient_question", "experiments.studies.gradient_question"
+    )
+    about = page.heading(numbers | {"command": command})
+    rows = [*numbers["simulations"], *numbers["runs"]]
+    text = (results / "gradient_question.md").read_text()
+    assert text == page.as_markdown(rows, [1, 5, 10, 20], about)

@@ -1,6 +1,7 @@
-"""The arithmetic of experiments/studies/SCALING.md against its text, the README and what XLA compiles."""
+"""The arithmetic of SCALING.md against its text, the measured times and what XLA compiles."""
 
 import functools
+import itertools
 import re
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import pytest
 
 from experiments.studies import scaling
 from rll_jax import loss
+from tests.helpers.commands import refused
 from tests.helpers.paths import ROOT
 
 N, DIM, CHIPS = 16_384, 512, 8
@@ -29,10 +31,12 @@ class Program(NamedTuple):
 @functools.cache
 def program(gallery_gradient):
     def step(x, labels):
-        of = lambda x: loss.ranked_list_loss(
-            x, labels, axis_name="batch", gallery_gradient=gallery_gradient
-        )
-        value, gradient = jax.value_and_grad(of)(x)
+        def batch_loss(x):
+            return loss.ranked_list_loss(
+                x, labels, axis_name="batch", gallery_gradient=gallery_gradient
+            )
+
+        value, gradient = jax.value_and_grad(batch_loss)(x)
         return lax.pmean(value, "batch"), gradient
 
     rows = P("batch")
@@ -48,7 +52,7 @@ def program(gallery_gradient):
 
 
 def floats(text, operation):
-    """Sizes of the results of all float32 collectives of this name, also when XLA joins some into one."""
+    """Sizes of the results of all float32 collectives of this name, joined by XLA or not."""
     results = re.findall(rf"= (.*?) {operation}(?:-start)?\(", text)
     return [
         np.prod([int(x) for x in shape.split(",")])
@@ -59,15 +63,14 @@ def floats(text, operation):
 
 @pytest.mark.parametrize("gallery_gradient", [False, True])
 def test_bytes_and_products_are_those_of_the_compiled_loss(gallery_gradient):
-    found = program(gallery_gradient)
-    received = sum(floats(found.compiled, "all-gather")) * 4 * (CHIPS - 1) // CHIPS
+    texts = program(gallery_gradient)
+    received = sum(floats(texts.compiled, "all-gather")) * 4 * (CHIPS - 1) // CHIPS
     assert received == scaling.gather_bytes(N, CHIPS, DIM)
-    scattered = sum(floats(found.compiled, "reduce-scatter")) * 4 * (CHIPS - 1)
+    scattered = sum(floats(texts.compiled, "reduce-scatter")) * 4 * (CHIPS - 1)
     assert received + scattered == scaling.gather_bytes(N, CHIPS, DIM, gallery_gradient)
-    products = re.findall(r"dot_general.*HIGHEST.*: \(tensor<(\d+)x", found.lowered)
-    assert (
-        len([rows for rows in products if rows != "1"]) == scaling.PRODUCTS[gallery_gradient]
-    )  # 1: the mean of the gallery
+    products = re.findall(r"dot_general.*HIGHEST.*: \(tensor<(\d+)x", texts.lowered)
+    many_rows = [rows for rows in products if rows != "1"]  # 1: the mean of the gallery
+    assert len(many_rows) == scaling.PRODUCTS[gallery_gradient]
 
 
 @pytest.mark.parametrize("gallery_gradient", [False, True])
@@ -82,12 +85,11 @@ def test_page_holds_the_output():
     assert len(text.split("## Tables")[0].splitlines()) <= 40
 
 
-def test_measured_times_are_the_readmes():
-    rows = re.findall(
-        r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \| [\d.]+ \| \d+ / \d+ \|$",
-        (ROOT / "README.md").read_text(),
-        re.M,
-    )
+def test_measured_times_are_those_of_the_loss_benchmark():
+    pages = (ROOT / "experiments/benchmarks/README.md", ROOT / "README.md")
+    text = next(page for page in pages if page.exists()).read_text()
+    row = r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \| [\d.]+ \| \d+ / \d+ \|$"
+    rows = re.findall(row, text, re.M)
     times = {int(n): (float(two), float(ours)) for n, two, ours in rows}
     assert all(times[n] == measured for n, measured in scaling.CPU_MS.items())
 
@@ -96,15 +98,25 @@ def test_measured_times_are_the_readmes():
 def test_more_images_take_longer_and_more_chips_receive_more(chip):
     for c in scaling.COUNTS:
         steps = [scaling.step(chip, n, c, **OPTIONS) for n in scaling.BATCHES if n >= c]
-        for less, more in zip(steps, steps[1:]):
-            assert (
-                all(less[k] < more[k] for k in ("network", "loss", "gather"))
-                and less["reduce"] == more["reduce"]
-            )
+        for less, more in itertools.pairwise(steps):
+            assert all(less[k] < more[k] for k in ("network", "loss", "gather"))
+            assert less["reduce"] == more["reduce"]
     steps = [scaling.step(chip, 131_072, c, **OPTIONS) for c in scaling.COUNTS]
-    for fewer, many in zip(steps, steps[1:]):
+    for fewer, many in itertools.pairwise(steps):
         assert many["network"] < fewer["network"] and many["loss"] < fewer["loss"]
         assert many["gather"] > fewer["gather"] and many["reduce"] > fewer["reduce"]
     assert scaling.step(chip, 4096, 1, **OPTIONS)["gather"] == 0
     shares = [scaling.share("loss", chip, n, 8, **OPTIONS) for n in (8192, 32_768, 131_072)]
     assert shares == sorted(shares)
+
+
+@pytest.mark.parametrize(
+    "argument, words",
+    [
+        ("--chip=1", "Unknown command line flag 'chip'"),
+        ("--efficiency=0", "--efficiency=0"),
+        ("8", "unexpected argument '8'"),
+    ],
+)
+def test_a_mistake_takes_one_line(argument, words):
+    refused(words, argument, name="studies.scaling")

@@ -37,7 +37,7 @@ def test_was_run_whole_and_in_order(committed):
     assert [cell.execution_count for cell in committed] == list(range(1, len(committed) + 1))
     for cell in committed:
         kinds = {output.get("name", output.output_type) for output in cell.outputs}
-        assert kinds <= {"stdout", "display_data"}  # no error, no warning, no picture's repr
+        assert kinds <= {"stdout", "display_data"}  # no error, no warning, no repr
         assert ("plt.show()" in cell.source) == (pictures(cell) == 1)
         assert ("print(" in cell.source) == bool(text(cell))
     assert sum(map(pictures, committed)) >= 8
@@ -53,7 +53,7 @@ def test_shows_that_training_helps(committed):
 
 
 def test_its_cells_make_what_it_shows(committed):
-    """Whole, with three steps of training: all that does not depend on their number comes out as committed."""
+    """The whole notebook in three training steps: what does not depend on them is as committed."""
     pytest.importorskip("ipykernel", reason="pip install -r requirements-dev.txt")
     nbclient = pytest.importorskip("nbclient", reason="pip install -r requirements-dev.txt")
     notebook = nbformat.read(TOUR, as_version=4)
@@ -68,12 +68,12 @@ def test_its_cells_make_what_it_shows(committed):
     made = code_cells(notebook)
     assert [pictures(cell) for cell in made] == [pictures(cell) for cell in committed]
     same = 0
-    for cell, shown in zip(made, committed):
+    for cell, shown in zip(made, committed, strict=True):
         if re.search(r"\b(STEPS|history|after)\b", cell.source) and "batches" not in cell.source:
             continue
         assert NUMBER.sub("#", text(cell)).split() == NUMBER.sub("#", text(shown)).split()
         pairs = list(zip(NUMBER.findall(text(cell)), NUMBER.findall(text(shown)), strict=True))
-        # other devices round otherwise: two in the last digit
+        # Other devices round differently: two in the last digit are allowed.
         assert not [
             (x, y)
             for x, y in pairs

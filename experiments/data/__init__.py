@@ -1,0 +1,1 @@
+"""The dataset that comes with the project, and the command that built it."""

@@ -1,0 +1,71 @@
+"""The page of the results against the records that it quotes."""
+
+import re
+
+import pytest
+
+from tests.helpers.paths import ROOT
+
+RESULTS = ROOT / "experiments/results"
+TEXT = (RESULTS / "README.md").read_text()
+
+
+def table(text, first_cell):
+    """The head of the table that starts with this cell, and its rows by their first cell."""
+    lines = text[text.index(f"\n| {first_cell} |") :].strip().splitlines()
+    rows = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    head, _, *rows = rows
+    return head, {row[0]: row for row in rows}
+
+
+def section(title):
+    return re.search(rf"\n## {title}\n(.*?)(?=\n## |\Z)", TEXT, re.DOTALL)[1]
+
+
+@pytest.mark.parametrize(
+    "title, record, columns",
+    [
+        # The places of the page's columns in the record: Recall@1, a difference, MAP@R.
+        ("The emoji comparison", "emoji_compare.md", [2, 3, 4]),
+        ("The grocery comparison", "grocery_compare.md", [2, 4, 5]),
+    ],
+)
+def test_rows_of_a_comparison_are_those_of_its_record(title, record, columns):
+    _, rows = table(section(title), "loss")
+    _, recorded = table((RESULTS / record).read_text(), "loss")
+    assert len(rows) >= 13
+    for name, (_, *cells) in rows.items():
+        assert cells == [recorded[name][column] for column in columns]
+
+
+def test_quotes_of_the_gradient_question_are_rounded_from_its_record():
+    text = section("The gradient question")
+    head, recorded = table((RESULTS / "gradient_question.md").read_text(), "embeddings")
+    dimension, pulled = head.index("effective dimension"), head.index("T = 10")
+    shares = {}
+    for row in recorded.values():
+        pairs, norm = re.fullmatch(r"([\d.]+) \(([\d.]+)\)", row[pulled]).groups()
+        shares[round(float(row[dimension]))] = (round(float(pairs)), round(float(norm)))
+    quoted = re.findall(r"\| (\d+) \| (\d+) %(?:, with (\d+) % of)?", text)
+    assert len(quoted) == 5
+    for at, pairs, norm in quoted:
+        assert shares[int(at)][0] == int(pairs) and norm in ("", str(shares[int(at)][1]))
+
+
+def test_links_lead_to_files_and_sections():
+    targets = re.findall(r"\]\((?!http)([^)]+)\)", TEXT)
+    sections = re.findall(r"^## (.*)$", TEXT, re.M)
+    anchors = {"#" + re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in sections}
+    assert targets
+    for target in targets:
+        assert target in anchors or (RESULTS / target).is_file(), target
+
+
+def test_commands_name_files_that_are_there():
+    named = re.findall(r"experiments/flagfiles/\w+\.flags", TEXT)
+    named += [f"experiments/flagfiles/{name}" for name in re.findall(r"`(\w+\.flags)`", TEXT)]
+    assert named and all((ROOT / name).is_file() for name in named)
