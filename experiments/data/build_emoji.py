@@ -22,7 +22,7 @@ from PIL import Image
 import tensorflow_datasets as tfds
 
 from experiments.data import emoji_drawings
-from experiments.engine import config as config_lib
+from experiments.engine import command
 from rll_jax.data import files
 
 README = """# Emoji
@@ -264,10 +264,10 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
 
 def main(_: Sequence[str]) -> None:
     """Builds the dataset that the flags name."""
-    with config_lib.mistakes_in_one_line():
+    with command.user_errors():
         build(flags.FLAGS.npm, pathlib.Path(flags.FLAGS.out).absolute())
 
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main, flags_parser=config_lib.parse_flags)
+    app.run(main, flags_parser=command.parse_flags)

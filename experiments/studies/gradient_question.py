@@ -33,8 +33,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.engine import build, checks, datasets, logs, measuring, scoring
-from experiments.engine import config as config_lib
+from experiments.engine import (
+    checks,
+    command,
+    datasets,
+    environment,
+    measuring,
+    scoring,
+    trained_network,
+)
 from experiments.studies import gradient_question_page as page
 from rll_jax import loss
 from rll_jax.data import files
@@ -198,15 +205,20 @@ def embed_run(workdir: str, options: flags.FlagValues) -> tuple[str, np.ndarray,
     Raises:
       ValueError: the run cannot be used, or too few of its test classes are large enough.
     """
-    trained = build.load(workdir)
-    splits, _ = datasets.open_usable(trained.config)
+    trained = trained_network.load(workdir)
+    splits, _ = datasets.open_usable(trained.config.data, trained.config.runtime)
     checks.check_same_data(pathlib.Path(workdir), splits)
-    data, levels = scoring.embed_readable(trained.embed, splits["test"], _report_skipped)
-    level = trained.config.level_names[-1]
+    test = splits["test"]
+    data, levels = scoring.embed_readable(
+        functools.partial(trained.embed, test),
+        test,
+        lambda row: print(f"skipped, cannot be read: {test.paths[row]}", file=sys.stderr),
+    )
+    level = trained.config.network.levels[-1]
     lengths = np.linalg.norm(levels[level], axis=1, keepdims=True)
     embeddings = levels[level] / np.maximum(lengths, 1e-12)
     run = " ".join(pathlib.Path(workdir).parts[-2:])
-    title = f"{trained.config.dataset}, {run}, level {level}, step {trained.step}"
+    title = f"{trained.config.data.dataset}, {run}, level {level}, step {trained.step}"
 
     classes = [np.flatnonzero(data.labels == label) for label in np.unique(data.labels)]
     classes = [rows for rows in classes if len(rows) >= options.images_per_class]
@@ -222,10 +234,6 @@ def embed_run(workdir: str, options: flags.FlagValues) -> tuple[str, np.ndarray,
         rows = [rng.choice(classes[c], options.images_per_class, replace=False) for c in drawn]
         batches.append(np.concatenate(rows))
     return title, embeddings, embeddings[np.array(batches)]
-
-
-def _report_skipped(data: Any, row: int) -> None:
-    print(f"skipped, cannot be read: {data.paths[row]}", file=sys.stderr)
 
 
 def measure(
@@ -300,7 +308,7 @@ def _check_out(options: flags.FlagValues) -> pathlib.Path:
         raise ValueError(f"--out={out}: found no such folder, create it first")
     if not options.overwrite:
         for name in page.NAMES:
-            config_lib.check_free("out", out / name)
+            command.check_free("out", out / name)
     return out
 
 
@@ -312,7 +320,7 @@ def _about(options: flags.FlagValues) -> dict[str, Any]:
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "date": time.strftime("%F"),
         "hardware": measuring.machine().rpartition(",")[0],
-        "commit": json.loads(logs.environment())["commit"] or "unknown",
+        "commit": environment.commit() or "unknown",
         **{name: options[name].value for name in names},
     }
 
@@ -320,7 +328,7 @@ def _about(options: flags.FlagValues) -> dict[str, Any]:
 def main(_: Sequence[str]) -> None:
     """Measures, and writes the table, its numbers and the plot."""
     options = flags.FLAGS
-    with config_lib.mistakes_in_one_line():
+    with command.user_errors():
         ranks = _parse_numbers("ranks", options.ranks, int, 2)
         temperatures = _parse_temperatures(options)
         out = _check_out(options)
@@ -389,4 +397,4 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main, flags_parser=config_lib.parse_flags)
+    app.run(main, flags_parser=command.parse_flags)

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, TypedDict, Unpack
 
 from absl import app, flags
 
-from experiments.engine import config as config_lib
+from experiments.engine import command
 
 
 class Chip(NamedTuple):
@@ -328,7 +328,7 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
 def main(_: Sequence[str]) -> None:
     """Prints the tables for the values of the flags."""
     options = flags.FLAGS
-    with config_lib.mistakes_in_one_line():
+    with command.user_errors():
         print(
             tables(
                 dim=options.dim,
@@ -342,4 +342,4 @@ def main(_: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main, flags_parser=config_lib.parse_flags)
+    app.run(main, flags_parser=command.parse_flags)
