@@ -16,7 +16,7 @@ from etils import epath
 
 from experiments.engine import config as config_lib
 from experiments.engine import datasets
-from rll_jax.data import archives, benchmarks
+from rll_jax.data import archives, benchmarks, paths
 
 
 def _unpack(source: pathlib.Path) -> pathlib.Path:
@@ -47,14 +47,14 @@ def main(_):
         if options.dataset not in names:
             raise ValueError(f"--dataset={options.dataset}: expected one of {', '.join(names)}")
         if (
-            benchmarks.is_remote(options.data_dir)
-            or benchmarks.is_remote(options.source)
+            paths.is_remote(options.data_dir)
+            or paths.is_remote(options.source)
             and (options.unpack or not options.data_dir)
         ):
             raise ValueError(
                 f"--source={options.source} --data_dir={options.data_dir}: sets are prepared in a local --data_dir, and archives unpacked in a local --source"
             )
-        source = (epath if benchmarks.is_remote(options.source) else pathlib).Path(options.source)
+        source = (epath if paths.is_remote(options.source) else pathlib).Path(options.source)
         if source.is_file() and not options.unpack:
             raise ValueError(f"--source={source} is a file: --unpack unpacks an archive beside it")
         if not source.exists():

@@ -13,7 +13,7 @@ import numpy as np
 from experiments.engine import build, datasets, network_inputs
 from experiments.engine import config as config_lib
 from rll_jax.data import cache, image_dataset, sampler
-from rll_jax.data.benchmarks import is_remote
+from rll_jax.data.paths import is_remote
 from rll_jax.training import devices as devices_lib
 
 

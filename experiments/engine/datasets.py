@@ -7,6 +7,7 @@ import sys
 from typing import Callable, NamedTuple
 
 from rll_jax.data import array_records, benchmarks, folders, image_dataset
+from rll_jax.data import paths as paths_lib
 from rll_jax.data import views as views_lib
 
 _SHIPPED_EMOJI = pathlib.Path(__file__).parents[1] / "data" / "emoji"
@@ -112,7 +113,7 @@ def open_sets(config) -> dict[str, image_dataset.EncodedImageDataset]:
 
 
 def _open(config) -> dict[str, image_dataset.EncodedImageDataset]:
-    if config.dataset != "folder" and benchmarks.is_remote(config.data_dir):
+    if config.dataset != "folder" and paths_lib.is_remote(config.data_dir):
         how = "copy it to a local folder"
         if config.dataset in benchmarks.BENCHMARKS:
             how = f"python -m experiments.prepare --dataset={config.dataset} --source={config.data_dir} --data_dir=DIR writes them, and --data_dir=DIR then trains"
@@ -135,7 +136,7 @@ def _open(config) -> dict[str, image_dataset.EncodedImageDataset]:
         config.dataset == "folder"
     ):  # anyone's own folder is read where it is, what was made of it where it is named
         if (
-            benchmarks.is_remote(config.data_dir)
+            paths_lib.is_remote(config.data_dir)
             or not (pathlib.Path(config.data_dir) / "dataset_info.json").exists()
         ):
             return image_dataset.from_rows(*listing(config))
@@ -160,10 +161,10 @@ def in_one_line(*paths):
     except (ValueError, OSError):
         raise
     except Exception as error:
-        if not any(map(benchmarks.is_remote, paths)):
+        if not any(map(paths_lib.is_remote, paths)):
             raise
         raise ValueError(
-            f"cannot read {' or '.join(filter(benchmarks.is_remote, paths))}: {error or type(error).__name__}"
+            f"cannot read {' or '.join(filter(paths_lib.is_remote, paths))}: {error or type(error).__name__}"
         ) from error
 
 
