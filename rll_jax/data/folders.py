@@ -45,7 +45,7 @@ def class_folders(directory: paths.AnyPath, test_share: float = 0.5, seed: int =
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such folder")
     has_splits = _has_split_folders(directory)
-    classes = _class_folders(directory, [TRAIN, TEST] if has_splits else [""])
+    classes = _find_classes(directory, [TRAIN, TEST] if has_splits else [""])
     if len(classes) < 2:
         raise ValueError(
             f"{directory}: expected a folder of images for each class (or train/ and test/ with "
@@ -129,7 +129,7 @@ def _has_split_folders(directory: epath.Path) -> bool:
     return False
 
 
-def _class_folders(directory: epath.Path, splits: list[str]) -> list[_ClassFolder]:
+def _find_classes(directory: epath.Path, splits: list[str]) -> list[_ClassFolder]:
     """Returns the class folders with images, sorted by path; "" is the split of `directory`."""
     folders = [(split, sub) for split in splits for sub in _subfolders(directory / split)]
     with futures.ThreadPoolExecutor(16) as pool:  # each asks the file system at least once

@@ -22,7 +22,7 @@ import numpy as np
 from rll_jax.data import images
 from rll_jax.data.random_streams import Stream
 
-if TYPE_CHECKING:  # at run time the module would import jax
+if TYPE_CHECKING:  # this room uses no other at run time
     from rll_jax.typing import ImageDataset, Sampler, View
 
 OnBad = Callable[[int], None]

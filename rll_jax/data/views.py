@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from rll_jax.data import images
 
-if TYPE_CHECKING:  # at run time the module would import jax
+if TYPE_CHECKING:  # this room uses no other at run time
     from rll_jax.typing import View
 
 AnyImage = Image.Image | images.EncodedImage

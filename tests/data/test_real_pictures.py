@@ -12,7 +12,7 @@ needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the developers' d
 
 @needs_shared
 def test_omniglot_from_its_archives(tmp_path):
-    """Both published archives are unpacked; a table has characters, and alphabets as super classes."""
+    """Both published archives, unpacked; a table has characters, and alphabets as super classes."""
     for name in ("images_background_small1.zip", "images_background_small2.zip"):
         (tmp_path / name).write_bytes((SHARED / "omniglot" / name).read_bytes())
         archives.unpack(tmp_path / name, tmp_path / name[:-4])  # into a folder that is made for it
