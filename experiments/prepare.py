@@ -17,7 +17,7 @@ from absl import flags as absl_flags
 from etils import epath
 
 from experiments.engine import command, datasets, flags
-from rll_jax.data import archives, benchmarks
+from rll_jax.data import archives, benchmarks, paths
 
 
 def _unpack(source: pathlib.Path) -> pathlib.Path:
@@ -44,9 +44,9 @@ def _unpack(source: pathlib.Path) -> pathlib.Path:
 
 def _check_places(options: absl_flags.FlagValues) -> None:
     """Raises ValueError where files would be written to an object store."""
-    remote_source = benchmarks.is_remote(options.source)
+    remote_source = paths.is_remote(options.source)
     writes_there = remote_source and (options.unpack or not options.data_dir)
-    if benchmarks.is_remote(options.data_dir) or writes_there:
+    if paths.is_remote(options.data_dir) or writes_there:
         raise ValueError(
             f"--source={options.source} --data_dir={options.data_dir}: datasets are prepared in a "
             "local --data_dir, and archives unpacked in a local --source"
@@ -54,7 +54,7 @@ def _check_places(options: absl_flags.FlagValues) -> None:
 
 
 def _source(options: absl_flags.FlagValues) -> Any:
-    remote = benchmarks.is_remote(options.source)
+    remote = paths.is_remote(options.source)
     source = epath.Path(options.source) if remote else pathlib.Path(options.source)
     if source.is_file() and not options.unpack:
         raise ValueError(f"--source={source} is a file: --unpack unpacks an archive beside it")

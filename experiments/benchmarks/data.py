@@ -149,7 +149,7 @@ def _measure(side, kind, folder) -> dict[str, float]:
             views.RandomResizedCrop(_CROP),
         )
         stages = {
-            "read": data.encoded,
+            "read": data.image_bytes,
             "header": lambda i: images.EncodedImage(encoded[i], "x"),
             "decode": lambda i: images.decode(encoded[i], "x"),
             "train_view": lambda i: augment(
@@ -161,7 +161,7 @@ def _measure(side, kind, folder) -> dict[str, float]:
         }
         if kind == "cached":
             data = cache.in_memory(data, datasets.cached_side(_CROP))
-            list(map(data.encoded, range(len(data))))
+            list(map(data.image_bytes, range(len(data))))
         made = pipeline.train_batches(
             data, batches, augment, start=0, stop=10**6, threads=1, processes=processes
         )

@@ -22,7 +22,7 @@ from experiments.engine.config import Config
 from experiments.engine.datasets import DataOptions, Splits
 from experiments.engine.runtime import RuntimeOptions
 from rll_jax import typing
-from rll_jax.data import benchmarks, cache, image_dataset
+from rll_jax.data import cache, image_dataset, paths
 from rll_jax.data.image_dataset import EncodedImageDataset
 from rll_jax.training import devices
 
@@ -113,7 +113,7 @@ def _check_memory(config: Config, num_devices: int) -> None:
 
 def _check_frozen_views(config: Config) -> None:
     views, data_dir = config.network.frozen_views, config.runtime.data_dir
-    if views and (not data_dir or benchmarks.is_remote(data_dir)):
+    if views and (not data_dir or paths.is_remote(data_dir)):
         raise ValueError(
             f"--frozen_views={views} writes into --data_dir, a local folder, and it is "
             f"{data_dir!r}: use a local copy"
@@ -122,7 +122,7 @@ def _check_frozen_views(config: Config) -> None:
 
 def _check_workdir(workdir: pathlib.Path, config: Config) -> None:
     """Raises ValueError unless the workdir is local, and free or holds this very run."""
-    if benchmarks.is_remote(config.runtime.workdir):
+    if paths.is_remote(config.runtime.workdir):
         raise ValueError(f"--workdir={config.runtime.workdir}: expected a local folder")
     saved = workdir / "flags.txt"
     if not saved.exists():
@@ -214,7 +214,7 @@ def _check_cache(data: DataOptions, runtime: RuntimeOptions) -> None:
         raise ValueError(
             "--cache=memory is of one process: use --cache=disk with --worker_processes"
         )
-    local = runtime.data_dir and not benchmarks.is_remote(runtime.data_dir)
+    local = runtime.data_dir and not paths.is_remote(runtime.data_dir)
     if data.cache == "disk" and not local:
         raise ValueError(
             "--cache=disk is written into --data_dir, a local folder, and it is "

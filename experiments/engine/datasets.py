@@ -12,7 +12,7 @@ from etils import epath
 from experiments.engine.augmentation import VIEWS
 from experiments.engine.options import Section, option
 from experiments.engine.runtime import RuntimeOptions
-from rll_jax.data import array_records, benchmarks, folders, image_dataset
+from rll_jax.data import array_records, benchmarks, folders, image_dataset, listings, paths
 from rll_jax.data.image_dataset import EncodedImageDataset
 
 Splits = dict[str, EncodedImageDataset]  # "train" and "test"
@@ -158,7 +158,7 @@ def _open_folder(data: DataOptions, runtime: RuntimeOptions) -> Splits:
     """Opens a user's folder in place, or the ArrayRecord files that `prepare` made of one."""
     data_dir = _needed_data_dir(data, runtime)
     prepared = pathlib.Path(data_dir) / "dataset_info.json"
-    if benchmarks.is_remote(data_dir) or not prepared.exists():
+    if paths.is_remote(data_dir) or not prepared.exists():
         return image_dataset.from_rows(*list_images(data, data_dir))
     if data.index or (data.test_share, data.split_seed) != (0.5, 0):
         raise ValueError(
@@ -202,7 +202,7 @@ def store_errors(*paths: str) -> Iterator[None]:
     except (ValueError, OSError):
         raise
     except Exception as error:
-        remote = [path for path in paths if benchmarks.is_remote(path)]
+        remote = [path for path in paths if paths.is_remote(path)]
         if not remote:
             raise
         raise ValueError(
@@ -217,7 +217,7 @@ def _needed_data_dir(data: DataOptions, runtime: RuntimeOptions) -> str:
 
 
 def _refuse_remote(data: DataOptions, runtime: RuntimeOptions) -> None:
-    if not benchmarks.is_remote(runtime.data_dir):
+    if not paths.is_remote(runtime.data_dir):
         return
     how = "copy it to a local folder"
     if data.dataset in benchmarks.BENCHMARKS:
@@ -238,7 +238,7 @@ def array_records_folder(data_dir: str | pathlib.Path, dataset: str) -> epath.Pa
     return epath.Path(data_dir) / f"prepared_{dataset}"
 
 
-def list_images(data: DataOptions, data_dir: str) -> benchmarks.Listing:
+def list_images(data: DataOptions, data_dir: str) -> listings.Listing:
     """Lists the images of a benchmark's published files, or of a folder.
 
     Differences from a benchmark's published counts are printed on stderr.
@@ -248,35 +248,35 @@ def list_images(data: DataOptions, data_dir: str) -> benchmarks.Listing:
             rows = folders.read_index(data.index, data.test_share, data.split_seed)
         else:
             rows = folders.class_folders(data_dir, data.test_share, data.split_seed)
-        return benchmarks.Listing(epath.Path(data_dir), rows)
+        return listings.Listing(epath.Path(data_dir), rows)
     listing = benchmarks.read_listing(data.dataset, data_dir)
     _print_differences(data.dataset, listing.rows)
     return listing
 
 
-def _print_differences(dataset: str, rows: list[benchmarks.Row]) -> None:
+def _print_differences(dataset: str, rows: list[listings.Row]) -> None:
     for difference in benchmarks.differences(dataset, rows):
         print(f"note: {difference}", file=sys.stderr)
 
 
-def _rows(splits: Splits) -> list[benchmarks.Row]:
+def _rows(splits: Splits) -> list[listings.Row]:
     train, test = splits["train"], splits["test"]
-    roles = [benchmarks.TEST] * len(test)
+    roles = [listings.TEST] * len(test)
     if test.in_gallery is not None:
-        roles = [benchmarks.GALLERY if row else benchmarks.QUERY for row in test.in_gallery]
+        roles = [listings.GALLERY if row else listings.QUERY for row in test.in_gallery]
     train_rows = [
-        benchmarks.Row(path, label, benchmarks.TRAIN)
+        listings.Row(path, label, listings.TRAIN)
         for path, label in zip(train.paths, train.labels, strict=True)
     ]
     test_rows = [
-        benchmarks.Row(path, label, role)
+        listings.Row(path, label, role)
         for path, label, role in zip(test.paths, test.labels, roles, strict=True)
     ]
     return train_rows + test_rows
 
 
 def write_array_records(
-    listing: benchmarks.Listing, folder: Any, data: DataOptions, runtime: RuntimeOptions
+    listing: listings.Listing, folder: Any, data: DataOptions, runtime: RuntimeOptions
 ) -> None:
     """Writes a dataset into ArrayRecord files.
 

@@ -1,6 +1,6 @@
 """From image files to batches: datasets, decoding, augmentation, samplers, parallel reading.
 
-Each module is imported when it is first named.
+`README.md` in this folder is the tour. Each module is imported when it is first named.
 """
 
 import importlib
@@ -13,10 +13,14 @@ if TYPE_CHECKING:
         array_records,
         benchmarks,
         cache,
+        files,
         folders,
         image_dataset,
         images,
+        listings,
+        paths,
         pipeline,
+        random_streams,
         sampler,
         views,
     )
@@ -26,10 +30,14 @@ __all__ = [
     "array_records",
     "benchmarks",
     "cache",
+    "files",
     "folders",
     "image_dataset",
     "images",
+    "listings",
+    "paths",
     "pipeline",
+    "random_streams",
     "sampler",
     "views",
 ]

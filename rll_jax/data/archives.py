@@ -1,77 +1,116 @@
-"""Unpacking a published archive: nothing outside the target, nothing overwritten, whole or not at all."""
+"""Unpacking of published archives: nothing outside the target folder, nothing overwritten."""
 
+from collections.abc import Iterable, Iterator
+import contextlib
 import os
 import pathlib
 import stat
 import tarfile
 import tempfile
+from typing import TypeVar
 import zipfile
 
 import tqdm
 
-from rll_jax.data import benchmarks
+from rll_jax.data import paths
+
+_Member = TypeVar("_Member", zipfile.ZipInfo, tarfile.TarInfo)
+_DAMAGED = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    EOFError,
+    RuntimeError,  # an encrypted .zip
+    NotImplementedError,  # an unknown compression
+)
 
 
-def unpack(archive, target) -> list[pathlib.Path]:
-    """Unpacks a .zip or .tar (also compressed) into the folder `target`; its top files and folders.
+def unpack(archive: paths.AnyPath, target: paths.AnyPath) -> list[pathlib.Path]:
+    """Unpacks a .zip or a .tar (also a compressed one) into the folder `target`.
+
+    Members are unpacked into a temporary folder in `target` and moved only when all are unpacked.
+
+    Returns:
+      The top files and folders of the archive, at their new places, sorted.
 
     Raises:
-      ValueError: not such an archive, damaged or encrypted; a member that leads out of the target or is no file or folder; or
-        something of that name is in the target already.
+      ValueError: the file is not such an archive, or is empty, damaged or encrypted; a member leads
+        out of `target` or is neither a file nor a folder; or `target` already has something of the
+        same name.
     """
     archive, target = pathlib.Path(archive), pathlib.Path(target)
     try:
         if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as file:
-                return _into(target, archive, file, file.infolist(), _zip_name)
+            return _unpack_zip(archive, target)
         if tarfile.is_tarfile(archive):
-            with tarfile.open(archive) as file:
-                return _into(target, archive, file, file.getmembers(), _tar_name)
-    except (
-        zipfile.BadZipFile,
-        tarfile.TarError,
-        EOFError,
-        RuntimeError,
-        NotImplementedError,
-    ) as error:
-        raise ValueError(f"{archive}: cannot be unpacked: {error}")
-    except OSError as error:  # gzip's and zlib's too
-        raise ValueError(f"{archive}: cannot be unpacked into {target}: {error}")
+            return _unpack_tar(archive, target)
+    except _DAMAGED as error:
+        raise ValueError(f"{archive}: cannot be unpacked: {error}") from error
+    except OSError as error:  # errors of gzip and zlib are OSErrors too
+        raise ValueError(f"{archive}: cannot be unpacked into {target}: {error}") from error
     raise ValueError(f"{archive}: expected a .zip or .tar archive")
 
 
-def _zip_name(member) -> str | None:
-    link = stat.S_ISLNK(member.external_attr >> 16)
-    return None if link else member.filename
+def _unpack_zip(archive: pathlib.Path, target: pathlib.Path) -> list[pathlib.Path]:
+    with zipfile.ZipFile(archive) as file:
+        members = file.infolist()
+        for member in members:
+            is_link = stat.S_ISLNK(member.external_attr >> 16)
+            _check_member(archive, member.filename, allowed=not is_link)
+        tops = _top_names(archive, [member.filename for member in members])
+        with _moved_into(target, tops, archive) as folder:
+            for member in _progress(members, archive):
+                file.extract(member, folder)
+    return [target / top for top in tops]
 
 
-def _tar_name(member) -> str | None:
-    return member.name if member.isfile() or member.isdir() else None
+def _unpack_tar(archive: pathlib.Path, target: pathlib.Path) -> list[pathlib.Path]:
+    with tarfile.open(archive) as file:
+        members = file.getmembers()
+        for member in members:
+            _check_member(archive, member.name, allowed=member.isfile() or member.isdir())
+        tops = _top_names(archive, [member.name for member in members])
+        with _moved_into(target, tops, archive) as folder:
+            for member in _progress(members, archive):
+                file.extract(member, folder, filter="data")
+            # Reading to the end lets the decompressor compare its check sum.
+            while file.fileobj is not None and file.fileobj.read(1 << 20):
+                pass
+    return [target / top for top in tops]
 
 
-def _into(target, archive, file, members, name_of) -> list[pathlib.Path]:
-    names = []
-    for member in members:
-        name = name_of(member)
-        if name is None or not benchmarks.inside(name.removeprefix("./") or "."):
-            raise ValueError(
-                f"{archive}: its member {getattr(member, 'name', None) or member.filename!r} is a link or leads out of the folder"
-            )
-        names.append(pathlib.PurePosixPath(name))
-    tops = sorted({name.parts[0] for name in names if name.parts})
+def _check_member(archive: pathlib.Path, name: str, *, allowed: bool) -> None:
+    if not allowed or not paths.is_inside_root(name.removeprefix("./") or "."):
+        raise ValueError(f"{archive}: its member {name!r} is a link or leads out of the folder")
+
+
+def _top_names(archive: pathlib.Path, names: Iterable[str]) -> list[str]:
+    """Returns the first parts of the members' names, sorted."""
+    parts = [pathlib.PurePosixPath(name).parts for name in names]
+    tops = sorted({part[0] for part in parts if part})
     if not tops:
         raise ValueError(f"{archive}: is empty")
-    if there := [str(target / top) for top in tops if os.path.lexists(target / top)]:
+    return tops
+
+
+@contextlib.contextmanager
+def _moved_into(
+    target: pathlib.Path, tops: list[str], archive: pathlib.Path
+) -> Iterator[pathlib.Path]:
+    """Yields a temporary folder whose `tops` are moved into `target` when the block ends."""
+    existing = [str(target / top) for top in tops if os.path.lexists(target / top)]
+    if existing:
         raise ValueError(
-            f"{archive}: {', '.join(there[:3])} is there already: leave out --unpack, or move it away"
+            f"{archive}: {', '.join(existing[:3])} is there already: leave out --unpack, "
+            "or move it away"
         )
     target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target, prefix=".unpacking.") as aside:
-        keep = {"filter": "data"} if isinstance(file, tarfile.TarFile) else {}
-        for member in tqdm.tqdm(members, desc=archive.name, unit="file", mininterval=1):
-            file.extract(member, aside, **keep)
-        while keep and file.fileobj.read(1 << 20):  # to the end, where the check sum is
-            pass
+    # Not `files.atomic_folder`: an archive may have several tops, and `target` exists already.
+    with tempfile.TemporaryDirectory(dir=target, prefix=".unpacking.") as name:
+        folder = pathlib.Path(name)
+        yield folder
         for top in tops:
-            (pathlib.Path(aside) / top).rename(target / top)
-    return [target / top for top in tops]
+            (folder / top).rename(target / top)
+
+
+def _progress(members: list[_Member], archive: pathlib.Path) -> Iterable[_Member]:
+    return tqdm.tqdm(members, desc=archive.name, unit="file", mininterval=1)

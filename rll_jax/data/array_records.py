@@ -1,106 +1,192 @@
-"""Sets in ArrayRecord files, in the format of tensorflow-datasets, written and read without TensorFlow."""
+"""Datasets in ArrayRecord files, in tensorflow-datasets' format, used without TensorFlow."""
 
+from collections.abc import Sequence
+import contextlib
 import io
 import json
 import os
 import pathlib
 import sys
-import tempfile
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from etils import epath
 import numpy as np
 import tqdm
 
-from rll_jax.data import benchmarks
-from rll_jax.data.image_dataset import EncodedImageDataset, size_of, split_dataset
+from rll_jax.data import files, listings, paths
+from rll_jax.data.image_dataset import EncodedImageDataset, split_dataset
 
-_NAME, _SHARD_BYTES = "rll_images", 256 * 2**20
+if TYPE_CHECKING:  # takes seconds to import
+    import tensorflow_datasets as tfds
+
+_NAME = "rll_images"
+_SHARD_BYTES = 256 * 2**20  # a shard ends with the record that goes beyond this size
 _WITH_TENSORFLOW = (
-    "preparing a set of tensorflow-datasets needs TensorFlow, which training never does; in an environment of its own: pip install "
-    'tensorflow-cpu tensorflow-datasets importlib_resources && python -c "import tensorflow_datasets as tfds; '
-    "tfds.builder('{name}', data_dir='{data_dir}', file_format='array_record').download_and_prepare()\""
+    "preparing a dataset of tensorflow-datasets needs TensorFlow, which training never does; in an "
+    "environment of its own: pip install tensorflow-cpu tensorflow-datasets importlib_resources && "
+    'python -c "import tensorflow_datasets as tfds; '
+    "tfds.builder('{name}', data_dir='{data_dir}', file_format='array_record')"
+    '.download_and_prepare()"'
 )
-_LABEL_KEYS = ("label", "class_id")  # of tensorflow-datasets' own sets
+# What tensorflow-datasets' own datasets call a class and its super class.
+_LABEL_KEYS, _SUPER_LABEL_KEYS = ("label", "class_id"), ("super_label", "super_class_id")
 
 
-def write_dataset(root, rows: list[benchmarks.Row], directory) -> None:
-    """Writes the pictures into ArrayRecord files in `directory`, in the format of tensorflow-datasets; a missing one as an empty one.
+def write_dataset(root: paths.AnyPath, rows: list[listings.Row], directory: paths.AnyPath) -> None:
+    """Writes listed images into ArrayRecord files, in the format of tensorflow-datasets.
 
-    What stands there at the end is whole: it is made aside and renamed, and left as it is where it is there already. One picture is in
-    memory at a time: tensorflow-datasets' own way sorts a split there, or, beyond a gigabyte, needs TensorFlow.
+    Writes to a temporary folder and renames it, so the result is either complete or absent. An
+    existing folder is left untouched. A missing image is written as an empty one.
 
-    Raises OSError where it cannot be written.
+    One image is in memory at a time. (tensorflow-datasets' own writer sorts a split in memory or,
+    beyond a gigabyte, needs TensorFlow.)
+
+    Args:
+      root: the folder that the rows' paths start from, local or in an object store.
+      rows: the images.
+      directory: the folder of the result, a local one.
+
+    Raises:
+      OSError: the folder cannot be written.
+      ValueError: a folder that was already there is not such a dataset.
     """
-    import tensorflow_datasets as tfds  # seconds to import
+    import tensorflow_datasets as tfds  # takes seconds
 
-    root, directory = epath.Path(root), pathlib.Path(directory)
-    features = {
-        "image": tfds.features.Image(),
-        "label": np.int64,
-        "super_label": np.int64,
-        "path": tfds.features.Text(),
-    }
-    features = tfds.features.FeaturesDict(features)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as aside:
-        splits = []
-        for split in benchmarks.SPLITS:
-            if some := [row for row in rows if row.split == split]:
-                splits.append(_write_split(root, some, split, features, pathlib.Path(aside)))
+    root = epath.Path(root)
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(),
+            "label": np.int64,
+            "super_label": np.int64,
+            "path": tfds.features.Text(),
+        }
+    )
+    with files.atomic_folder(directory) as temporary:
+        splits = [
+            _write_split(root, split_rows, split, features, temporary)
+            for split in listings.SPLITS
+            if (split_rows := [row for row in rows if row.split == split])
+        ]
         tfds.folder_dataset.write_metadata(
-            data_dir=aside, features=features, split_infos=splits, check_data=False
+            data_dir=str(temporary), features=features, split_infos=splits, check_data=False
         )
-        # the one line that tells its reader of the kind of file
-        information = pathlib.Path(aside) / "dataset_info.json"
-        information.write_text(
-            json.dumps(
-                json.loads(information.read_text()) | {"fileFormat": "array_record", "name": _NAME}
-            )
-        )
-        os.chmod(aside, 0o755)  # temporary folders are the user's alone
-        try:
-            pathlib.Path(aside).rename(directory)
-        except OSError:
-            if not directory.is_dir():
-                raise
-        else:
-            pathlib.Path(aside).mkdir()  # for the clean-up to find
+        # `write_metadata` leaves out the line that tells the reader the kind of file.
+        information = temporary / "dataset_info.json"
+        known = json.loads(information.read_text())
+        information.write_text(json.dumps(known | {"fileFormat": "array_record", "name": _NAME}))
     open_dataset(directory)
 
 
-def _write_split(root, rows, split, features, directory):
-    """The split's files, each of about `_SHARD_BYTES`, and what tensorflow-datasets wants to know of them."""
-    from array_record.python import array_record_module
+def open_dataset(
+    directory: paths.AnyPath, *, keep_index: bool = True
+) -> dict[str, EncodedImageDataset]:
+    """Opens a dataset that `write_dataset` wrote.
+
+    Args:
+      directory: its folder.
+      keep_index: keep labels and paths in a file beside the dataset, where that can be written, so
+        that the next start does not read all records.
+
+    Returns:
+      {"train": ..., "test": ...}; query and gallery images are both in "test".
+
+    Raises:
+      ValueError: the folder has no such dataset, or a damaged one.
+    """
+    import tensorflow_datasets as tfds  # takes seconds
+
+    try:
+        builder = tfds.builder_from_directory(str(directory))
+        return split_dataset(*_read_splits(builder, "image", "label", keep_index))
+    except Exception as error:  # tfds raises errors of all kinds on damaged datasets
+        raise ValueError(
+            f"cannot read a prepared dataset in {directory}: {_first_line(error)}"
+        ) from error
+
+
+def open_tfds(
+    name: str, data_dir: paths.AnyPath, image_key: str = "image", label_key: str = ""
+) -> dict[str, EncodedImageDataset]:
+    """Opens a dataset of tensorflow-datasets that is prepared as ArrayRecord files.
+
+    Its train split trains and all other splits are test. Where these share classes (many datasets
+    are made for classification) or one of the two is empty, the classes of all images are split
+    instead: the first half of the classes trains. A note on stderr says so.
+
+    Args:
+      name: the name that tensorflow-datasets has for the dataset.
+      data_dir: tensorflow-datasets' own folder, or "" for its default.
+      image_key: the feature that holds the image.
+      label_key: the feature that holds the class; "" takes label or class_id, whichever exists.
+
+    Returns:
+      {"train": ..., "test": ...}.
+
+    Raises:
+      ValueError: tensorflow-datasets does not know the dataset, it is not prepared (with the
+        command that prepares it), or it does not have these features.
+    """
+    import tensorflow_datasets as tfds  # takes seconds
+
+    try:
+        builder = tfds.builder(name, data_dir=str(data_dir) or None, file_format="array_record")
+    except Exception as error:
+        raise ValueError(
+            f"tensorflow-datasets knows no dataset {name!r}: {_first_line(error)}"
+        ) from error
+    if not builder.info.splits:
+        hint = _WITH_TENSORFLOW.format(name=name, data_dir=builder.data_dir_root)
+        raise ValueError(f"{name} is not prepared as array_record in {builder.data_dir}: {hint}")
+    features = cast("tfds.features.FeaturesDict", builder.info.features)
+    label_key = label_key or next((key for key in _LABEL_KEYS if key in features), "")
+    if image_key not in features or label_key not in features:
+        raise ValueError(
+            f"{name} has the features {', '.join(features)}: name those of image and class by "
+            "--image_key and --label_key"
+        )
+    dataset, names = _read_splits(builder, image_key, label_key, keep_index=True)
+    is_train = names == listings.TRAIN
+    shared = np.intersect1d(dataset.labels[is_train], dataset.labels[~is_train])
+    if len(shared) or is_train.all() or not is_train.any():
+        classes = np.unique(dataset.labels)
+        print(
+            f"note: {name} has classes in train and in test: the first half of its {len(classes)} "
+            "classes trains",
+            file=sys.stderr,
+        )
+        is_train = np.isin(dataset.labels, classes[: len(classes) // 2])
+    return split_dataset(dataset, np.where(is_train, listings.TRAIN, listings.TEST))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else repr(error)
+
+
+def _write_split(
+    root: epath.Path,
+    rows: list[listings.Row],
+    split: str,
+    features: "tfds.features.FeaturesDict",
+    directory: pathlib.Path,
+) -> "tfds.core.SplitInfo":
+    """Writes the shards of a split, and returns what tensorflow-datasets keeps of them."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import example_serializer
 
-    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
-    lengths, sizes, writer = [], [], None
+    specs = cast(Any, features.get_serialized_info())
+    serializer = example_serializer.ExampleSerializer(specs)
+    shards = _ShardWriter(directory, split)
     for row in tqdm.tqdm(rows, desc=f"preparing {split}", unit="image", mininterval=1):
-        if writer is None or sizes[-1] > _SHARD_BYTES:
-            if writer is not None:
-                writer.close()
-            writer = array_record_module.ArrayRecordWriter(
-                str(directory / f"{split}.{len(lengths)}"), "group_size:1"
-            )
-            lengths.append(0)
-            sizes.append(0)
-        picture = (root / row.path).read_bytes() if size_of(root / row.path) else b""
+        file = root / row.path
         example = {
-            "image": io.BytesIO(picture),
+            "image": io.BytesIO(file.read_bytes() if paths.file_size(file) else b""),
             "label": row.label,
             "super_label": row.super_label,
             "path": os.fsencode(row.path),
         }
-        record = serializer.serialize_example(features.encode_example(example))
-        writer.write(record)
-        lengths[-1] += 1
-        sizes[-1] += len(record)
-    writer.close()
-    for shard in range(len(lengths)):
-        name = f"{_NAME}-{split}.array_record-{shard:05d}-of-{len(lengths):05d}"
-        (directory / f"{split}.{shard}").rename(directory / name)
+        shards.write(serializer.serialize_example(features.encode_example(example)))
+    shards.close()
     template = tfds.core.ShardedFileTemplate(
         data_dir=epath.Path(directory),
         dataset_name=_NAME,
@@ -108,156 +194,163 @@ def _write_split(root, rows, split, features, directory):
         filetype_suffix="array_record",
     )
     return tfds.core.SplitInfo(
-        name=split, shard_lengths=lengths, num_bytes=sum(sizes), filename_template=template
+        name=split,
+        shard_lengths=shards.lengths,
+        num_bytes=shards.num_bytes,
+        filename_template=template,
     )
 
 
-def open_dataset(directory, *, keep_index: bool = True) -> dict[str, EncodedImageDataset]:
-    """{"train": ..., "test": ...} of a set that `prepare` wrote.
+class _ShardWriter:
+    """Writes the records of a split into one file after another, its shards.
 
-    Args:
-      keep_index: keep labels and paths in a file beside it, where that can be written, so as not to read all at each start.
-
-    Raises:
-      ValueError: nothing prepared there, or something else.
+    Attributes:
+      lengths: the number of records in each shard.
+      num_bytes: the bytes of all records.
     """
-    import tensorflow_datasets as tfds  # seconds to import
 
-    try:
-        builder = tfds.builder_from_directory(str(directory))
-        return split_dataset(*_read(builder, "image", "label", keep_index))
-    except Exception as error:  # tfds raises anything from KeyError to RuntimeError on damaged sets
-        text = str(error).strip().splitlines()
-        raise ValueError(
-            f"cannot read a prepared set in {directory}: {text[0] if text else error!r}"
+    def __init__(self, directory: pathlib.Path, split: str) -> None:
+        self.lengths: list[int] = []
+        self.num_bytes = 0
+        self._directory, self._split = directory, split
+        self._writer: Any = None
+        self._shard_bytes = 0
+
+    def write(self, record: bytes) -> None:
+        """Writes a record, into a new shard where the last one is large enough."""
+        if self._writer is None or self._shard_bytes > _SHARD_BYTES:
+            self._writer = self._begin_shard()
+        self._writer.write(record)
+        self.lengths[-1] += 1
+        self._shard_bytes += len(record)
+        self.num_bytes += len(record)
+
+    def close(self) -> None:
+        """Ends the last shard and gives all shards their names, which tell their number."""
+        if self._writer is not None:
+            self._writer.close()
+        total = len(self.lengths)
+        for shard in range(total):
+            name = f"{_NAME}-{self._split}.array_record-{shard:05d}-of-{total:05d}"
+            self._temporary_path(shard).rename(self._directory / name)
+
+    def _begin_shard(self) -> Any:
+        from array_record.python import (
+            array_record_module,  # pyright: ignore[reportAttributeAccessIssue]  # compiled
         )
 
+        if self._writer is not None:
+            self._writer.close()
+        path = self._temporary_path(len(self.lengths))
+        self.lengths.append(0)
+        self._shard_bytes = 0
+        return array_record_module.ArrayRecordWriter(str(path), "group_size:1")
 
-def open_tfds(
-    name: str, data_dir, image_key: str = "image", label_key: str = ""
-) -> dict[str, EncodedImageDataset]:
-    """{"train": ..., "test": ...} of a set that tensorflow-datasets knows and has prepared as ArrayRecord files.
-
-    Where the splits share classes (it is made for classification), all images are taken and the first half of the classes trains.
-
-    Args:
-      data_dir: tensorflow-datasets' own folder, or "" for its default.
-      image_key, label_key: features of the set; "" takes label or class_id, whichever there is.
-
-    Raises:
-      ValueError: no such set, not prepared (with the command that does), or without those features.
-    """
-    import tensorflow_datasets as tfds  # seconds to import
-
-    try:
-        builder = tfds.builder(name, data_dir=str(data_dir) or None, file_format="array_record")
-    except Exception as error:
-        raise ValueError(
-            f"tensorflow-datasets knows no set {name!r}: {str(error).strip().splitlines()[0]}"
-        )
-    if not builder.info.splits:
-        hint = _WITH_TENSORFLOW.format(name=name, data_dir=builder.data_dir_root)
-        raise ValueError(f"{name} is not prepared as array_record in {builder.data_dir}: {hint}")
-    features = builder.info.features
-    label_key = label_key or next((key for key in _LABEL_KEYS if key in features), "")
-    if image_key not in features or label_key not in features:
-        raise ValueError(
-            f"{name} has the features {', '.join(features)}: name those of image and class by --image_key and --label_key"
-        )
-    everything, splits = _read(builder, image_key, label_key, keep_index=True)
-    sets = split_dataset(
-        everything, np.where(splits == benchmarks.TRAIN, benchmarks.TRAIN, benchmarks.TEST)
-    )
-    if (
-        len(np.intersect1d(sets["train"].labels, sets["test"].labels))
-        or not len(sets["train"])
-        or not len(sets["test"])
-    ):
-        classes = np.unique(everything.labels)
-        first_half = np.isin(everything.labels, classes[: len(classes) // 2])
-        print(
-            f"note: {name} has classes in train and in test: the first half of its {len(classes)} classes trains",
-            file=sys.stderr,
-        )
-        sets = split_dataset(everything, np.where(first_half, benchmarks.TRAIN, benchmarks.TEST))
-    return sets
+    def _temporary_path(self, shard: int) -> pathlib.Path:
+        return self._directory / f"{self._split}.{shard}"
 
 
-class _Records:
-    """Encoded pictures by position, over the splits of a prepared set one after the other."""
+class _SourceReader:
+    """Reads the encoded image at a position, counted over several sources one after the other."""
 
-    def __init__(self, sources, image_key):
+    def __init__(self, sources: Sequence[Any], image_key: str) -> None:
         self._sources, self._image_key = sources, image_key
         self._starts = np.cumsum([0, *(len(source) for source in sources[:-1])])
 
-    def __call__(self, position):
+    def __call__(self, position: int) -> bytes:
         part = int(np.searchsorted(self._starts, position, side="right")) - 1
         return self._sources[part][int(position - self._starts[part])][self._image_key]
 
 
-def _read(builder, image_key, label_key, keep_index) -> tuple[EncodedImageDataset, np.ndarray]:
-    """All splits as one set, and the split of each row."""
+def _read_splits(
+    builder: "tfds.core.DatasetBuilder", image_key: str, label_key: str, keep_index: bool
+) -> tuple[EncodedImageDataset, np.ndarray]:
+    """Returns all splits of a prepared dataset as one, and the (N,) name of each row's split."""
     import tensorflow_datasets as tfds
 
     names = list(builder.info.splits)
-    skip = {image_key: tfds.decode.SkipDecoding()}
-    sources = [builder.as_data_source(split, decoders=skip) for split in names]
-    parts = [
-        _index(builder, split, source, image_key, label_key, keep_index)
-        for split, source in zip(names, sources)
+    decoders = {image_key: tfds.decode.SkipDecoding()}
+    open_source = cast(Any, builder.as_data_source)  # its stub hides the arguments
+    sources = [open_source(split, decoders=decoders) for split in names]
+    indices = [
+        _read_index(builder, split, source, image_key, label_key, keep_index)
+        for split, source in zip(names, sources, strict=True)
     ]
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    super_labels = columns["super_labels"] if np.ptp(columns["super_labels"]) else None
-    read, labels = _Records(sources, image_key), columns["labels"]
+    columns = {name: np.concatenate([index[name] for index in indices]) for name in indices[0]}
+    labels, super_labels = columns["labels"], columns["super_labels"]
     if len(labels) and labels.min() < 0:
         raise ValueError(
-            f"{builder.name}: {int((labels < 0).sum())} images have a negative {label_key}: those without a class cannot be told apart"
+            f"{builder.name}: {int((labels < 0).sum())} images have a negative {label_key}: those "
+            "without a class cannot be told apart"
         )
-    everything = EncodedImageDataset(
-        read,
-        np.arange(len(labels)),
-        labels,
-        columns["paths"],
-        columns["sizes"],
-        super_labels=super_labels,
+    dataset = EncodedImageDataset(
+        read=_SourceReader(sources, image_key),
+        positions=np.arange(len(labels)),
+        labels=labels,
+        paths=columns["paths"],
+        sizes=columns["sizes"],
+        super_labels=super_labels if np.ptp(super_labels) else None,
     )
-    return everything, np.repeat(names, [len(source) for source in sources])
+    return dataset, np.repeat(names, [len(source) for source in sources])
 
 
-def _index(builder, split, source, image_key, label_key, keep) -> dict[str, np.ndarray]:
-    file = epath.Path(builder.data_dir) / f"rll_jax_index.{split}.{image_key}.{label_key}.npz"
-    try:
-        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as saved:
-            if len(saved["labels"]) == len(source):
-                return dict(saved)
-    except Exception:  # none, or a damaged one: made again
-        pass
-    rows = []
-    if not np.issubdtype(builder.info.features[label_key].np_dtype, np.integer):
-        raise ValueError(
-            f"{builder.name}: {label_key} is of {np.dtype(builder.info.features[label_key].np_dtype)}, expected whole numbers"
-        )
-    for at, record in enumerate(source):
-        path = (
-            os.fsdecode(record["path"])
-            if isinstance(record.get("path"), bytes)
-            else f"{split}/{at}"
-        )
-        super_label = next(
-            (record[key] for key in ("super_label", "super_class_id") if key in record), 0
-        )
-        rows.append((record[label_key], path, len(record[image_key]), super_label))
-    labels, paths, sizes, super_labels = zip(*rows) if rows else ((), (), (), ())
-    columns: dict[str, Any] = {
-        name: np.array(a, np.int64)
-        for name, a in (("labels", labels), ("sizes", sizes), ("super_labels", super_labels))
-    }
-    columns["paths"] = np.array(paths, np.str_)
+def _read_index(
+    builder: "tfds.core.DatasetBuilder",
+    split: str,
+    source: Sequence[Any],
+    image_key: str,
+    label_key: str,
+    keep: bool,
+) -> dict[str, np.ndarray]:
+    """Returns labels, paths, sizes and super_labels of a split, from its index file if possible.
+
+    Otherwise all records are read and, where `keep`, the index file is written.
+    """
+    name = f"rll_jax_index.{split}.{image_key}.{label_key}.npz"
+    file = epath.Path(builder.data_dir) / name
+    with (
+        contextlib.suppress(Exception),  # the file may be missing, or damaged in any way
+        np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as saved,
+    ):
+        if len(saved["labels"]) == len(source):
+            return dict(saved)
+    features = cast("tfds.features.FeaturesDict", builder.info.features)
+    dtype = np.dtype(cast(Any, features[label_key].np_dtype))
+    if not np.issubdtype(dtype, np.integer):
+        raise ValueError(f"{builder.name}: {label_key} is of {dtype}, expected whole numbers")
+    columns = _index_records(source, split, image_key, label_key)
     if keep:
-        data = io.BytesIO()
-        np.savez(data, **columns)
-        try:
-            file.write_bytes(data.getvalue())
-        except OSError:  # read-only: read again next time
-            pass
+        _keep_index(file, columns)
     return columns
+
+
+def _index_records(
+    source: Sequence[Any], split: str, image_key: str, label_key: str
+) -> dict[str, np.ndarray]:
+    """Reads all records; an image that has no path in its record gets the path SPLIT/NUMBER."""
+    labels, image_paths, sizes, super_labels = [], [], [], []
+    for number, record in enumerate(source):
+        path = record.get("path")
+        image_paths.append(os.fsdecode(path) if isinstance(path, bytes) else f"{split}/{number}")
+        super_label_key = next((key for key in _SUPER_LABEL_KEYS if key in record), None)
+        super_labels.append(record[super_label_key] if super_label_key else 0)
+        labels.append(record[label_key])
+        sizes.append(len(record[image_key]))
+    return {
+        "labels": np.array(labels, np.int64),
+        "sizes": np.array(sizes, np.int64),
+        "super_labels": np.array(super_labels, np.int64),
+        "paths": np.array(image_paths, np.str_),
+    }
+
+
+def _keep_index(file: epath.Path, columns: dict[str, np.ndarray]) -> None:
+    """Writes the index file; does nothing where that is not possible, as on a read-only disk."""
+    data = io.BytesIO()
+    np.savez(data, **columns)  # pyright: ignore[reportArgumentType]  # numpy's stub of allow_pickle
+    with contextlib.suppress(OSError):
+        if paths.is_remote(file):  # an object store replaces whole files
+            file.write_bytes(data.getvalue())
+            return
+        with files.atomic_write(file) as temporary:
+            temporary.write_bytes(data.getvalue())

@@ -1,145 +1,182 @@
-"""Pictures kept decoded and shrunk, in memory or in an ArrayRecord file: what is read twice is decoded once."""
+"""Decoded and shrunk images, cached in memory or in an ArrayRecord file: decoded once, read often.
 
+An image that does not decode is cached as it is, so that its error is raised where it is used.
+"""
+
+import contextlib
 import dataclasses
 import hashlib
 import io
 import pathlib
 import shutil
-import uuid
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tqdm
 
-from rll_jax.data import images
+from rll_jax.data import files, images, paths
 from rll_jax.data.image_dataset import EncodedImageDataset
 
-_SAMPLE = 100  # pictures whose sizes tell the size of all
+if TYPE_CHECKING:
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+_SAMPLE = 100  # the number of images whose sizes estimate the size of all
+_CGROUP = pathlib.Path("/sys/fs/cgroup")
 
 
 def estimated_bytes(data: EncodedImageDataset, short_side: int) -> int:
-    """What the shrunk pictures of a set would take, from the sizes of some of them."""
+    """Estimates the bytes of a dataset's shrunk images, from the sizes of some of them.
+
+    Args:
+      data: the dataset. Bad images in the sample do not count.
+      short_side: the shorter side that larger images are shrunk to, pixels.
+    """
     rows = np.unique(np.linspace(0, len(data) - 1, min(_SAMPLE, len(data))).astype(int))
-    taken = []
+    sizes = []
     for row in rows:
         try:
             width, height = data.image(row).size
         except images.BadImageError:
             continue
         scale = min(1.0, short_side / min(width, height))
-        taken.append(3 * round(width * scale) * round(height * scale))
-    return int(np.mean(taken or [0]) * len(data))
+        sizes.append(3 * round(width * scale) * round(height * scale))
+    return int(np.mean(sizes or [0]) * len(data))
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take: of the machine, and of its control group where that has a limit."""
-    limits = []
+    """Returns the bytes that this process may still take; 2**62 where that is not known.
+
+    It is the least of what the machine and the process's control group have left.
+    """
     try:
-        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
-        limits.append(
-            next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-        )
-        group = pathlib.Path("/sys/fs/cgroup")
-        given_back = sum(
-            int(line.split()[1])
-            for line in (group / "memory.stat").read_text().splitlines()
-            if line.startswith("inactive_file ")
-        )
-        limits.append(
-            int((group / "memory.max").read_text())
-            - int((group / "memory.current").read_text())
-            + given_back
-        )
-    except (OSError, ValueError, StopIteration):  # no Linux, or no limit
-        pass
-    return max(min(limits, default=2**62), 0)
+        left = [_free_in_machine()]
+    except (OSError, ValueError, StopIteration):  # not Linux
+        return 2**62
+    with contextlib.suppress(OSError, ValueError):  # no control group, or one without a limit
+        left.append(_free_in_control_group())
+    return max(min(left), 0)
 
 
 def in_memory(data: EncodedImageDataset, short_side: int) -> EncodedImageDataset:
-    """The set with its pictures shrunk to a short side and kept from their first use on."""
-    return dataclasses.replace(data, read=_Memory(data, short_side))
+    """Returns the dataset with images that are shrunk and cached in memory at their first use.
+
+    Args:
+      data: the dataset.
+      short_side: the shorter side that larger images are shrunk to, pixels.
+    """
+    return dataclasses.replace(data, read=_MemoryReader(data, short_side))
 
 
 def on_disk(
-    data: EncodedImageDataset, short_side: int, directory, name: str
+    data: EncodedImageDataset, short_side: int, directory: paths.AnyPath, name: str
 ) -> EncodedImageDataset:
-    """The set with its pictures shrunk to a short side, from a file in `directory` that is written on first use.
+    """Returns the dataset with shrunk images that are read from an ArrayRecord file.
 
-    Another set, or one whose files have changed, has another file.
+    The file is written at first use. Its name has the digest of the dataset, so another dataset, or
+    one whose files have changed, has another file.
+
+    Args:
+      data: the dataset.
+      short_side: the shorter side that larger images are shrunk to, pixels.
+      directory: the folder of the file, a local one.
+      name: a part of the file's name, such as the split.
 
     Raises:
-      ValueError: they would take more than is free there (how much).
-      OSError: it cannot be written.
+      ValueError: the images would take more than is free in the folder (how much).
+      OSError: the file cannot be written.
     """
     from array_record.python import array_record_data_source
 
-    path = (
-        pathlib.Path(directory) / f"cache_{name}_{short_side}_{digest(data)}.arrayrecord"
-    )  # another for other pictures, or another size
+    path = pathlib.Path(directory, f"cache_{name}_{short_side}_{digest(data)}.arrayrecord")
     if not path.exists():
         try:
             _write(data, short_side, path)
-        except RuntimeError as error:  # array_record's
+        except RuntimeError as error:  # raised by array_record
             raise OSError(f"cannot write the cache {path}: {str(error).splitlines()[0]}") from error
     records = array_record_data_source.ArrayRecordDataSource(str(path))
-    return dataclasses.replace(data, read=_Records(records), positions=np.arange(len(data)))
+    return dataclasses.replace(data, read=_RecordReader(records), positions=np.arange(len(data)))
 
 
 def digest(data: EncodedImageDataset) -> str:
-    """Of which files, as far as they are known, in which order."""
-    files = hashlib.sha256("\n".join(data.paths.tolist()).encode(errors="surrogateescape"))
+    """Returns 16 hex digits that tell datasets apart by their files and the order of these.
+
+    A file is told by its path, and its size and time as far as they are known.
+    """
+    sha = hashlib.sha256("\n".join(data.paths.tolist()).encode(errors="surrogateescape"))
     for column in (data.sizes, data.changed):
-        files.update(b"" if column is None else np.ascontiguousarray(column))
-    return files.hexdigest()[:16]
+        if column is not None:
+            sha.update(np.ascontiguousarray(column).tobytes())
+    return sha.hexdigest()[:16]
 
 
-def _write(data, short_side, path) -> None:
-    from array_record.python import array_record_module
+def _free_in_machine() -> int:
+    lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+    available = next(line for line in lines if line.startswith("MemAvailable"))
+    return int(available.split()[1]) * 1024
+
+
+def _free_in_control_group() -> int:
+    lines = (_CGROUP / "memory.stat").read_text().splitlines()
+    # The system takes back this part of the files that it has cached.
+    reclaimable = sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+    limit = int((_CGROUP / "memory.max").read_text())
+    return limit - int((_CGROUP / "memory.current").read_text()) + reclaimable
+
+
+def _write(data: EncodedImageDataset, short_side: int, path: pathlib.Path) -> None:
+    from array_record.python import (
+        array_record_module,  # pyright: ignore[reportAttributeAccessIssue]  # compiled
+    )
 
     need, free = estimated_bytes(data, short_side), shutil.disk_usage(path.parent).free
     if need > free:
         raise ValueError(
-            f"--cache=disk would take {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free in {path.parent}"
+            f"--cache=disk would take {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free in "
+            f"{path.parent}"
         )
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        writer = array_record_module.ArrayRecordWriter(str(aside), "group_size:1")
-        for row in tqdm.tqdm(
-            range(len(data)), desc=f"writing {path.name}", unit="image", mininterval=1
-        ):
+    with files.atomic_write(path) as temporary:
+        writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+        rows = tqdm.tqdm(range(len(data)), desc=f"writing {path.name}", unit="image", mininterval=1)
+        for row in rows:
             writer.write(_shrunk(data.image_bytes(row), str(data.paths[row]), short_side))
         writer.close()
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _shrunk(encoded: bytes, name: str, short_side: int) -> bytes:
-    """As uncompressed PPM, which is read at the speed of memory; what does not decode stays as it is, to be told of when used."""
+    """Returns the shrunk image as uncompressed PPM, which is read as fast as memory.
+
+    An image that does not decode is returned as it is.
+    """
     try:
-        picture = images.shrink(encoded, name, short_side)
+        image = images.shrink(encoded, name, short_side)
     except images.BadImageError:
         return encoded
     out = io.BytesIO()
-    picture.save(out, "PPM")
+    image.save(out, "PPM")
     return out.getvalue()
 
 
-class _Memory:
-    def __init__(self, data, short_side):
-        self._data, self._short_side, self._kept = data, short_side, {}
-        self._name_of = dict(zip(data.positions.tolist(), data.paths.tolist()))
+class _MemoryReader:
+    """Reads the shrunk image at a position, from memory after its first use."""
 
-    def __call__(self, position):
-        if position not in self._kept:
-            self._kept[position] = _shrunk(
-                self._data.read(position), self._name_of[position], self._short_side
-            )
-        return self._kept[position]
+    def __init__(self, data: EncodedImageDataset, short_side: int) -> None:
+        self._read, self._short_side = data.read, short_side
+        names = zip(data.positions.tolist(), data.paths.tolist(), strict=True)
+        self._name_at: dict[int, str] = dict(names)
+        self._cached: dict[int, bytes] = {}
+
+    def __call__(self, position: int) -> bytes:
+        if position not in self._cached:
+            encoded, name = self._read(position), self._name_at[position]
+            self._cached[position] = _shrunk(encoded, name, self._short_side)
+        return self._cached[position]
 
 
-class _Records:
-    def __init__(self, records):
+class _RecordReader:
+    """Reads the image at a position from the record of that number."""
+
+    def __init__(self, records: "ArrayRecordDataSource") -> None:
         self._records = records
 
-    def __call__(self, position):
+    def __call__(self, position: int) -> bytes:
         return self._records[position]

@@ -1,31 +1,47 @@
-"""Sets of labelled pictures behind one interface, wherever the pictures are."""
+"""Datasets of labelled images behind one interface, whether the images are files or records.
 
+Bad images: an image is bad where it is missing, empty, or cannot be read or decoded.
+  - Found: `find_bad` lists the bad images of a dataset, before training.
+  - Skipped: `skip_bad` leaves listed images out of a dataset.
+  - Met later: `EncodedImageDataset.image` and the views raise `images.BadImageError`, which names
+    the image. `pipeline.train_batches` replaces such an image, `pipeline.test_batches` yields a
+    white one; both report its row to `on_bad`, or raise the error where `on_bad` is None.
+Readers list bad images like all others: `array_records.write_dataset` writes a missing file as an
+empty image, and `cache` keeps an image that does not decode as it is.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from concurrent import futures
 import dataclasses
-import os
-import stat
-from typing import Callable, Iterable
+import functools
 
 from etils import epath
 import numpy as np
+from PIL import Image
 import tqdm
 
-from rll_jax.data import benchmarks, images
+from rll_jax.data import images, paths
+from rll_jax.data.listings import GALLERY, TEST, TRAIN, Row
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedImageDataset:
-    """One split: encoded pictures by row number, and what is known of each.
+    """One split of a dataset: an encoded image for each row, and what is known of the image.
+
+    It is a `rll_jax.typing.ImageDataset`. `positions` let a part of a dataset read from the same
+    source as the whole: row i is the image at `positions[i]`.
 
     Attributes:
-      read: position -> the encoded picture, bytes.
-      positions: (N,) of the rows.
+      read: returns the encoded image at a position.
+      positions: (N,) integers, the positions of the rows.
       labels: (N,) int64 classes.
-      paths: (N,) where each picture came from.
-      sizes: (N,) bytes of each encoded picture, 0 where it is missing or empty.
-      changed: (N,) when each file was last changed, ns, as far as that is known, or None.
-      super_labels: (N,) int64 classes of classes, or None.
-      in_gallery: (N,) whether a row is of the gallery that the others are queries to; None: each image is both.
+      paths: (N,) str, the path of each image from its root, or another name of it.
+      sizes: (N,) int64 bytes of each encoded image, 0 where it is missing or empty.
+      changed: (N,) int64, when each file was last changed (ns for local files), or None where that
+        is not known.
+      super_labels: (N,) int64 super classes, or None.
+      in_gallery: (N,) bool, whether a row belongs to the gallery in which the other rows are
+        searched, or None where each image is searched among all others.
     """
 
     read: Callable[[int], bytes]
@@ -37,42 +53,51 @@ class EncodedImageDataset:
     super_labels: np.ndarray | None = None
     in_gallery: np.ndarray | None = None
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
-    def decoded_image(self, row: int):
-        """The decoded picture of a row; raises `images.BadImageError` naming its path."""
+    def decoded_image(self, row: int) -> Image.Image:
+        """Returns the decoded image of a row, RGB and upright.
+
+        Raises:
+          images.BadImageError: the image cannot be read or decoded.
+        """
         return self.image(row).rgb()
 
     def image(self, row: int) -> images.EncodedImage:
-        """The picture of a row for a view, which decodes what it needs; raises as `image`, as does the view."""
+        """Returns the image of a row for a view, which decodes as much of it as it needs.
+
+        Raises:
+          images.BadImageError: the image cannot be read. Decoding, in a view, may raise it too.
+        """
+        path = str(self.paths[row])
         try:
             encoded = self.image_bytes(row)
-        except (
-            Exception
-        ) as error:  # of the file system, of damaged ArrayRecord files, of an object store's client
+        except Exception as error:  # file systems, ArrayRecord and object stores have their own
             raise images.BadImageError(
-                f"cannot read the image {str(self.paths[row])!r}: {str(error)[:300]}"
+                f"cannot read the image {path!r}: {str(error)[:300]}"
             ) from error
-        return images.EncodedImage(encoded, str(self.paths[row]))
+        return images.EncodedImage(encoded, path)
 
     def image_bytes(self, row: int) -> bytes:
+        """Returns the encoded image of a row; raises what `read` raises."""
         return self.read(int(self.positions[row]))
 
-    def take(self, rows) -> "EncodedImageDataset":
-        """The set of some rows, in their order."""
-        arrays = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name != "read"
-        }
-        return dataclasses.replace(
-            self, **{name: None if a is None else a[rows] for name, a in arrays.items()}
-        )
+    def take(self, rows: np.ndarray | Sequence[int]) -> "EncodedImageDataset":
+        """Returns the dataset of some rows, in the order of `rows`."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "read"]
+        columns = {name: getattr(self, name) for name in names}
+        taken = {name: None if a is None else a[rows] for name, a in columns.items()}
+        return dataclasses.replace(self, **taken)
 
 
 def check_splits(train: EncodedImageDataset, test: EncodedImageDataset) -> None:
-    """Raises ValueError where a split is empty, a class is in both, or no test class has two images: nothing could be measured."""
+    """Checks that the splits can train and measure something.
+
+    Raises:
+      ValueError: a split is empty, a class is in both splits, or no query has another image of its
+        class to find.
+    """
     for name, data in (("train", train), ("test", test)):
         if not len(data):
             raise ValueError(f"the {name} split has no images")
@@ -93,119 +118,148 @@ def check_splits(train: EncodedImageDataset, test: EncodedImageDataset) -> None:
 
 
 def find_bad(data: EncodedImageDataset, *, full: bool, threads: int = 2) -> dict[int, str]:
-    """{row: what is wrong} of the pictures that are missing or empty, or, where `full`, that do not decode."""
+    """Finds the bad images of a dataset.
+
+    Args:
+      data: the dataset.
+      full: decode every image. Otherwise only missing and empty images are found, by their sizes.
+      threads: the number of threads that decode.
+
+    Returns:
+      {row: what is wrong with its image}. The missing and empty images come first.
+    """
     bad = {
         int(row): f"{data.paths[row]}: missing or empty" for row in np.flatnonzero(data.sizes == 0)
     }
-    if full:
-
-        def decode(row):
-            try:
-                data.decoded_image(row)
-            except images.BadImageError as error:
-                return row, str(error)
-
-        todo = [row for row in range(len(data)) if row not in bad]
-        with futures.ThreadPoolExecutor(threads) as pool:
-            done = tqdm.tqdm(
-                pool.map(decode, todo),
-                total=len(todo),
-                desc="verifying",
-                unit="image",
-                mininterval=1,
-            )
-            bad |= dict(filter(None, done))
+    if not full:
+        return bad
+    rows = [row for row in range(len(data)) if row not in bad]
+    with futures.ThreadPoolExecutor(threads) as pool:
+        reasons = tqdm.tqdm(
+            pool.map(functools.partial(_decoding_error, data), rows),
+            total=len(rows),
+            desc="verifying",
+            unit="image",
+            mininterval=1,
+        )
+        for row, reason in zip(rows, reasons, strict=True):
+            if reason is not None:
+                bad[row] = reason
     return bad
 
 
+def _decoding_error(data: EncodedImageDataset, row: int) -> str | None:
+    try:
+        data.decoded_image(row)
+    except images.BadImageError as error:
+        return str(error)
+    return None
+
+
 def skip_bad(data: EncodedImageDataset, bad: Iterable[int]) -> EncodedImageDataset:
-    """The set without those rows, and without the classes that are left with one image because of them."""
-    bad = np.fromiter(bad, np.int64)
-    kept = ~np.isin(np.arange(len(data)), bad)
+    """Returns the dataset without its bad images.
+
+    Classes that are left with one image because of that are skipped too, as nothing can be
+    retrieved in them. Where queries and gallery are apart, all classes stay.
+
+    Args:
+      data: the dataset.
+      bad: the rows to skip, such as the result of `find_bad`.
+    """
+    bad_rows = np.fromiter(bad, np.int64)
+    kept = ~np.isin(np.arange(len(data)), bad_rows)
     if data.in_gallery is None:
-        left = dict(zip(*np.unique(data.labels[kept], return_counts=True)))
-        alone = [label for label in np.unique(data.labels[bad]) if left.get(label, 0) < 2]
+        labels, counts = np.unique(data.labels[kept], return_counts=True)
+        remaining = dict(zip(labels, counts, strict=True))
+        alone = [c for c in np.unique(data.labels[bad_rows]) if remaining.get(c, 0) < 2]
         kept &= ~np.isin(data.labels, alone)
     return data.take(np.flatnonzero(kept))
 
 
 def hold_out(train: EncodedImageDataset, share: float, seed: int) -> dict[str, EncodedImageDataset]:
-    """{"train": ..., "test": ...} of a training set: a share of its classes of two images or more, drawn by the seed, is test.
+    """Splits a training set by class, for choosing options without the test classes.
+
+    Args:
+      train: the training set.
+      share: the share of its classes that is test: at least one class. Only classes with two
+        images or more are drawn, and at least one of these stays in train.
+      seed: draws the test classes.
+
+    Returns:
+      {"train": ..., "test": ...}.
 
     Raises:
-      ValueError: fewer than two such classes.
+      ValueError: there are fewer than two classes with two images or more.
     """
     classes, counts = np.unique(train.labels, return_counts=True)
-    many = classes[counts > 1]
-    if len(many) < 2:
+    candidates = classes[counts > 1]
+    if len(candidates) < 2:
         raise ValueError(
-            f"classes cannot be held out: expected at least two of two images or more, found {len(many)}"
+            "classes cannot be held out: expected at least two classes with two images or more, "
+            f"found {len(candidates)}"
         )
-    held = np.random.default_rng(seed).permutation(many)[
-        : min(max(round(len(classes) * share), 1), len(many) - 1)
-    ]
-    tested = np.isin(train.labels, held)
+    num_test = min(max(round(len(classes) * share), 1), len(candidates) - 1)
+    test_classes = np.random.default_rng(seed).permutation(candidates)[:num_test]
+    is_test = np.isin(train.labels, test_classes)
     return {
-        "train": train.take(np.flatnonzero(~tested)),
-        "test": train.take(np.flatnonzero(tested)),
+        "train": train.take(np.flatnonzero(~is_test)),
+        "test": train.take(np.flatnonzero(is_test)),
     }
 
 
-def from_rows(root, rows: list[benchmarks.Row]) -> dict[str, EncodedImageDataset]:
-    """{"train": ..., "test": ...} of image files under `root`, a local folder or a gs:// or s3:// address."""
+def from_rows(root: paths.AnyPath, rows: list[Row]) -> dict[str, EncodedImageDataset]:
+    """Makes the datasets of listed image files.
+
+    Args:
+      root: the folder that the rows' paths start from: local, or a gs:// or s3:// address.
+      rows: at least one image.
+
+    Returns:
+      {"train": ..., "test": ...}; query and gallery rows are both in "test".
+    """
     root = epath.Path(root)
-    read = _Files(root, [row.path for row in rows])
-    with futures.ThreadPoolExecutor(16) as pool:  # a question to the file system each
-        sizes, changed = np.array(
-            list(pool.map(lambda row: _size_and_time(root / row.path), rows)), np.int64
-        ).T
-    columns = zip(*((row.label, row.path, row.super_label, row.split) for row in rows))
-    labels, paths, super_labels, splits = (np.array(column) for column in columns)
-    super_labels = super_labels.astype(np.int64) if np.ptp(super_labels) else None
-    everything = EncodedImageDataset(
-        read, np.arange(len(rows)), labels.astype(np.int64), paths, sizes, changed, super_labels
+    with futures.ThreadPoolExecutor(16) as pool:  # each asks the file system once
+        sizes_and_times = pool.map(lambda row: paths.file_size_and_time(root / row.path), rows)
+        sizes, changed = np.array(list(sizes_and_times), np.int64).T
+    super_labels = np.array([row.super_label for row in rows], np.int64)
+    dataset = EncodedImageDataset(
+        read=_FileReader(root, [row.path for row in rows]),
+        positions=np.arange(len(rows)),
+        labels=np.array([row.label for row in rows], np.int64),
+        paths=np.array([row.path for row in rows]),
+        sizes=sizes,
+        changed=changed,
+        super_labels=super_labels if np.ptp(super_labels) else None,
     )
-    return split_dataset(everything, splits)
+    return split_dataset(dataset, np.array([row.split for row in rows]))
 
 
 def split_dataset(
-    everything: EncodedImageDataset, splits: np.ndarray
+    dataset: EncodedImageDataset, splits: np.ndarray
 ) -> dict[str, EncodedImageDataset]:
-    train, test = (
-        everything.take(np.flatnonzero(rows))
-        for rows in (splits == benchmarks.TRAIN, splits != benchmarks.TRAIN)
-    )
-    roles = splits[splits != benchmarks.TRAIN]
-    if (roles != benchmarks.TEST).any():
-        test = dataclasses.replace(test, in_gallery=roles == benchmarks.GALLERY)
+    """Splits a dataset by the split of each row.
+
+    Args:
+      dataset: all rows.
+      splits: (N,) str: train and test, or train, query and gallery.
+
+    Returns:
+      {"train": ..., "test": ...}; where there are queries, `in_gallery` of "test" tells which rows
+      are gallery.
+    """
+    is_train = splits == TRAIN
+    train, test = dataset.take(np.flatnonzero(is_train)), dataset.take(np.flatnonzero(~is_train))
+    roles = splits[~is_train]
+    if (roles != TEST).any():
+        test = dataclasses.replace(test, in_gallery=roles == GALLERY)
     return {"train": train, "test": test}
 
 
-class _Files:
-    """Encoded pictures by position, from files."""
+class _FileReader:
+    """Reads the encoded image at a position from the file that has this number in a list."""
 
-    def __init__(self, root, paths):
-        self._root, self._paths = root, paths
+    def __init__(self, root: epath.Path, file_paths: list[str]) -> None:
+        self._root, self._file_paths = root, file_paths
 
-    def __call__(self, position):
-        return (self._root / self._paths[position]).read_bytes()
-
-
-def size_of(path) -> int:
-    """Bytes of a file; 0 where there is none."""
-    return _size_and_time(path)[0]
-
-
-def _size_and_time(path) -> tuple[int, int]:
-    try:
-        if benchmarks.is_remote(path):
-            information = path.stat()
-            return (0, 0) if information.is_directory else (information.length, information.mtime)
-        information = os.stat(path)  # epath's fails where the owner's number has no name
-        return (
-            (0, 0)
-            if stat.S_ISDIR(information.st_mode)
-            else (information.st_size, information.st_mtime_ns)
-        )
-    except OSError:
-        return 0, 0
+    def __call__(self, position: int) -> bytes:
+        return (self._root / self._file_paths[position]).read_bytes()

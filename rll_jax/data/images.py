@@ -1,6 +1,6 @@
-"""Encoded pictures, decoded: RGB, upright, no more pixels than are needed."""
+"""Encoded images, decoded to RGB: upright, and with no more pixels than are needed."""
 
-import collections
+from collections.abc import Iterator
 import contextlib
 import io
 
@@ -10,71 +10,69 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 import simplejpeg
 
 _WHITE = (255, 255, 255)
-_ORIENTATION = 0x0112  # of EXIF
-_UPRIGHT = collections.defaultdict(
-    lambda: lambda x: x,
-    {
-        2: lambda x: x[:, ::-1],
-        3: lambda x: x[::-1, ::-1],
-        4: lambda x: x[::-1],
-        5: lambda x: x.swapaxes(0, 1),
-        6: lambda x: x.swapaxes(0, 1)[:, ::-1],
-        7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
-        8: lambda x: x.swapaxes(0, 1)[::-1],
-    },
-)
+_EXIF_ORIENTATION = 0x0112
+_SIDES_SWAPPED = (5, 6, 7, 8)  # orientations whose stored rows are columns
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 class BadImageError(ValueError):
-    """An image that cannot be decoded; the message names it."""
+    """An image that cannot be read or decoded; the message names the image."""
 
 
 class EncodedImage:
-    """An encoded picture (PNG, JPEG, WebP, ...): its size from the header, its pixels when asked for, no more of them than needed.
+    """An encoded image (PNG, JPEG, WebP, ...) that is decoded when its pixels are asked for.
 
-    Upright by its EXIF tag, in RGB, transparency on white, 16 bits as 8. Takes the place of a Pillow image in the views.
+    Only its header is read at first. Pixels are upright by the EXIF tag, RGB, transparency on
+    white, 16 bits as 8. A view takes it in place of a Pillow image.
+
+    Args:
+      data: the encoded image.
+      name: what errors call the image.
 
     Attributes:
       size: (width, height), upright.
 
-    Raises, here and below:
-      BadImageError: empty, truncated, broken or not an image; `name` is in the message.
+    Raises:
+      BadImageError: the image is empty, truncated, broken, too large to be safe, or not an image.
+        The methods raise it too, as most damage shows only in decoding.
     """
 
-    def __init__(self, data: bytes, name: str):
+    def __init__(self, data: bytes, name: str) -> None:
         self._data, self._name = data, name
-        with self._named():
+        with self._errors_named():
             image = self._open()
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and image.width * image.height > limit:
                 raise ValueError(
                     f"{image.width} x {image.height} pixels are more than is safe to decode"
                 )
-            self._is_jpeg, self._stored = (
-                image.format == "JPEG" and image.mode in ("RGB", "L"),
-                image.size,
-            )
-            # Pillow turns a TIFF by itself
-            self._orientation = (
-                1 if image.format == "TIFF" else image.getexif().get(_ORIENTATION, 1)
-            )
-            self.size = image.size[::-1] if self._orientation in (5, 6, 7, 8) else image.size
+            self._is_jpeg = image.format == "JPEG" and image.mode in ("RGB", "L")
+            self._stored_size = image.size
+            # Pillow turns a TIFF by itself.
+            is_turned = image.format != "TIFF"
+            self._orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if is_turned else 1
+            self.size = image.size[::-1] if self._orientation in _SIDES_SWAPPED else image.size
 
     @property
     def width(self) -> int:
+        """The upright width, pixels."""
         return self.size[0]
 
     @property
     def height(self) -> int:
+        """The upright height, pixels."""
         return self.size[1]
 
     def rgb(self) -> Image.Image:
-        """The whole picture."""
-        with self._named():
-            if (pixels := self._jpeg(1)) is not None:
+        """Returns the full image."""
+        with self._errors_named():
+            pixels = self._decode_jpeg(1)
+            if pixels is not None:
                 return Image.fromarray(pixels)
             image = self._open()
             image.load()
-            if image.mode in ("F", "I"):  # of no range that all agree on
+            if image.mode in ("F", "I"):  # their range of values is not agreed on
                 raise ValueError(f"its pixels are of mode {image.mode}, expected 8 or 16 bits")
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I;16"):
@@ -84,101 +82,156 @@ class EncodedImage:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, _WHITE + (255,)), image)
             return image.convert("RGB")
 
-    def resize(self, size: tuple[int, int], resample, box=None, reducing_gap=None) -> Image.Image:
-        """As Pillow's `Image.resize`, to a few grey levels; see `resized`."""
-        with self._named():
-            return Image.fromarray(self._resized(size, resample, box, reducing_gap, False))
+    def resize(
+        self,
+        size: tuple[int, int],
+        resample: int | None,
+        box: Box | None = None,
+        reducing_gap: float | None = None,
+    ) -> Image.Image:
+        """Resizes as Pillow's `Image.resize`, to within a few grey levels; see `resized`."""
+        with self._errors_named():
+            pixels = self._resized(size, resample, box, reducing_gap, nearest=False)
+            return Image.fromarray(pixels)
 
-    def resized(self, size: tuple[int, int], box=None, *, nearest: bool = False) -> np.ndarray:
-        """(height, width, 3) uint8: the box (left, top, right, bottom), by default all, resized to (width, height), bilinear.
+    def resized(
+        self, size: tuple[int, int], box: Box | None = None, *, nearest: bool = False
+    ) -> np.ndarray:
+        """Returns a box of the image, resized with bilinear interpolation.
 
-        A JPEG is read at the smallest scale (1, 1/2, 1/4, 1/8) at which the box has seven eighths of `size` still, from its coefficients;
-        where less than half of those go, each is then interpolated from its four neighbours. All else is as Pillow does it.
+        A JPEG is decoded at the smallest scale (1, 1/2, 1/4 or 1/8, from its coefficients) at which
+        the box still has seven eighths of `size`. Where the box is then at most twice `size`, each
+        pixel is interpolated from its four neighbours. All else is done by Pillow.
 
         Args:
-          nearest: move the box to the nearest pixels, of the scale that a JPEG is read at, and interpolate all kinds as a JPEG: faster.
-        """
-        with self._named():
-            return self._resized(size, Image.Resampling.BILINEAR, box, 2.0, nearest)
+          size: (width, height) of the result.
+          box: (left, top, right, bottom) in pixels of the image; None: the full image.
+          nearest: move the edges of the box to the nearest pixels, of the scale that a JPEG is
+            decoded at, and interpolate images of all formats as a JPEG. This is faster.
 
-    def _resized(self, size, resample, box, reducing_gap, nearest):
+        Returns:
+          (height, width, 3) uint8.
+        """
+        with self._errors_named():
+            return self._resized(size, Image.Resampling.BILINEAR, box, 2.0, nearest=nearest)
+
+    def _resized(
+        self,
+        size: tuple[int, int],
+        resample: int | None,
+        box: Box | None,
+        reducing_gap: float | None,
+        *,
+        nearest: bool,
+    ) -> np.ndarray:
         edges = np.array(box or (0, 0, *self.size), float)
         across, down = (edges[2:] - edges[:2]) / size
         shrink = next((s for s in (8, 4, 2) if s * 7 / 8 <= min(across, down)), 1)
-        pixels = self._jpeg(shrink)
+        pixels = self._decode_jpeg(shrink)
         if pixels is None and not nearest:
             return np.asarray(self.rgb().resize(size, resample, box=box, reducing_gap=reducing_gap))
         if pixels is None:
             pixels, shrink = np.asarray(self.rgb()), 1
         edges /= shrink
         if max(across, down) > 2 * shrink:
-            box = (*edges[:2], *np.minimum(edges[2:], pixels.shape[1::-1]))
-            return np.asarray(
-                Image.fromarray(pixels).resize(size, resample, box=box, reducing_gap=reducing_gap)
-            )
-        left, top, right, bottom = whole = edges.round().astype(int)
-        if right > left and bottom > top and (nearest or (edges == whole).all()):
-            return cv2.resize(pixels[top:bottom, left:right], size, interpolation=cv2.INTER_LINEAR)
-        # centres of pixels: at half ones
-        scale = (edges[2:] - edges[:2]) / size
-        to_source = np.column_stack([np.diag(scale), edges[:2] + scale / 2 - 0.5])
-        how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-        return cv2.warpAffine(pixels, to_source, size, flags=how, borderMode=cv2.BORDER_REPLICATE)
+            height, width = pixels.shape[:2]
+            left, top, right, bottom = edges.tolist()
+            box = (left, top, min(right, width), min(bottom, height))
+            image = Image.fromarray(pixels)
+            return np.asarray(image.resize(size, resample, box=box, reducing_gap=reducing_gap))
+        return _interpolated(pixels, edges, size, nearest=nearest)
 
-    def _jpeg(self, shrink: int) -> np.ndarray | None:
-        """The pixels of a grey or colour JPEG at 1/shrink, upright; None where it is something else, or not as it should be."""
+    def _decode_jpeg(self, shrink: int) -> np.ndarray | None:
+        """Returns the upright pixels of a grey or colour JPEG at the scale 1/shrink.
+
+        None where the image is something else, or where only Pillow may be able to read it.
+        """
         if not self._is_jpeg:
             return None
-        low = {
-            "min_width": -(-self._stored[0] // shrink),
-            "min_height": -(-self._stored[1] // shrink),
-            "min_factor": shrink,
-        }
+        width, height = self._stored_size
         try:
-            pixels = simplejpeg.decode_jpeg(self._data, "RGB", **low)
-        except ValueError:  # it refuses what Pillow mends, too
+            pixels = simplejpeg.decode_jpeg(
+                self._data,
+                "RGB",
+                min_width=-(-width // shrink),
+                min_height=-(-height // shrink),
+                min_factor=shrink,
+            )
+        except ValueError:  # it also refuses damage that Pillow mends
             return None
-        return (
-            pixels
-            if self._orientation == 1
-            else np.ascontiguousarray(_UPRIGHT[self._orientation](pixels))
-        )
+        return pixels if self._orientation == 1 else _upright(pixels, self._orientation)
 
     def _open(self) -> Image.Image:
         return Image.open(io.BytesIO(self._data))
 
     @contextlib.contextmanager
-    def _named(self):
+    def _errors_named(self) -> Iterator[None]:
+        """Turns every error of the block into a BadImageError that names the image."""
         try:
             yield
         except BadImageError:
             raise
-        except Exception as error:  # damaged pictures raise anything in Pillow, struct.error and TypeError among it
-            reason = (
-                "it is of no kind that Pillow knows"
-                if isinstance(error, UnidentifiedImageError)
-                else error
-            )
+        except Exception as error:  # Pillow raises anything on damage, also TypeError, struct.error
+            is_unknown = isinstance(error, UnidentifiedImageError)
+            reason = "it is of no kind that Pillow knows" if is_unknown else error
             raise BadImageError(
                 f"cannot decode the image {self._name!r} ({len(self._data)} bytes): {reason}"
             ) from error
 
 
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turns stored pixels upright; an EXIF orientation that is unknown changes nothing."""
+    if orientation in _SIDES_SWAPPED:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _interpolated(
+    pixels: np.ndarray, edges: np.ndarray, size: tuple[int, int], *, nearest: bool
+) -> np.ndarray:
+    """Returns a box of the pixels at `size`, each pixel interpolated from its four neighbours.
+
+    Args:
+      pixels: (H, W, 3) uint8.
+      edges: (4,) left, top, right, bottom of the box.
+      size: (width, height) of the result.
+      nearest: move the edges to the nearest pixels.
+    """
+    rounded = edges.round().astype(int)
+    left, top, right, bottom = rounded
+    is_empty = right <= left or bottom <= top
+    if not is_empty and (nearest or (edges == rounded).all()):
+        return cv2.resize(pixels[top:bottom, left:right], size, interpolation=cv2.INTER_LINEAR)
+    # The centre of the first pixel is at one half.
+    scale = (edges[2:] - edges[:2]) / size
+    to_source = np.column_stack([np.diag(scale), edges[:2] + scale / 2 - 0.5])
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(pixels, to_source, size, flags=flags, borderMode=cv2.BORDER_REPLICATE)
+
+
 def decode(data: bytes, name: str) -> Image.Image:
-    """The whole picture in `data`; see `EncodedImage`."""
+    """Returns the full image in `data`; args and errors are those of `EncodedImage`."""
     return EncodedImage(data, name).rgb()
 
 
 def shrink(data: bytes, name: str, short_side: int) -> Image.Image:
-    """The whole picture, made smaller to a short side of so many pixels where it is larger; raises as `EncodedImage`."""
-    picture = EncodedImage(data, name)
-    scale = short_side / min(picture.size)
+    """Returns the full image in `data`, shrunk where its shorter side is longer than `short_side`.
+
+    Raises:
+      BadImageError: as `EncodedImage`.
+    """
+    image = EncodedImage(data, name)
+    scale = short_side / min(image.size)
     if scale >= 1:
-        return picture.rgb()
-    size = tuple(max(1, round(side * scale)) for side in picture.size)
-    return picture.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+        return image.rgb()
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    return image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
 
 
 def blank(size: int = 8) -> Image.Image:
-    """A white picture, to stand for one that cannot be read."""
+    """Returns a white square, which stands in for a bad image in `pipeline.test_batches`."""
     return Image.new("RGB", (size, size), _WHITE)

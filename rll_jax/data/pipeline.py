@@ -1,24 +1,53 @@
-"""From row numbers to batches on the devices: read, decode and augment in parallel (grain), ahead of the training."""
+"""From row numbers to batches: images are read, decoded and augmented in parallel, ahead of use.
+
+Bad images (see `rll_jax.data.image_dataset` for the other places that deal with them):
+  - `train_batches` replaces an image that cannot be read or decoded by another of its class that
+    the batch does not have; by one that the batch has, where there is no such image; and by one of
+    another class, where no image of its class can be read. The replacement takes the place in the
+    batch, the random numbers and, where it differs, the label.
+  - `test_batches` yields a white image in its place.
+Both report the row of each bad image to `on_bad`, in the calling process, every time it is drawn.
+Without `on_bad` they raise `images.BadImageError` instead.
+"""
 
 import collections
-from typing import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+import dataclasses
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import cv2
 import grain
 import numpy as np
 
 from rll_jax.data import images
-from rll_jax.data.image_dataset import EncodedImageDataset
+from rll_jax.data.random_streams import Stream
 
-_AUGMENT, _CLASS = 2, 3  # streams of random numbers of their own, beside the samplers'
+if TYPE_CHECKING:  # this room uses no other at run time
+    from rll_jax.typing import ImageDataset, Sampler, View
+
 OnBad = Callable[[int], None]
+ClassTransform = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+_Batch = TypeVar("_Batch")
+_Placed = TypeVar("_Placed")
+
+
+class Images(Protocol):
+    """Images by row number, labelled or not; a `rll_jax.typing.ImageDataset` is one."""
+
+    def __len__(self) -> int:
+        """Returns the number of images."""
+        ...
+
+    def image(self, row: int) -> Any:
+        """Returns what a view takes; raises `images.BadImageError` where it cannot be read."""
+        ...
 
 
 def train_batches(
-    data: EncodedImageDataset,
-    sampler,
-    augment: Callable,
-    class_transform: Callable | None = None,
+    data: "ImageDataset",
+    sampler: "Sampler",
+    augment: "View",
+    class_transform: ClassTransform | None = None,
     *,
     start: int,
     stop: int,
@@ -27,121 +56,212 @@ def train_batches(
     threads: int = 2,
     processes: int = 0,
     on_bad: OnBad | None = None,
-) -> Iterator[dict]:
-    """The batches of steps start to stop - 1, each a pure function of (the sampler's seed, step).
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the batches of steps start to stop - 1, each a pure function of (seed, step).
 
     Args:
-      sampler: of `rll_jax.data.sampler`.
-      augment: (image, rng) -> (H, W, 3) uint8, each image with random numbers of its own.
-      class_transform: (pixels, rng) -> pixels, after it, all images of a class in the batch with the same random numbers; or None.
-      spread: order the rows so that devices, which take equal shares of them, each have images of as many classes as can be; otherwise
-        the sampler's order, a class's images side by side.
-      share: (i, n): only the i-th of n equal parts of the rows, for one host of many.
-      threads: that load batches, in each process.
-      processes: beside this one, which then only places batches (their arrays come by shared memory); 0: threads here.
-      on_bad: called with the row of a picture that does not decode, in this process, each time it is drawn; another of its class takes
-        its place, one that the batch has not if there is any; where none of its class can be read, one of another class.
-        None: it is raised instead.
+      data: the training dataset.
+      sampler: draws the rows of each step; its seed is the seed.
+      augment: the view, which gets random numbers of its own for each image.
+      class_transform: optional second augmentation, (pixels, rng) -> pixels. All images of one
+        class in a batch get the same random state.
+      start: the first step.
+      stop: the step after the last one.
+      spread: order the rows of a batch so that devices, which take equal shares of them, each have
+        images of as many classes as possible. Otherwise the rows have the sampler's order, in which
+        the images of a class are side by side.
+      share: (i, n): yield only the i-th of n equal parts of each batch, for one host of many.
+      threads: the number of threads, in each process, that load batches.
+      processes: the number of worker processes. This process then only receives their arrays, by
+        shared memory. 0: this process loads the batches.
+      on_bad: called with the row of each bad image that was replaced; see the module's docstring.
 
-    Yields {"image": (B, H, W, 3) uint8, "label": (B,) int32}. Raises `images.BadImageError` where one does not decode and `on_bad` is
-    None, or none of the set does.
+    Yields:
+      {"image": (B, H, W, 3) uint8, "label": (B,) int32}.
+
+    Raises:
+      images.BadImageError: an image is bad and `on_bad` is None, or no image can be read.
     """
-
-    def load(step):
-        cv2.setNumThreads(1)  # the parallelism is ours
-        rows, bad = sampler.batch(int(step)), []
-        order = _spread(len(rows), sampler.images_per_class) if spread else np.arange(len(rows))
-        part, parts = share
-        pixels, labels = [], []
-        for i in order[len(rows) * part // parts : len(rows) * (part + 1) // parts]:
-            seed = (sampler.seed, _AUGMENT, int(step), int(i))
-            x, row = _view(data, rows, rows[i], augment, seed, None if on_bad is None else bad)
-            if class_transform is not None:
-                x = class_transform(
-                    x,
-                    np.random.default_rng((sampler.seed, _CLASS, int(step), int(data.labels[row]))),
-                )
-            pixels.append(x)
-            labels.append(data.labels[row])
-        return {
-            "image": np.stack(pixels),
-            "label": np.array(labels, np.int32),
-            "bad": np.array(bad, np.int64),
-        }
-
-    for batch in _parallel(grain.MapDataset.range(start, stop).map(load), threads, processes):
-        for row in batch.pop("bad"):
-            on_bad(int(row))
+    load = _TrainLoader(
+        data, sampler, augment, class_transform, spread, share, replace=on_bad is not None
+    )
+    steps = grain.MapDataset.range(start, stop)
+    for batch, bad in _load_in_parallel(steps.map(load), threads, processes):
+        if on_bad is not None:
+            for row in bad:
+                on_bad(int(row))
         yield batch
 
 
 def test_batches(
-    data: EncodedImageDataset,
-    view: Callable,
+    data: Images,
+    view: Callable[[Any], np.ndarray],
     *,
     batch_size: int,
     threads: int = 2,
     processes: int = 0,
     on_bad: OnBad | None = None,
 ) -> Iterator[np.ndarray]:
-    """(batch_size, H, W, 3) uint8: every row once, in order; the last batch is filled up with zeros.
+    """Yields every row once, in order.
 
-    `on_bad` is called with the row of a picture that does not decode, which is then white; None: `images.BadImageError` is raised.
+    Args:
+      data: the images.
+      view: from what `data.image(row)` returns to (H, W, 3) uint8.
+      batch_size: the number of rows in a batch. The last batch is filled up with zeros.
+      threads: the number of threads, in each process, that load batches.
+      processes: the number of worker processes, as for `train_batches`.
+      on_bad: called with the row of each bad image, which is white then.
+
+    Yields:
+      (batch_size, H, W, 3) uint8.
+
+    Raises:
+      images.BadImageError: an image is bad and `on_bad` is None.
+    """
+    load = _TestLoader(data, view, batch_size, replace=on_bad is not None)
+    numbers = grain.MapDataset.range(-(-len(data) // batch_size))
+    for batch, bad in _load_in_parallel(numbers.map(load), threads, processes):
+        if on_bad is not None:
+            for row in bad:
+                on_bad(int(row))
+        yield batch
+
+
+def prefetch(
+    batches: Iterable[_Batch], place: Callable[[_Batch], _Placed], ahead: int = 2
+) -> Iterator[_Placed]:
+    """Yields `place(batch)` of each batch, so that copies overlap with computing.
+
+    Args:
+      batches: the batches.
+      place: begins the copy of a batch to the devices.
+      ahead: the number of batches whose copy is begun before they are asked for.
+    """
+    waiting = collections.deque()
+    for batch in batches:
+        waiting.append(place(batch))
+        if len(waiting) > ahead:
+            yield waiting.popleft()
+    yield from waiting
+
+
+@dataclasses.dataclass(frozen=True)
+class _TrainLoader:
+    """Loads the batch of a step: (batch, rows of its bad images).
+
+    Its fields are the arguments of `train_batches`. It is sent to the worker processes.
+
+    Attributes:
+      replace: replace bad images; otherwise their error is raised.
     """
 
-    def seen(row, bad):
+    data: "ImageDataset"
+    sampler: "Sampler"
+    augment: "View"
+    class_transform: ClassTransform | None
+    spread: bool
+    share: tuple[int, int]
+    replace: bool
+
+    def __call__(self, step: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        cv2.setNumThreads(1)  # batches are parallel already
+        step = int(step)
+        rows = self.sampler.batch(step)
+        pixels, labels, bad = [], [], []
+        for index in self._indices_of_share(len(rows)):
+            key = (self.sampler.seed, Stream.AUGMENT, step, int(index))
+            image, row = self._view_row(int(rows[index]), rows, key, bad)
+            label = self.data.labels[row]
+            if self.class_transform is not None:
+                class_key = (self.sampler.seed, Stream.CLASS_TRANSFORM, step, int(label))
+                image = self.class_transform(image, np.random.default_rng(class_key))
+            pixels.append(image)
+            labels.append(label)
+        batch = {"image": np.stack(pixels), "label": np.array(labels, np.int32)}
+        return batch, np.array(bad, np.int64)
+
+    def _indices_of_share(self, batch_size: int) -> np.ndarray:
+        """Returns the indices into the sampler's batch that this host loads, in their order."""
+        order = np.arange(batch_size)
+        if self.spread:  # first one image of each class, then the second of each, and so on
+            order = order.reshape(-1, self.sampler.images_per_class).T.ravel()
+        part, parts = self.share
+        return order[batch_size * part // parts : batch_size * (part + 1) // parts]
+
+    def _view_row(
+        self, row: int, batch_rows: np.ndarray, key: tuple[int, ...], bad: list[int]
+    ) -> tuple[np.ndarray, int]:
+        """Returns the augmented image of a row, and the row; or those of its replacement.
+
+        Args:
+          row: the row that was drawn.
+          batch_rows: all rows of the batch.
+          key: the key of the random numbers.
+          bad: gets the rows that cannot be read.
+        """
+        last_error = None
+        for candidate in _candidates(self.data.labels, row, batch_rows):
+            try:
+                image = self.data.image(candidate)
+                return self.augment(image, np.random.default_rng(key)), candidate
+            except images.BadImageError as error:
+                if not self.replace:
+                    raise
+                bad.append(candidate)
+                last_error = error
+        assert last_error is not None  # the row itself is a candidate
+        raise last_error
+
+
+@dataclasses.dataclass(frozen=True)
+class _TestLoader:
+    """Loads the batch of a number: (pixels, rows of its bad images).
+
+    Its fields are the arguments of `test_batches`. It is sent to the worker processes.
+
+    Attributes:
+      replace: bad images are white; otherwise their error is raised.
+    """
+
+    data: Images
+    view: Callable[[Any], np.ndarray]
+    batch_size: int
+    replace: bool
+
+    def __call__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        cv2.setNumThreads(1)  # batches are parallel already
+        first = int(number) * self.batch_size
+        rows = range(first, min(first + self.batch_size, len(self.data)))
+        bad: list[int] = []
+        pixels = np.stack([self._view_row(row, bad) for row in rows])
+        padding = [(0, self.batch_size - len(pixels))] + [(0, 0)] * (pixels.ndim - 1)
+        return np.pad(pixels, padding), np.array(bad, np.int64)
+
+    def _view_row(self, row: int, bad: list[int]) -> np.ndarray:
         try:
-            return view(data.image(row))
+            return self.view(self.data.image(row))
         except images.BadImageError:
-            if on_bad is None:
+            if not self.replace:
                 raise
             bad.append(row)
-            return view(images.blank())
-
-    def load(number):
-        cv2.setNumThreads(1)
-        rows, bad = range(number * batch_size, min((number + 1) * batch_size, len(data))), []
-        pixels = np.stack([seen(row, bad) for row in rows])
-        pixels = np.pad(pixels, [(0, batch_size - len(pixels))] + [(0, 0)] * (pixels.ndim - 1))
-        return {"image": pixels, "bad": np.array(bad, np.int64)}
-
-    for batch in _parallel(
-        grain.MapDataset.range(-(-len(data) // batch_size)).map(load), threads, processes
-    ):
-        for row in batch["bad"]:
-            on_bad(int(row))
-        yield batch["image"]
+            return self.view(images.blank())
 
 
-def _view(data, batch, row, augment, seed, bad):
-    """The augmented picture of a row and the row; or those of another that can be read. Those that cannot go into `bad`."""
-    for at in _candidates(data, batch, row):
-        try:
-            return augment(data.image(at), np.random.default_rng(seed)), at
-        except images.BadImageError as error:
-            if bad is None:
-                raise
-            bad.append(at)
-            last = error
-    raise last
+def _candidates(labels: np.ndarray, row: int, batch_rows: np.ndarray) -> Iterator[int]:
+    """Yields the row, and then the rows that may replace it, the best first.
 
-
-def _candidates(data, batch, row) -> Iterator[int]:
-    """The row; the others of its class after it, those that the batch has last; all others after it."""
+    These are the other rows of its class, those in the batch last; then the rows of other classes.
+    All are in the order in which they follow the row, and go on with row 0 at the end.
+    """
     yield row
-    after = np.roll(np.arange(len(data)), -row - 1)[:-1]
-    same = data.labels[after] == data.labels[row]
-    fresh = ~np.isin(after, batch)
-    for chosen in (same & fresh, same & ~fresh, ~same):
-        yield from after[chosen].tolist()
+    others = np.roll(np.arange(len(labels)), -row - 1)[:-1]
+    is_same_class = labels[others] == labels[row]
+    is_new = ~np.isin(others, batch_rows)
+    for chosen in (is_same_class & is_new, is_same_class & ~is_new, ~is_same_class):
+        yield from others[chosen].tolist()
 
 
-def _spread(rows: int, images_per_class: int) -> np.ndarray:
-    """First one image of each class, then the second of each, and so on."""
-    return np.arange(rows).reshape(-1, images_per_class).T.ravel()
-
-
-def _parallel(dataset, threads: int, processes: int) -> Iterator:
+def _load_in_parallel(dataset: grain.MapDataset, threads: int, processes: int) -> Iterator[Any]:
     batches = dataset.to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     )
@@ -153,13 +273,3 @@ def _parallel(dataset, threads: int, processes: int) -> Iterator:
         yield from iterator
     finally:
         iterator.close()  # ends the processes and frees their shared memory
-
-
-def prefetch(batches: Iterable, place: Callable, ahead: int = 2) -> Iterator:
-    """`place(batch)` of each, begun `ahead` batches before it is asked for, so that copies overlap with computing."""
-    waiting = collections.deque()
-    for batch in batches:
-        waiting.append(place(batch))
-        if len(waiting) > ahead:
-            yield waiting.popleft()
-    yield from waiting

@@ -1,24 +1,30 @@
 """Batches of row numbers, each a pure function of (seed, step).
 
-Nothing is remembered between steps, so that any step's batch can be made again and a restart at step s goes on with the very batch.
-`ClassSampler` is the sampling of Ranked List Loss (Wang et al. 2019): an epoch is a random permutation of the classes, cut to a
-multiple of the classes of a batch; each class of the batch gives K distinct images. The others are what else the field uses.
+A sampler keeps no state between steps, so the batch of any step can be made again, and a run that
+is resumed at step s continues with exactly that batch. `ClassSampler` is the sampling of Ranked
+List Loss (Wang et al. 2019). The other samplers are what else the field uses. Each of them is a
+`rll_jax.typing.Sampler`.
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
-_EPOCH, _STEP, _GROUPS = (
-    0,
-    1,
-    4,
-)  # streams of random numbers that must not meet; 2 and 3 are the pipeline's
+from rll_jax.data.random_streams import Stream
+
+
+def _derived() -> Any:
+    """A field that `__post_init__` computes from the others."""
+    return dataclasses.field(init=False, repr=False, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassSampler:
-    """Row numbers of the images of any step's batch: P classes x K images.
+    """P classes x K images in each batch.
+
+    An epoch is a random permutation of the classes, cut to a multiple of P. Each class of a batch
+    gives K distinct images.
 
     Args:
       labels: (N,) integers, the class of each image.
@@ -27,59 +33,71 @@ class ClassSampler:
       seed: any integer >= 0.
 
     Raises:
-      ValueError: fewer classes than P, or P, K or the seed out of range.
+      ValueError: there are fewer than P classes, or P, K or the seed is out of range.
     """
 
     labels: np.ndarray
     classes_per_batch: int
     images_per_class: int
     seed: int = 0
+    _rows_of_class: list[np.ndarray] = _derived()
 
-    def __post_init__(self):
-        _check_counts(self)
-        object.__setattr__(self, "_rows_of_class", _rows_of(self.labels))
+    def __post_init__(self) -> None:
+        _check_counts(self.classes_per_batch, self.images_per_class, self.seed)
+        object.__setattr__(self, "_rows_of_class", _group_rows(self.labels))
         if self.classes_per_batch > len(self._rows_of_class):
             raise ValueError(
-                f"classes_per_batch is {self.classes_per_batch}, but the training set has only {len(self._rows_of_class)} classes: "
-                "lower it"
+                f"classes_per_batch is {self.classes_per_batch}, but the training set has only "
+                f"{len(self._rows_of_class)} classes: lower it"
             )
 
     @property
     def batch_size(self) -> int:
+        """P * K."""
         return self.classes_per_batch * self.images_per_class
 
     @property
     def steps_per_epoch(self) -> int:
+        """The number of steps in which each class is drawn at most once."""
         return len(self._rows_of_class) // self.classes_per_batch
 
     def batch(self, step: int) -> np.ndarray:
-        """(P * K,) row numbers of the batch of `step` (from 0), the images of a class side by side."""
+        """Returns the (P * K,) row numbers of the batch of `step`, counted from 0.
+
+        The images of a class are side by side.
+        """
         epoch, position = divmod(step, self.steps_per_epoch)
-        classes = np.random.default_rng((self.seed, _EPOCH, epoch)).permutation(
-            len(self._rows_of_class)
-        )
+        epoch_rng = np.random.default_rng((self.seed, Stream.EPOCH, epoch))
+        classes = epoch_rng.permutation(len(self._rows_of_class))
         chosen = classes[position * self.classes_per_batch :][: self.classes_per_batch]
-        rng = np.random.default_rng((self.seed, _STEP, step))
+        rng = np.random.default_rng((self.seed, Stream.STEP, step))
         return np.concatenate(
-            [_images(self._rows_of_class[c], self.images_per_class, rng) for c in chosen]
+            [_draw_rows(self._rows_of_class[c], self.images_per_class, rng) for c in chosen]
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class HierarchicalSampler:
-    """P classes x K images, where the classes of a batch come from few super classes, such as SOP's 12: harder negatives.
+    """P classes x K images, where a batch's classes come from few super classes.
 
-    An epoch puts each super class's classes into random groups of P / super_classes_per_batch and deals the groups to batches, no super
-    class twice in one; what is left over, as of a super class much larger than the others, waits for another epoch. Classes of a super
-    class that has fewer than P / super_classes_per_batch of them are never drawn.
+    Such classes, as in SOP's 12 categories, are harder negatives for each other. An epoch puts the
+    classes of each super class into random groups of P / super_classes_per_batch, and deals the
+    groups to the batches so that a batch has each super class at most once. Groups that are left
+    over, as of a super class that is much larger than the others, wait for another epoch. Classes
+    of a super class that has fewer than P / super_classes_per_batch of them are never drawn.
 
     Args:
-      labels, super_labels: (N,) integers; all images of a class have one super class.
-      super_classes_per_batch: divides P.
-      The others as for `ClassSampler`.
+      labels: (N,) integers, the class of each image.
+      super_labels: (N,) integers; all images of a class have the same super class.
+      classes_per_batch: P.
+      images_per_class: K. Images repeat only in a class that has fewer than K.
+      super_classes_per_batch: a divisor of P.
+      seed: any integer >= 0.
 
     Raises:
-      ValueError: P is not a multiple of super_classes_per_batch, or fewer super classes hold P / super_classes_per_batch classes.
+      ValueError: P, K or the seed is out of range, P is not a multiple of super_classes_per_batch,
+        a class has two super classes, or fewer than super_classes_per_batch super classes have
+        P / super_classes_per_batch classes.
     """
 
     labels: np.ndarray
@@ -88,165 +106,189 @@ class HierarchicalSampler:
     images_per_class: int
     super_classes_per_batch: int
     seed: int = 0
+    _rows_of_class: list[np.ndarray] = _derived()
+    _classes_of_super: list[np.ndarray] = _derived()
+    _steps_per_epoch: int = _derived()
 
-    def __post_init__(self):
-        _check_counts(self)
-        if (
-            self.super_classes_per_batch < 1
-            or self.classes_per_batch % self.super_classes_per_batch
-        ):
+    def __post_init__(self) -> None:
+        _check_counts(self.classes_per_batch, self.images_per_class, self.seed)
+        supers_per_batch = self.super_classes_per_batch
+        if supers_per_batch < 1 or self.classes_per_batch % supers_per_batch:
             raise ValueError(
-                f"classes_per_batch is {self.classes_per_batch}, which {self.super_classes_per_batch} super classes cannot share: "
-                "change one of them"
+                f"classes_per_batch is {self.classes_per_batch}, which {supers_per_batch} super "
+                "classes cannot share: change one of them"
             )
-        rows_of_class = _rows_of(self.labels)
-        super_of_class = np.array([self.super_labels[rows[0]] for rows in rows_of_class])
-        if any(
-            (self.super_labels[rows] != s).any() for rows, s in zip(rows_of_class, super_of_class)
-        ):
-            raise ValueError("a class has images of two super classes")
+        rows_of_class = _group_rows(self.labels)
         object.__setattr__(self, "_rows_of_class", rows_of_class)
-        size = self.classes_per_batch // self.super_classes_per_batch
-        object.__setattr__(
-            self, "_classes_of_super", [c for c in _rows_of(super_of_class) if len(c) >= size]
-        )
-        if len(self._classes_of_super) < self.super_classes_per_batch:
+        super_of_class = np.array([self.super_labels[rows[0]] for rows in rows_of_class])
+        for rows, super_class in zip(rows_of_class, super_of_class, strict=True):
+            if (self.super_labels[rows] != super_class).any():
+                raise ValueError("a class has images of two super classes")
+        size = self.classes_per_batch // supers_per_batch
+        large = [classes for classes in _group_rows(super_of_class) if len(classes) >= size]
+        object.__setattr__(self, "_classes_of_super", large)
+        if len(large) < supers_per_batch:
             raise ValueError(
-                f"only {len(self._classes_of_super)} super classes hold the {size} classes that each of {self.super_classes_per_batch} "
-                "gives to a batch: lower super_classes_per_batch or classes_per_batch"
+                f"only {len(large)} super classes hold the {size} classes that each of "
+                f"{supers_per_batch} gives to a batch: lower super_classes_per_batch or "
+                "classes_per_batch"
             )
-        groups = np.array([len(classes) // size for classes in self._classes_of_super])
-        steps = groups.sum() // self.super_classes_per_batch
-        while (
-            np.minimum(groups, steps).sum() < steps * self.super_classes_per_batch
-        ):  # each gives one group to a batch
-            steps = np.minimum(groups, steps).sum() // self.super_classes_per_batch
-        object.__setattr__(self, "_steps", int(steps))
+        groups = np.array([len(classes) // size for classes in large])
+        object.__setattr__(self, "_steps_per_epoch", _count_batches(groups, supers_per_batch))
 
     @property
     def batch_size(self) -> int:
+        """P * K."""
         return self.classes_per_batch * self.images_per_class
 
     @property
     def steps_per_epoch(self) -> int:
-        return self._steps
+        """The number of steps in which each class is drawn at most once."""
+        return self._steps_per_epoch
 
     def batch(self, step: int) -> np.ndarray:
-        """(P * K,) row numbers of the batch of `step` (from 0), the images of a class side by side."""
+        """Returns the (P * K,) row numbers of the batch of `step`, counted from 0.
+
+        The images of a class are side by side.
+        """
         epoch, position = divmod(step, self.steps_per_epoch)
-        chosen = self._epoch(epoch)[position]
-        rng = np.random.default_rng((self.seed, _STEP, step))
+        chosen = self._deal_epoch(epoch)[position]
+        rng = np.random.default_rng((self.seed, Stream.STEP, step))
         return np.concatenate(
-            [_images(self._rows_of_class[c], self.images_per_class, rng) for c in chosen]
+            [_draw_rows(self._rows_of_class[c], self.images_per_class, rng) for c in chosen]
         )
 
-    def _epoch(self, epoch) -> np.ndarray:
-        """(steps_per_epoch, P) classes: no super class twice in a batch, no class twice in an epoch."""
-        rng = np.random.default_rng((self.seed, _GROUPS, epoch))
+    def _deal_epoch(self, epoch: int) -> np.ndarray:
+        """Returns the (steps_per_epoch, P) classes of an epoch.
+
+        No super class is twice in a batch, and no class twice in the epoch.
+        """
+        rng = np.random.default_rng((self.seed, Stream.GROUPS, epoch))
         size, batches = self.classes_per_batch // self.super_classes_per_batch, self.steps_per_epoch
         groups = []
-        for classes in (
-            self._classes_of_super[s] for s in rng.permutation(len(self._classes_of_super))
-        ):
-            mixed = rng.permutation(classes)
-            groups += list(mixed[: min(len(mixed) // size, batches) * size].reshape(-1, size))
-        # dealt round the batches like cards: a super class has at most as many groups as there are batches
-        dealt = [
-            groups[b : batches * self.super_classes_per_batch : batches] for b in range(batches)
-        ]
-        return np.array([np.concatenate(batch) for batch in dealt])[rng.permutation(batches)]
+        for super_class in rng.permutation(len(self._classes_of_super)):
+            mixed = rng.permutation(self._classes_of_super[super_class])
+            num_groups = min(len(mixed) // size, batches)
+            groups += list(mixed[: num_groups * size].reshape(-1, size))
+        # The groups are dealt round the batches like cards. A super class has at most as many
+        # groups as there are batches, so no batch gets two of them.
+        groups = groups[: batches * self.super_classes_per_batch]
+        dealt = [np.concatenate(groups[batch::batches]) for batch in range(batches)]
+        return np.array(dealt)[rng.permutation(batches)]
 
 
 @dataclasses.dataclass(frozen=True)
 class ShuffleSampler:
-    """Images in random order, each with at least `min_positives` others of its class in the batch.
+    """Images in random order, each with at least `min_positives` others of its class.
 
-    An epoch is a random permutation of the images of the classes with two or more; a step takes batch_size / (1 + min_positives) of
-    them, and for each as many others of its class, distinct as far as the class has them.
+    An epoch is a random permutation of the images whose class has two images or more. A step takes
+    batch_size / (1 + min_positives) of them, and for each as many others of its class as
+    `min_positives` says. These are distinct as far as the class has so many images.
 
     Args:
-      labels: (N,) integers.
+      labels: (N,) integers, the class of each image.
       batch_size: a multiple of 1 + min_positives.
       min_positives: at least 1.
       seed: any integer >= 0.
 
     Raises:
-      ValueError: batch_size is no such multiple, or too few images have another of their class.
+      ValueError: batch_size is no such multiple, min_positives or the seed is out of range, or too
+        few images have another of their class.
     """
 
     labels: np.ndarray
     batch_size: int
     min_positives: int = 1
     seed: int = 0
+    _rows_of_class: list[np.ndarray] = _derived()
+    _class_of_row: dict[int, int] = _derived()
+    _rows: np.ndarray = _derived()
 
-    def __post_init__(self):
-        if (
-            self.min_positives < 1
-            or self.batch_size < 2
-            or self.batch_size % (1 + self.min_positives)
-            or self.seed < 0
-        ):
+    def __post_init__(self) -> None:
+        in_range = self.min_positives >= 1 and self.batch_size >= 2 and self.seed >= 0
+        if not in_range or self.batch_size % self.images_per_class:
             raise ValueError(
-                f"a batch of {self.batch_size} images cannot be made of images with {self.min_positives} positives each: expected a "
-                f"multiple of {1 + self.min_positives}"
+                f"a batch of {self.batch_size} images cannot be made of images with "
+                f"{self.min_positives} positives each: expected a multiple of "
+                f"{1 + self.min_positives}"
             )
-        rows_of_class = [rows for rows in _rows_of(self.labels) if len(rows) > 1]
+        rows_of_class = [rows for rows in _group_rows(self.labels) if len(rows) > 1]
+        class_of_row = {int(row): c for c, rows in enumerate(rows_of_class) for row in rows}
         object.__setattr__(self, "_rows_of_class", rows_of_class)
-        class_of = {int(row): c for c, rows in enumerate(rows_of_class) for row in rows}
-        object.__setattr__(self, "_class_of", class_of)
-        object.__setattr__(self, "_rows", np.array(list(class_of), np.int64))
-        if len(class_of) < self.batch_size // (1 + self.min_positives):
+        object.__setattr__(self, "_class_of_row", class_of_row)
+        object.__setattr__(self, "_rows", np.array(list(class_of_row), np.int64))
+        if len(class_of_row) < self.batch_size // self.images_per_class:
             raise ValueError(
-                f"only {len(class_of)} training images have another of their class: lower classes_per_batch"
+                f"only {len(class_of_row)} training images have another of their class: "
+                "lower classes_per_batch"
             )
 
     @property
     def images_per_class(self) -> int:
-        """Those that belong together: a drawn image and its positives."""
+        """The number of images that belong together: a drawn image and its positives."""
         return 1 + self.min_positives
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self._class_of) * (1 + self.min_positives) // self.batch_size
+        """The number of steps in which each image is drawn at most once, positives not counted."""
+        return len(self._class_of_row) * self.images_per_class // self.batch_size
 
     def batch(self, step: int) -> np.ndarray:
-        """(batch_size,) row numbers of the batch of `step` (from 0), each drawn image before its positives."""
+        """Returns the (batch_size,) row numbers of the batch of `step`, counted from 0.
+
+        Each drawn image is followed by its positives.
+        """
         epoch, position = divmod(step, self.steps_per_epoch)
-        drawn = self.batch_size // (1 + self.min_positives)
-        order = np.random.default_rng((self.seed, _EPOCH, epoch)).permutation(self._rows)
-        rng = np.random.default_rng((self.seed, _STEP, step))
-        rows, taken = [], set(order[position * drawn :][:drawn].tolist())
-        for row in order[position * drawn :][:drawn].tolist():
-            class_rows = self._rows_of_class[self._class_of[row]]
-            drawn_of_class = class_rows[
-                rng.choice(len(class_rows), min(len(class_rows), self.batch_size), replace=False)
-            ]
-            others = [r for r in drawn_of_class.tolist() if r != row]
-            fresh = [r for r in others if r not in taken]
-            # those of the class that the batch has not yet, then any
-            positives = np.resize(
-                [*fresh, *(r for r in others if r in taken)], self.min_positives
-            ).tolist()
+        num_drawn = self.batch_size // self.images_per_class
+        epoch_rng = np.random.default_rng((self.seed, Stream.EPOCH, epoch))
+        drawn = epoch_rng.permutation(self._rows)[position * num_drawn :][:num_drawn].tolist()
+        rng = np.random.default_rng((self.seed, Stream.STEP, step))
+        rows, taken = [], set(drawn)
+        for row in drawn:
+            positives = self._draw_positives(row, taken, rng)
             taken.update(positives)
             rows += [row, *positives]
         return np.array(rows)
 
+    def _draw_positives(self, row: int, taken: set[int], rng: np.random.Generator) -> list[int]:
+        """Draws the positives of a row: first those that the batch has not yet, then any."""
+        class_rows = self._rows_of_class[self._class_of_row[row]]
+        count = min(len(class_rows), self.batch_size)
+        candidates = class_rows[rng.choice(len(class_rows), count, replace=False)].tolist()
+        others = [other for other in candidates if other != row]
+        new = [other for other in others if other not in taken]
+        used = [other for other in others if other in taken]
+        return np.resize([*new, *used], self.min_positives).tolist()
 
-def _check_counts(sampler) -> None:
-    if sampler.classes_per_batch < 1 or sampler.images_per_class < 1 or sampler.seed < 0:
+
+def _check_counts(classes_per_batch: int, images_per_class: int, seed: int) -> None:
+    if classes_per_batch < 1 or images_per_class < 1 or seed < 0:
         raise ValueError(
             "classes_per_batch and images_per_class must be at least 1 and seed at least 0, "
-            f"got {sampler.classes_per_batch}, {sampler.images_per_class} and {sampler.seed}"
+            f"got {classes_per_batch}, {images_per_class} and {seed}"
         )
 
 
-def _rows_of(labels) -> list[np.ndarray]:
-    """The row numbers of each class, by label."""
+def _count_batches(groups: np.ndarray, groups_per_batch: int) -> int:
+    """Returns how many batches the groups of super classes fill.
+
+    Args:
+      groups: the number of groups of each super class, which gives at most one to a batch.
+      groups_per_batch: the number of groups, each of another super class, in a batch.
+    """
+    batches = groups.sum() // groups_per_batch
+    while (usable := np.minimum(groups, batches).sum()) < batches * groups_per_batch:
+        batches = usable // groups_per_batch
+    return int(batches)
+
+
+def _group_rows(labels: np.ndarray) -> list[np.ndarray]:
+    """Returns the row numbers of each class, by label."""
     order = np.argsort(labels, kind="stable")
     _, starts = np.unique(np.asarray(labels)[order], return_index=True)
     return np.split(order, starts[1:])
 
 
-def _images(rows, count, rng) -> np.ndarray:
-    # np.resize repeats a short class's permutation, so that each image comes once before any comes twice
+def _draw_rows(rows: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    # `np.resize` repeats a short class's permutation, so no image comes twice before all came once.
     return np.resize(rng.permutation(rows), count)

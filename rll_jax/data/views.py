@@ -1,11 +1,15 @@
-"""How a network looks at a picture: resized, cropped, augmented. A Pillow image or an `images.EncodedImage` in, (H, W, 3) uint8 out."""
+"""Views: how a network sees an image, resized, cropped and augmented.
+
+A view takes a Pillow image or an `images.EncodedImage` and returns (H, W, 3) uint8. A training view
+also takes a generator of random numbers, and is a `rll_jax.typing.View`.
+"""
 
 import dataclasses
 import functools
 import math
 import os
 import threading
-from typing import Callable
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -13,41 +17,49 @@ from PIL import Image, ImageOps
 
 from rll_jax.data import images
 
+if TYPE_CHECKING:  # this room uses no other at run time
+    from rll_jax.typing import View
+
+AnyImage = Image.Image | images.EncodedImage
+
 _WHITE = (255, 255, 255)
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+_BORDER_GREY = 250  # a row or column is border where all of it is at least so light
+_BORDER_KEPT = 15  # pixels of the border that stay
 
 
-def resize_center_crop(
-    image: Image.Image | images.EncodedImage, size: int, resize: int
-) -> np.ndarray:
-    """(size, size, 3): the whole picture squeezed to resize x resize, its centre kept: the test view of the recipes."""
+def resize_center_crop(image: AnyImage, size: int, resize: int) -> np.ndarray:
+    """Returns the test view of the recipes: the centre of the image resized to a square.
+
+    Args:
+      image: the image.
+      size: side of the result, pixels.
+      resize: side of the square that the full image is resized to, whatever its aspect.
+    """
     edge = (resize - size) // 2
     return _resized(image, resize)[edge : edge + size, edge : edge + size]
 
 
-def _resized(image, side: int, box=None) -> np.ndarray:
-    if isinstance(image, images.EncodedImage):
-        return image.resized(
-            (side, side), box, nearest=box is not None
-        )  # of random windows, any is as good
-    return np.asarray(
-        image.resize((side, side), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
-    )
-
-
-def _mirrored_by_chance(pixels, rng) -> np.ndarray:
-    return (
-        cv2.flip(pixels, 1) if rng.random() < 0.5 else pixels
-    )  # a view with steps backwards is slow to stack
+def border_center_crop(image: AnyImage, size: int, fit: int) -> np.ndarray:
+    """Returns the (size, size, 3) test view that goes with `BorderCrop`: its centre crop."""
+    edge = (fit - size) // 2
+    return _without_border(image, fit)[edge : edge + size, edge : edge + size]
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomResizedCrop:
-    """A random window of the picture squeezed to a square, of area share `scale` and aspect `ratio`, resized to size x size; mirrored
-    half of the time.
+    """A random window of the image, resized to a square, mirrored half of the time.
 
-    The train view of the 2020 recipes (resize to 256 x 256, then a crop of scale 0.5-1 and aspect 3/4-4/3), in one resize; of an
-    `images.EncodedImage` its edges are whole pixels.
+    The training view of the 2020 recipes: they resize the image to 256 x 256 and crop a window of
+    scale 0.5-1 and aspect 3/4-4/3 from that. Here it is one resize. Of an `images.EncodedImage` the
+    edges of the window are moved to whole pixels.
+
+    Args:
+      size: side of the result, pixels.
+      scale: range of the window's share of the area.
+      ratio: range of the window's aspect (width / height) in the square image; its logarithm is
+        drawn uniformly.
+      flip: mirror half of the time.
     """
 
     size: int
@@ -55,92 +67,77 @@ class RandomResizedCrop:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
 
-    def __call__(
-        self, image: Image.Image | images.EncodedImage, rng: np.random.Generator
-    ) -> np.ndarray:
+    def __call__(self, image: AnyImage, rng: np.random.Generator) -> np.ndarray:
+        """Returns (size, size, 3) uint8."""
         area = rng.uniform(*self.scale)
-        aspect = math.exp(rng.uniform(*map(math.log, self.ratio)))
-        # at an area near 1 no window of another aspect fits
+        smallest, largest = self.ratio
+        aspect = math.exp(rng.uniform(math.log(smallest), math.log(largest)))
+        # At an area near 1 no window of another aspect fits.
         aspect = min(max(aspect, area), 1 / area)
         width, height = math.sqrt(area * aspect), math.sqrt(area / aspect)
         left, top = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
         right, bottom = min(left + width, 1), min(top + height, 1)
         box = (left * image.width, top * image.height, right * image.width, bottom * image.height)
         pixels = _resized(image, self.size, box)
-        return _mirrored_by_chance(pixels, rng) if self.flip else pixels
+        return _randomly_mirrored(pixels, rng) if self.flip else pixels
 
 
 @dataclasses.dataclass(frozen=True)
 class ResizeCrop:
-    """The whole picture squeezed to resize x resize, a random size x size of it kept; mirrored half of the time."""
+    """A random crop of the image resized to a square, mirrored half of the time.
+
+    Args:
+      size: side of the result, pixels.
+      resize: side of the square that the full image is resized to, whatever its aspect.
+    """
 
     size: int
     resize: int
 
-    def __call__(
-        self, image: Image.Image | images.EncodedImage, rng: np.random.Generator
-    ) -> np.ndarray:
+    def __call__(self, image: AnyImage, rng: np.random.Generator) -> np.ndarray:
+        """Returns (size, size, 3) uint8."""
         left, top = rng.integers(0, self.resize - self.size + 1, 2)
         pixels = _resized(image, self.resize)[top : top + self.size, left : left + self.size]
-        return _mirrored_by_chance(pixels, rng)
+        return _randomly_mirrored(pixels, rng)
 
 
 @dataclasses.dataclass(frozen=True)
 class BorderCrop:
-    """The white border cut off, the rest fitted to fit x fit on white, a random size x size of it kept; mirrored half of the time.
+    """A random crop of the image without its white border, mirrored half of the time.
 
-    The train view of the 2019 recipes: a border is where all of a row or column is of grey 250 or more, and 15 pixels of it stay.
+    The training view of the 2019 recipes. A row or column at an edge is border where all of it is
+    of grey 250 or more; 15 pixels of the border stay. The remaining image is fitted into a white
+    square, which keeps its aspect.
+
+    Args:
+      size: side of the result, pixels.
+      fit: side of the white square, pixels.
     """
 
     size: int
     fit: int
 
-    def __call__(
-        self, image: Image.Image | images.EncodedImage, rng: np.random.Generator
-    ) -> np.ndarray:
+    def __call__(self, image: AnyImage, rng: np.random.Generator) -> np.ndarray:
+        """Returns (size, size, 3) uint8."""
         left, top = rng.integers(0, self.fit - self.size + 1, 2)
         pixels = _without_border(image, self.fit)[top : top + self.size, left : left + self.size]
-        return _mirrored_by_chance(pixels, rng)
-
-
-def border_center_crop(image: Image.Image | images.EncodedImage, size: int, fit: int) -> np.ndarray:
-    """(size, size, 3): the test view that goes with `BorderCrop`."""
-    edge = (fit - size) // 2
-    return _without_border(image, fit)[edge : edge + size, edge : edge + size]
-
-
-def _without_border(image, fit: int, white: int = 250, pad: int = 15) -> np.ndarray:
-    image = _whole(image)
-    drawn = np.asarray(image.convert("L")) < white
-    if drawn.any():
-        (top, bottom), (left, right) = (
-            np.flatnonzero(drawn.any(axis=axis))[[0, -1]] for axis in (1, 0)
-        )
-        box = (
-            max(left - pad, 0),
-            max(top - pad, 0),
-            min(right + 1 + pad, image.width),
-            min(bottom + 1 + pad, image.height),
-        )
-        image = image.crop(tuple(map(int, box)))
-    return np.asarray(ImageOps.pad(image, (fit, fit), Image.Resampling.BILINEAR, color=_WHITE))
-
-
-def _whole(image) -> Image.Image:
-    return image.rgb() if isinstance(image, images.EncodedImage) else image
+        return _randomly_mirrored(pixels, rng)
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomAffine:
-    """A drawing turned, zoomed, stretched, shifted and recoloured a little, white where nothing was drawn; never mirrored.
+    """A drawing that is turned, zoomed, stretched, shifted and recoloured a little.
+
+    Pixels outside the drawing are white. It is never mirrored.
 
     Args:
       size: side of the result, pixels.
       rotate: largest angle, degrees, either way.
-      zoom: range of the scale; below 1 the drawing shrinks.
+      zoom: range of the scale, whose logarithm is drawn uniformly; below 1 the drawing shrinks.
       stretch: largest log ratio of the two sides' scales.
       shift: largest shift, as a share of the side.
-      colour: standard deviation of the colour matrix's change from the identity and of its offset (0: colours kept).
+      colour: standard deviation of the colour matrix's change from the identity, and of the
+        logarithm of a common factor (0: colours are kept).
       grey: probability of losing all colour.
     """
 
@@ -152,50 +149,48 @@ class RandomAffine:
     colour: float = 0.1
     grey: float = 0.0
 
-    def __call__(
-        self, image: Image.Image | images.EncodedImage, rng: np.random.Generator
-    ) -> np.ndarray:
+    def __call__(self, image: AnyImage, rng: np.random.Generator) -> np.ndarray:
+        """Returns (size, size, 3) uint8."""
+        moved = _pillow(image).transform(
+            (self.size, self.size),
+            Image.Transform.AFFINE,
+            self._coefficients(image, rng),
+            Image.Resampling.BICUBIC,
+            fillcolor=_WHITE,
+        )
+        pixels = np.asarray(moved)
+        return self._recoloured(pixels, rng) if self.colour or self.grey else pixels
+
+    def _coefficients(self, image: AnyImage, rng: np.random.Generator) -> tuple[float, ...]:
+        """Draws Pillow's six, which map the pixels of the result to those of the image."""
         angle = np.deg2rad(rng.uniform(-self.rotate, self.rotate))
         zoom = np.exp(rng.uniform(*np.log(self.zoom)))
         stretch = np.exp(rng.uniform(-self.stretch, self.stretch) / 2)
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        # Pillow's matrix maps the result's pixels to the source's
-        matrix = (
-            turn
-            @ np.diag([image.width / (zoom * stretch), image.height * stretch / zoom])
-            / self.size
-        )
-        centre = np.array([image.width, image.height]) * (
-            0.5 + rng.uniform(-self.shift, self.shift, 2)
-        )
+        scale = np.diag([image.width / (zoom * stretch), image.height * stretch / zoom])
+        matrix = turn @ scale / self.size
+        shift = rng.uniform(-self.shift, self.shift, 2)
+        centre = np.array([image.width, image.height]) * (0.5 + shift)
         offset = centre - matrix @ [self.size / 2, self.size / 2]
-        coefficients = (*matrix[0], offset[0], *matrix[1], offset[1])
-        view = _whole(image).transform(
-            (self.size, self.size),
-            Image.Transform.AFFINE,
-            coefficients,
-            Image.Resampling.BICUBIC,
-            fillcolor=_WHITE,
-        )
-        pixels = np.asarray(view)
-        if not self.colour and not self.grey:
-            return pixels
+        return (*matrix[0], offset[0], *matrix[1], offset[1])
+
+    def _recoloured(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         mix = np.eye(3, dtype=np.float32) + rng.normal(0, self.colour, (3, 3)).astype(np.float32)
         if rng.random() < self.grey:
             mix = np.outer(mix @ np.ones(3, np.float32), _LUMA)
-        # colours change around white, so that the paper stays white
-        moved = (pixels.astype(np.float32) - 255) @ mix.T * np.float32(
-            np.exp(rng.normal(0, self.colour))
-        ) + 255
-        return np.clip(moved, 0, 255).astype(np.uint8)
+        factor = np.float32(np.exp(rng.normal(0, self.colour)))
+        # Colours change around white, so that the paper stays white.
+        changed = (pixels.astype(np.float32) - 255) @ mix.T * factor + 255
+        return np.clip(changed, 0, 255).astype(np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassTransform:
-    """Makes another class of a class: all its images of a batch mirrored, turned by quarters or with colours exchanged.
+    """Makes a new class of a class: all its images are mirrored, turned or recoloured alike.
 
-    A ranked list knows a class by its company in the batch alone, so a class that looks otherwise in another batch is one
-    class more to learn from. Give each image of the class a generator in the same state.
+    A ranked list knows a class only by the other classes of the batch. A class that looks different
+    in another batch is therefore one more class to learn from. Give each image of the class a
+    generator in the same state, as `pipeline.train_batches` does.
 
     Args:
       mirror: probability of mirroring left and right.
@@ -208,10 +203,11 @@ class ClassTransform:
     exchange: float = 0.5
 
     def __call__(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Returns the pixels, (H, W, 3) or turned (W, H, 3), changed."""
         if rng.random() < self.mirror:
             pixels = pixels[:, ::-1]
         if rng.random() < self.turn:
-            pixels = np.rot90(pixels, rng.integers(1, 4))
+            pixels = np.rot90(pixels, int(rng.integers(1, 4)))
         if rng.random() < self.exchange:
             pixels = pixels[..., rng.permutation(3)]
         return np.ascontiguousarray(pixels)
@@ -219,56 +215,54 @@ class ClassTransform:
 
 @dataclasses.dataclass(frozen=True)
 class Jittered:
-    """A view whose pixels are then changed by albumentations, an optional package: colours alone, or RandAugment's kind of changes.
+    """A view whose pixels are then changed by albumentations, which is an optional package.
 
     Args:
-      view: (image, rng) -> pixels.
-      strong: two of eight changes of colour and shape, as RandAugment (Cubuk et al. 2020) draws them, instead of colours a little.
+      view: the view.
+      strong: two of eight changes of colour and shape, as RandAugment (Cubuk et al. 2020) draws
+        them. Otherwise the colours change a little.
 
     Raises:
       ValueError: albumentations is not installed.
     """
 
-    view: Callable
+    view: "View"
     strong: bool
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
-            _changes(self.strong, 0)
+            _jitter(self.strong, 0)
         except ImportError:
             raise ValueError(
                 "this augmentation needs albumentations: pip install albumentations==2.0.8"
-            )
+            ) from None
 
-    def __call__(
-        self, image: Image.Image | images.EncodedImage, rng: np.random.Generator
-    ) -> np.ndarray:
+    def __call__(self, image: AnyImage, rng: np.random.Generator) -> np.ndarray:
+        """Returns what `view` returns, with other colours or shapes."""
         pixels = np.ascontiguousarray(self.view(image, rng))
-        changes = _changes(
-            self.strong, threading.get_ident()
-        )  # they remember their random state: one for each thread
-        changes.set_random_seed(int(rng.integers(2**31)))
-        return changes(image=pixels)["image"]
+        # The transforms keep a random state, so each thread has its own.
+        jitter = _jitter(self.strong, threading.get_ident())
+        jitter.set_random_seed(int(rng.integers(2**31)))
+        return jitter(image=pixels)["image"]
 
 
 @functools.lru_cache(maxsize=256)
-def _changes(strong: bool, thread: int):
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the network otherwise
-    import albumentations as A
+def _jitter(strong: bool, thread: int) -> Any:
+    """Returns the transforms of albumentations that a thread uses."""
+    # Without this variable the import asks the network for a newer version.
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    import albumentations as A  # pyright: ignore[reportMissingImports]  # optional
 
     if not strong:
-        return A.Compose(
-            [
-                A.ColorJitter(
-                    brightness=(0.75, 1.25),
-                    contrast=(0.75, 1.25),
-                    saturation=(0.75, 1.25),
-                    hue=(-0.05, 0.05),
-                    p=0.8,
-                )
-            ]
+        weak = A.ColorJitter(
+            brightness=(0.75, 1.25),
+            contrast=(0.75, 1.25),
+            saturation=(0.75, 1.25),
+            hue=(-0.05, 0.05),
+            p=0.8,
         )
-    one_of = [
+        return A.Compose([weak])
+    changes = [
         A.ColorJitter(
             brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.6, 1.4), hue=(-0.1, 0.1), p=1
         ),
@@ -280,4 +274,40 @@ def _changes(strong: bool, thread: int):
         A.ToGray(p=1),
         A.Affine(rotate=(-25, 25), shear=(-15, 15), translate_percent=(-0.1, 0.1), p=1),
     ]
-    return A.Compose([A.SomeOf(one_of, n=2, replace=False)])
+    return A.Compose([A.SomeOf(changes, n=2, replace=False)])
+
+
+def _pillow(image: AnyImage) -> Image.Image:
+    return image.rgb() if isinstance(image, images.EncodedImage) else image
+
+
+def _resized(image: AnyImage, side: int, box: images.Box | None = None) -> np.ndarray:
+    """Returns the image, or a box of it, resized to (side, side, 3)."""
+    if isinstance(image, images.EncodedImage):
+        # A random window may move to the nearest pixels: the moved one is as good, and faster.
+        return image.resized((side, side), box, nearest=box is not None)
+    return np.asarray(
+        image.resize((side, side), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
+    )
+
+
+def _randomly_mirrored(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    # Not `pixels[:, ::-1]`: an array with steps backwards is slow to stack.
+    return cv2.flip(pixels, 1) if rng.random() < 0.5 else pixels
+
+
+def _without_border(image: AnyImage, fit: int) -> np.ndarray:
+    """Returns the image without its white border, fitted into a white (fit, fit, 3)."""
+    image = _pillow(image)
+    drawn = np.asarray(image.convert("L")) < _BORDER_GREY
+    if drawn.any():
+        rows, columns = np.flatnonzero(drawn.any(axis=1)), np.flatnonzero(drawn.any(axis=0))
+        image = image.crop(
+            (
+                max(int(columns[0]) - _BORDER_KEPT, 0),
+                max(int(rows[0]) - _BORDER_KEPT, 0),
+                min(int(columns[-1]) + 1 + _BORDER_KEPT, image.width),
+                min(int(rows[-1]) + 1 + _BORDER_KEPT, image.height),
+            )
+        )
+    return np.asarray(ImageOps.pad(image, (fit, fit), Image.Resampling.BILINEAR, color=_WHITE))

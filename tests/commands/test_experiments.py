@@ -85,7 +85,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
             ["--backbone=googlenet_v2", "--width=8"],
             "--stem, --width and --stage_sizes are of ResNets",
         ),
-        (["--data_dir=/no/such/folder"], "cannot read a prepared set in /no/such/folder"),
+        (["--data_dir=/no/such/folder"], "cannot read a prepared dataset in /no/such/folder"),
         (["--classes_per_batch=1000"], "the training set has only 718 classes"),
         (["steps=3"], "unexpected argument 'steps=3'"),
     ],

@@ -1,4 +1,4 @@
-"""The benchmarks' published layouts, read; what is not as published, refused by file and line; archives, unpacked within bounds."""
+"""The benchmarks' published layouts: read, or refused by file and line. Archives stay inside."""
 
 import functools
 import io
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from rll_jax.data import archives, benchmarks
+from rll_jax.data import archives, benchmarks, listings
 from tests.helpers.benchmark_trees import (
     MAKE,
     annotations,
@@ -69,17 +69,18 @@ def test_published_counts_are_compared(tmp_path):
     make_cub(tmp_path)
     train, test = benchmarks.differences("cub", benchmarks.read_listing("cub", tmp_path).rows)
     assert train == (
-        "CUB-200-2011: train has 20 images of 5 classes; published are 5,864 of 100; no image of class 4, 5, 6, 7, 8, ..."
+        "CUB-200-2011: train has 20 images of 5 classes; published are 5,864 of 100; "
+        "no image of class 4, 5, 6, 7, 8, ..."
     )
     assert "published are 5,924 of 100; no image of class 103, 104" in test
     whole = [
-        benchmarks.Row(f"{c}/{i}", c, "train" if c < 100 else "test")
+        listings.Row(f"{c}/{i}", c, "train" if c < 100 else "test")
         for c in range(200)
         for i in range(58)
     ]
     sizes = {"train": 5864, "test": 5924}
     extra = [
-        benchmarks.Row(f"x/{s}{i}", 0 if s == "train" else 150, s)
+        listings.Row(f"x/{s}{i}", 0 if s == "train" else 150, s)
         for s in sizes
         for i in range(sizes[s] - 5800)
     ]
@@ -104,15 +105,18 @@ def test_missing_says_what_to_download(name, tmp_path):
     "line, text",
     [
         ("1 2 x.jpg", "Ebay_test.txt, line 3"),
-        ("9 9 1 ../../x.jpg", "a path inside the set"),
-        ("9 9 1 /etc/passwd", "a path inside the set"),
-        ("9 9 1 chair_final\\x.jpg", "a path inside the set"),
+        ("9 9 1 ../../x.jpg", "a path inside the dataset"),
+        ("9 9 1 /etc/passwd", "a path inside the dataset"),
+        ("9 9 1 chair_final\\x.jpg", "a path inside the dataset"),
         ("9 0 1 a.jpg", "line 3: expected three numbers"),
         ("9 ٣ 1 a.jpg", "line 3: expected three numbers"),
         (f"9 {'9' * 5000} 1 a.jpg", "line 3: expected three numbers"),
         ("9 9 1 chair_final/112_0.JPG", "line .*listed twice"),
         ("9 9 1 \udcff.jpg", "line 3: not UTF-8"),
-        ("9 1 1 new.jpg", "Ebay_test.txt, line 3: class 1 is of test here, and was of train"),
+        (
+            "9 1 1 new.jpg",
+            "Ebay_test.txt, line 3: class 1 is in test here, but was in train before",
+        ),
         ("28 7 2 new.jpg", "Ebay_test.txt, line 3: image 28 is listed twice"),
     ],
 )
@@ -176,7 +180,7 @@ def test_cars_broken(tmp_path):
     make_cars(tmp_path)
     file = tmp_path / "cars_annos.mat"
     for paths, labels, text in (
-        (["car_ims/1.jpg", "../2.jpg"], [1, 2], "annotation 2: expected a path inside the set"),
+        (["car_ims/1.jpg", "../2.jpg"], [1, 2], "annotation 2: expected a path inside the dataset"),
         (["car_ims/1.jpg", "car_ims/2.jpg"], [1, 197], "annotation 2: .* a class 1 to 196"),
         (["car_ims/1.jpg", "car_ims/1.jpg"], [1, 1], "annotation 2: car_ims/1.jpg is listed twice"),
     ):
@@ -186,7 +190,8 @@ def test_cars_broken(tmp_path):
     annotations(file, fname=["a"], **{"class": [1]})
     with pytest.raises(
         ValueError,
-        match="cars_annos.mat: expected MATLAB annotations with the columns relative_im_path and class",
+        match="cars_annos.mat: expected MATLAB annotations with the columns relative_im_path and "
+        "class",
     ):
         benchmarks.read_listing("cars", tmp_path)
 
@@ -210,11 +215,11 @@ def test_cars_devkit_without_test_labels(tmp_path):
         ),
         (
             lambda t: t.replace("img/WOMEN", "/img/WOMEN", 1),
-            "line 3: expected a path inside the set",
+            "line 3: expected a path inside the dataset",
         ),
         (
             lambda t: t.replace(" id_00000001 ", " id_00000008 ", 1),
-            "line .*: class 8 is of query here, and was of train",
+            "line .*: class 8 is in query here, but was in train before",
         ),
         (lambda t: "", "line 1: expected a number of images"),
     ],
@@ -227,14 +232,17 @@ def test_inshop_broken(tmp_path, change, text):
 
 
 FILES = {
-    "sop": "Stanford_Online_Products/Ebay_train.txt", "cub": "CUB_200_2011/images.txt", "cub ": "CUB_200_2011/image_class_labels.txt",
-    "cars": "cars_annos.mat", "inshop": "Eval/list_eval_partition.txt",
-}  # fmt: skip
+    "sop": "Stanford_Online_Products/Ebay_train.txt",
+    "cub": "CUB_200_2011/images.txt",
+    "cub ": "CUB_200_2011/image_class_labels.txt",
+    "cars": "cars_annos.mat",
+    "inshop": "Eval/list_eval_partition.txt",
+}
 
 
 @pytest.mark.parametrize("key", FILES)
 def test_fuzzed_metadata_is_refused_or_right(key, tmp_path):
-    """Bytes changed, cut out, doubled or put in: a ValueError that names the file, or a listing inside the set."""
+    """Bytes changed, cut out or put in: a ValueError that names the file, or a valid listing."""
     name = key.strip()
     MAKE[name](tmp_path)
     file = tmp_path / FILES[key]
@@ -281,7 +289,7 @@ def test_fuzzed_metadata_is_refused_or_right(key, tmp_path):
                 target = os.path.abspath(listing.root / row.path)
                 assert (
                     target.startswith(str(tmp_path))
-                    and row.split in benchmarks.SPLITS
+                    and row.split in listings.SPLITS
                     and 0 <= row.label < 10**9
                 )
 

@@ -3,7 +3,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from rll_jax.data import benchmarks, folders
+from rll_jax.data import folders, listings, paths
 from tests.helpers.benchmark_trees import make_folders
 
 
@@ -74,11 +74,14 @@ def index(tmp_path, text, name="index.csv"):
 
 
 def test_a_table(tmp_path):
-    text = '\ufeffpath,note,label,split\r\n\r\n"b, c.jpg",x,10,train\r\nd.jpg,,9,query\r\ne.jpg,,9,gallery\r\n'
+    text = (
+        '\ufeffpath,note,label,split\r\n\r\n"b, c.jpg",x,10,train\r\n'
+        "d.jpg,,9,query\r\ne.jpg,,9,gallery\r\n"
+    )
     assert folders.read_index(index(tmp_path, text)) == [
-        benchmarks.Row("b, c.jpg", 1, "train"),
-        benchmarks.Row("d.jpg", 0, "query"),
-        benchmarks.Row("e.jpg", 0, "gallery"),
+        listings.Row("b, c.jpg", 1, "train"),
+        listings.Row("d.jpg", 0, "query"),
+        listings.Row("e.jpg", 0, "gallery"),
     ]
 
 
@@ -104,7 +107,7 @@ def test_a_parquet_table_is_the_same(tmp_path):
         "split": ["train", "test", "train"],
     }
     parquet.write_table(pa.table(columns), tmp_path / "index.parquet")
-    lines = "\n".join(",".join(map(str, row)) for row in zip(*columns.values()))
+    lines = "\n".join(",".join(map(str, row)) for row in zip(*columns.values(), strict=True))
     assert folders.read_index(tmp_path / "index.parquet") == folders.read_index(
         index(tmp_path, f"path,label,split\n{lines}")
     )
@@ -186,4 +189,4 @@ def test_fuzzed_tables(tmp_path, changes):
     except ValueError as error:
         assert "index.csv" in str(error)
     else:
-        assert all(benchmarks.inside(row.path) and row.split in benchmarks.SPLITS for row in rows)
+        assert all(paths.is_inside_root(row.path) and row.split in listings.SPLITS for row in rows)

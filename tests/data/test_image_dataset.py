@@ -14,6 +14,7 @@ from rll_jax.data import (
     cache,
     image_dataset,
     images,
+    listings,
     pipeline,
     sampler,
     views,
@@ -39,7 +40,7 @@ def test_classes_in_both_splits_are_refused(emoji):
 
 
 def test_nothing_prepared(tmp_path):
-    with pytest.raises(ValueError, match="cannot read a prepared set in .*nowhere"):
+    with pytest.raises(ValueError, match="cannot read a prepared dataset in .*nowhere"):
         array_records.open_dataset(tmp_path / "nowhere")
 
 
@@ -106,7 +107,7 @@ def test_super_labels(tmp_path):
 
 def test_splits_that_cannot_be_measured():
     rows = [
-        benchmarks.Row(f"{c}/{i}", c, "train" if c < 2 else "test")
+        listings.Row(f"{c}/{i}", c, "train" if c < 2 else "test")
         for c in range(4)
         for i in range(2)
     ]
@@ -126,8 +127,11 @@ def test_splits_that_cannot_be_measured():
 
 
 def test_bad_images_are_found_and_left_out(tmp_path):
-    """One missing, one empty, one cut off: the quick check finds two, the full one all; a class left with one image goes."""
-    rows = [benchmarks.Row(f"{c}/{i}.jpg", c, "train") for c in range(3) for i in range(3)]
+    """One is missing, one empty, one cut off: the quick check finds two, the full one all.
+
+    The class that is left with one image is skipped too.
+    """
+    rows = [listings.Row(f"{c}/{i}.jpg", c, "train") for c in range(3) for i in range(3)]
     for row in rows:
         (tmp_path / row.path).parent.mkdir(exist_ok=True)
         (tmp_path / row.path).write_bytes(jpeg(row.label))
@@ -151,7 +155,7 @@ def test_bad_images_are_found_and_left_out(tmp_path):
 
 
 def test_a_stock_set_of_tensorflow_datasets(tmp_path):
-    """CUB as tensorflow-datasets has it, by its own features, prepared by a builder of that name: split by class."""
+    """CUB with the features that tensorflow-datasets gives it is split by class."""
     import tensorflow_datasets as tfds
 
     class CaltechBirds2011(tfds.core.GeneratorBasedBuilder):
@@ -183,7 +187,8 @@ def test_a_stock_set_of_tensorflow_datasets(tmp_path):
 
     with pytest.raises(
         ValueError,
-        match="not prepared as array_record .* needs TensorFlow, .* pip install tensorflow-cpu .*download_and_prepare",
+        match="not prepared as array_record .* needs TensorFlow, .* pip install tensorflow-cpu "
+        ".*download_and_prepare",
     ):
         array_records.open_tfds("caltech_birds2011", tmp_path)
     CaltechBirds2011(data_dir=tmp_path, file_format="array_record").download_and_prepare()
@@ -198,13 +203,13 @@ def test_a_stock_set_of_tensorflow_datasets(tmp_path):
     assert "tensorflow" not in sys.modules
     with pytest.raises(ValueError, match="name those of image and class"):
         array_records.open_tfds("caltech_birds2011", tmp_path, image_key="picture")
-    with pytest.raises(ValueError, match="knows no set 'no_such_set'"):
+    with pytest.raises(ValueError, match="knows no dataset 'no_such_set'"):
         array_records.open_tfds("no_such_set", tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk"])
 def test_cached_pictures_are_shrunk_and_kept(kind, tmp_path):
-    rows = [benchmarks.Row(f"{i}.jpg", i // 2, "train") for i in range(6)]
+    rows = [listings.Row(f"{i}.jpg", i // 2, "train") for i in range(6)]
     for i, row in enumerate(rows):
         (tmp_path / row.path).write_bytes(jpeg(i, size=(200 + i, 150)))
     data = image_dataset.from_rows(tmp_path, rows)["train"]
@@ -229,7 +234,7 @@ def test_cached_pictures_are_shrunk_and_kept(kind, tmp_path):
 
 def test_a_cache_that_does_not_fit(tmp_path, monkeypatch):
     (tmp_path / "a.jpg").write_bytes(jpeg(0))
-    data = image_dataset.from_rows(tmp_path, [benchmarks.Row("a.jpg", 0, "train")])["train"]
+    data = image_dataset.from_rows(tmp_path, [listings.Row("a.jpg", 0, "train")])["train"]
     monkeypatch.setattr(cache, "estimated_bytes", lambda *_: 2**50)
     with pytest.raises(ValueError, match="--cache=disk would take 1048576.0 GiB"):
         cache.on_disk(data, 50, tmp_path, "train")
@@ -242,7 +247,7 @@ def test_a_cache_that_does_not_fit(tmp_path, monkeypatch):
 
 def test_a_changed_file_is_cached_anew(tmp_path):
     """The same name, the same number of bytes."""
-    rows = [benchmarks.Row("a.ppm", 0, "train")]
+    rows = [listings.Row("a.ppm", 0, "train")]
     for seed in range(2):
         pixels = np.random.default_rng(seed).integers(0, 255, (20, 20, 3), np.uint8)
         (tmp_path / "a.ppm").write_bytes(b"P6 20 20 255 " + pixels.tobytes())
@@ -254,7 +259,7 @@ def test_a_changed_file_is_cached_anew(tmp_path):
 
 
 def test_many_files_for_a_large_split(tmp_path, monkeypatch):
-    """Beyond a size a split goes on in another file, in the order of the rows, whatever tensorflow-datasets does with gigabytes."""
+    """Beyond a size a split goes on in another file, in the order of the rows."""
     make_cub(tmp_path)
     monkeypatch.setattr(array_records, "_SHARD_BYTES", 3000)
     root, rows = benchmarks.read_listing("cub", tmp_path)
@@ -405,7 +410,10 @@ def test_a_broken_test_picture_is_told_and_white(emoji):
 def test_test_batches_have_every_row_once(emoji, batch_size):
     data = emoji["test"]
     small = data.take(range(300))
-    view = lambda image: np.asarray(image.resize((4, 4), None))
+
+    def view(image):
+        return np.asarray(image.resize((4, 4), None))
+
     batches = list(pipeline.test_batches(small, view, batch_size=batch_size, threads=3))
     assert all(len(batch) == batch_size for batch in batches)
     expected = np.stack([view(data.image(row)) for row in range(300)])

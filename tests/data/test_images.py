@@ -93,10 +93,13 @@ def test_crop_covers_the_whole_scale():
 
 
 def test_a_class_is_transformed_alike(emoji):
-    """Each image of a class as every other of it in the batch; another step, another transformation; again the same."""
+    """All images of a class in a batch are changed alike, differently in another step."""
     train, transform = emoji["train"], views.ClassTransform()
     batches = sampler.ClassSampler(train.labels, 8, 4, seed=3)
-    whole = lambda image, rng: views.resize_center_crop(image, 16, 16)
+
+    def whole(image, rng):
+        return views.resize_center_crop(image, 16, 16)
+
     plain, changed, again = (
         list(
             pipeline.train_batches(
@@ -106,11 +109,12 @@ def test_a_class_is_transformed_alike(emoji):
         for class_transform in (None, transform, transform)
     )
     kinds = set()
-    for a, b, c in zip(plain, changed, again):
+    for a, b, c in zip(plain, changed, again, strict=True):
         np.testing.assert_array_equal(b["image"], c["image"])
         for first in range(0, 32, 4):
             seen = []
-            for x, y in zip(a["image"][first : first + 4], b["image"][first : first + 4]):
+            rows = slice(first, first + 4)
+            for x, y in zip(a["image"][rows], b["image"][rows], strict=True):
                 fits = [
                     (mirror, turn, order)
                     for mirror in (1, -1)
@@ -156,7 +160,7 @@ def test_a_jpeg_at_reduced_scale_is_the_whole_one_resized(shape):
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_a_box_moved_to_the_nearest_pixels_moves_by_half_of_one(mode):
-    """Every pixel of the result lies, for some shift of half a pixel of the scale read, near what the box itself gives."""
+    """Every pixel is near what the box gives, shifted by half a pixel of the decoded scale."""
     data = encoded(photograph((640, 480)).convert(mode), "JPEG", quality=95)
     picture, box = images.EncodedImage(data, "x"), np.array([31.3, 17.8, 500.1, 460.9])
     seen = picture.resized((200, 190), tuple(box), nearest=True).astype(int)
@@ -204,7 +208,7 @@ def test_a_whole_jpeg_is_pillows(mode, kwargs):
 
 
 def test_deep_grey_with_a_transparent_value_keeps_its_picture():
-    deep = Image.fromarray((np.arange(64, dtype=np.uint16).reshape(8, 8) * 900))
+    deep = Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 900)
     data = encoded(deep, transparency=900 * 63)
     assert len(np.unique(np.asarray(images.decode(data, "x")))) > 30
 
@@ -220,7 +224,7 @@ def test_a_bomb_is_refused_in_threads_too(monkeypatch):
 
 @pytest.mark.parametrize("size", [(64, 64), (640, 320), (100, 400)])
 def test_the_random_window_is_of_the_squeezed_picture(size):
-    """Scale and aspect are those of the picture resized to a square first, as the 2020 recipe does."""
+    """Scale and aspect are those of the image resized to a square first, as in the 2020 recipe."""
     boxes = []
 
     class Spy:
@@ -282,7 +286,7 @@ def test_resize_crop_keeps_a_window_of_the_squeezed_picture():
 
 
 def test_border_crop_cuts_white_and_keeps_the_shape():
-    """A black rectangle of 100 x 40 on white, far from the edges: with 15 pixels of border, fitted to 65 x 65."""
+    """A black rectangle of 100 x 40 on white, with 15 pixels of border, is fitted to 65 x 65."""
     page = Image.new("RGB", (400, 300), (255, 255, 255))
     page.paste((0, 0, 0), (200, 100, 300, 140))
     seen = views.border_center_crop(page, size=65, fit=65)
@@ -318,6 +322,6 @@ def test_jitter_is_a_function_of_the_generator(strong):
 
 def test_jitter_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "albumentations", None)
-    views._changes.cache_clear()
+    views._jitter.cache_clear()
     with pytest.raises(ValueError, match="pip install albumentations"):
         views.Jittered(views.RandomResizedCrop(8), False)

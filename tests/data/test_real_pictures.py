@@ -1,9 +1,9 @@
-"""The developers' real data sets through the sources: Omniglot from its archives, the grocery photographs."""
+"""Real datasets that the developers have: Omniglot from its archives, the grocery photographs."""
 
 import numpy as np
 import pytest
 
-from rll_jax.data import archives, benchmarks, folders, image_dataset, sampler, views
+from rll_jax.data import archives, folders, image_dataset, listings, sampler, views
 from tests.helpers.paths import ROOT
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -12,7 +12,7 @@ needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the developers' d
 
 @needs_shared
 def test_omniglot_from_its_archives(tmp_path):
-    """Both archives as published, unpacked; a table names the characters, with their alphabets as super classes."""
+    """Both published archives, unpacked; a table has characters, and alphabets as super classes."""
     for name in ("images_background_small1.zip", "images_background_small2.zip"):
         (tmp_path / name).write_bytes((SHARED / "omniglot" / name).read_bytes())
         archives.unpack(tmp_path / name, tmp_path / name[:-4])  # into a folder that is made for it
@@ -46,7 +46,7 @@ def test_the_grocery_photographs_all_decode():
         for line in (SHARED / f"grocery/{name}.txt").read_text().splitlines()
     ]
     rows = [
-        benchmarks.Row(path.strip(), int(label), "train" if int(label) < 41 else "test")
+        listings.Row(path.strip(), int(label), "train" if int(label) < 41 else "test")
         for path, label, _ in lines
     ]
     sets = image_dataset.from_rows(SHARED / "grocery", rows)

@@ -23,10 +23,9 @@ def test_classes_and_images(step):
     rows = sampler.ClassSampler(LABELS, 3, 4).batch(step).reshape(3, 4)
     classes = LABELS[rows]
     assert (classes == classes[:, :1]).all() and len(set(classes[:, 0])) == 3
-    for row, label in zip(rows, classes[:, 0]):
-        assert len(set(row)) == min(
-            4, np.sum(LABELS == label)
-        )  # repeats only where a class is short
+    for row, label in zip(rows, classes[:, 0], strict=True):
+        class_size = (label == LABELS).sum()
+        assert len(set(row)) == min(4, class_size)  # repeats only where a class is short
 
 
 def test_each_epoch_has_every_class_at_most_once_and_order_changes():

@@ -224,5 +224,5 @@ def test_what_cannot_be_held_out():
     for seed in range(4):
         held = image_dataset.hold_out(labelled(1, 1, 2, 3, 4, 4), 0.5, seed)["test"]
         assert set(held.labels) in ({1}, {4})  # of two images
-    with pytest.raises(ValueError, match="at least two of two images or more, found 1"):
+    with pytest.raises(ValueError, match="at least two classes with two images or more, found 1"):
         image_dataset.hold_out(labelled(1, 1, 2), 0.5, 0)

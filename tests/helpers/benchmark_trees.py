@@ -1,4 +1,4 @@
-"""Small trees in the layouts in which the benchmarks are published, with pictures that each class shares."""
+"""Small trees in the layouts in which the benchmarks are published; a class has one image."""
 
 import io
 
@@ -14,7 +14,7 @@ def jpeg(seed, size=(60, 40)):
     return out.getvalue()
 
 
-def _picture(path, seed):
+def _write_image(path, seed):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(jpeg(seed))
 
@@ -27,7 +27,7 @@ def make_sop(directory, classes=12, images_per_class=4):
         folder = "bicycle_final" if c % 2 else "chair_final"
         for i in range(images_per_class):
             path = f"{folder}/{100 + c}_{i}.JPG"
-            _picture(root / path, c)
+            _write_image(root / path, c)
             split = "train" if c <= classes // 2 else "test"
             lines[split].append(f"{c * images_per_class + i} {c} {1 + c % 2} {path}")
     for split, rows in lines.items():
@@ -41,7 +41,7 @@ def make_cub(directory, classes=(1, 2, 3, 99, 100, 101, 102, 198, 199, 200), ima
     for c in classes:
         for i in range(images_per_class):
             path = f"{c:03d}.Some_Bird/Some_Bird_{i:04d}_{c}.jpg"
-            _picture(root / "images" / path, c)
+            _write_image(root / "images" / path, c)
             images.append(f"{len(images) + 1} {path}")
             labels.append(f"{len(images)} {c}")
             tests.append(f"{len(images)} {i % 2}")
@@ -70,8 +70,8 @@ def make_cars(
     if devkit:
         for split, half in (("train", 0), ("test", 1)):
             names = [f"{i + 1:05d}.jpg" for i in range(len(labels) // 2)]
-            for name, label in zip(names, labels[half::2]):
-                _picture(directory / f"cars_{split}" / name, label)
+            for name, label in zip(names, labels[half::2], strict=True):
+                _write_image(directory / f"cars_{split}" / name, label)
             file = (
                 "devkit/cars_train_annos.mat"
                 if split == "train"
@@ -90,8 +90,8 @@ def make_cars(
         annotations(directory / "devkit/cars_test_annos.mat", bbox_x1=ones, fname=names)
         return directory
     names = [f"car_ims/{i + 1:06d}.jpg" for i in range(len(labels))]
-    for name, label in zip(names, labels):
-        _picture(directory / name, label)
+    for name, label in zip(names, labels, strict=True):
+        _write_image(directory / name, label)
     tests = [i % 2 for i in range(len(labels))]
     annotations(
         directory / "cars_annos.mat",
@@ -108,10 +108,9 @@ def make_inshop(directory, train=4, test=4):
     for item in range(1, train + test + 1):
         for i in range(4):
             path = f"img/WOMEN/Dresses/id_{item:08d}/0{i}_1_front.jpg"
-            _picture(directory / "Img" / path, item)
-            rows.append(
-                f"{path:<60} id_{item:08d} {'train' if item <= train else 'query' if i == 0 else 'gallery'}"
-            )
+            _write_image(directory / "Img" / path, item)
+            test_split = "query" if i == 0 else "gallery"
+            rows.append(f"{path:<60} id_{item:08d} {'train' if item <= train else test_split}")
     (directory / "Eval").mkdir()
     head = [str(len(rows)), "image_name item_id evaluation_status"]
     (directory / "Eval/list_eval_partition.txt").write_text("\n".join(head + rows) + "\n")
