@@ -33,6 +33,7 @@ def _unpack(source: pathlib.Path) -> pathlib.Path:
         raise ValueError(
             f"--source={source}: no archives ({', '.join(benchmarks.ARCHIVES)}) in it to --unpack"
         )
+    unpacked: list[pathlib.Path] = []
     for archive in packed:
         unpacked = archives.unpack(archive, archive.parent)
         print(f"unpacked: {', '.join(map(str, unpacked))}")

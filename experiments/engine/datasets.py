@@ -191,8 +191,8 @@ def open_datasets(data: DataOptions, runtime: RuntimeOptions) -> Splits:
 
 
 @contextlib.contextmanager
-def store_errors(*paths: str) -> Iterator[None]:
-    """Turns what an object store's client raises into a ValueError, where a path is of one.
+def store_errors(*places: str) -> Iterator[None]:
+    """Turns what an object store's client raises into a ValueError, where a place is of one.
 
     Clients raise their own kinds where a package is not installed, or without credentials or
     network.
@@ -202,7 +202,7 @@ def store_errors(*paths: str) -> Iterator[None]:
     except (ValueError, OSError):
         raise
     except Exception as error:
-        remote = [path for path in paths if paths.is_remote(path)]
+        remote = [place for place in places if paths.is_remote(place)]
         if not remote:
             raise
         raise ValueError(

@@ -15,6 +15,7 @@ from experiments.engine import (
     checks,
     command,
     dry_run,
+    environment,
     flags,
     network_inputs,
     optimizer,
@@ -121,6 +122,7 @@ class TrainingRun:
             best = stack.enter_context(checkpoint.Checkpoints(folder / "best", keep=1))
         self._log = stack.enter_context(MetricsLog(folder, self._start))
         self._log.write_text("options", config.as_flagfile())
+        self._log.write_text("environment", environment.environment())
         self._stop_requested = stack.enter_context(resume.stop_requests(config.runtime.log_every))
         self._evaluator = Evaluator(
             checked,

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from experiments import compare
-from experiments.engine import config, many_runs
+from experiments.engine import comparison_table, config, many_runs
 from tests.helpers.commands import TINY, refused, run
 
 BASE = {**config.Config().flat(), "workdir": "w", "report": False, "steps": 20}
@@ -94,8 +94,8 @@ def test_the_table_is_of_the_runs_scores(tmp_path):
         (low, high)
     )
     assert second["map@r"]["mean"] == pytest.approx(24.667, abs=1e-3)
-    text = compare._as_markdown(
-        [first, second, third], "", compare._untrained(compared["rll", 0])
+    text = comparison_table.as_markdown(
+        [first, second, third], "", compare._untrained([compared["rll", 0]])
     ).splitlines()
     assert (
         text[-3]
