@@ -30,7 +30,7 @@ class DatasetEntry(NamedTuple):
       augment: the augmentation where --augment is empty, of `VIEWS`.
     """
 
-    open: Callable[["DataOptions", RuntimeOptions], Splits]
+    open: "Opener"
     ks: tuple[int, ...] = (1, 2, 4, 8)
     augment: str = "random_resized_crop"
 
@@ -125,6 +125,8 @@ class DataOptions(Section):
         return self.augment or self.entry.augment
 
 
+Opener = Callable[[DataOptions, RuntimeOptions], Splits]
+
 # ---- Opening
 
 
@@ -166,6 +168,15 @@ def _open_folder(data: DataOptions, runtime: RuntimeOptions) -> Splits:
             "--split_seed go with the folder"
         )
     return array_records.open_dataset(data_dir)
+
+
+def in_data_dir(open_dataset: Callable[[str], Splits]) -> Opener:
+    """Returns the opener of a dataset that needs its folder alone: --data_dir."""
+
+    def opener(data: DataOptions, runtime: RuntimeOptions) -> Splits:
+        return open_dataset(_needed_data_dir(data, runtime))
+
+    return opener
 
 
 DATASETS = {
