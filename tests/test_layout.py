@@ -28,7 +28,9 @@ MAY_USE = {
         "experiments.engine", "rll_jax.loss", "rll_jax.metrics", "rll_jax.networks", "rll_jax.data",
         "rll_jax.training",
     },
-    "experiments.studies": {"experiments.engine", "rll_jax.loss", "rll_jax.metrics", "rll_jax.data"},
+    "experiments.studies": {
+        "experiments.engine", "rll_jax.loss", "rll_jax.metrics", "rll_jax.data",
+    },
     "experiments": {
         "experiments.engine", "rll_jax.metrics", "rll_jax.networks", "rll_jax.data",
         "rll_jax.training",
@@ -48,7 +50,7 @@ MODULES = {module_of(path) for path in FILES}
 
 
 def imported(path):
-    """The modules of the project that a file imports, type checkers' imports of lazy rooms left out."""
+    """The modules of the project that a file imports, but for type checkers alone."""
     tree = ast.parse(path.read_text())
     lazy = [
         n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"

@@ -83,7 +83,7 @@ def test_embed_and_what_changed_since(workdir, folder, tmp_path):
 
 
 def test_an_index_survives_what_happens_to_files(workdir, folder, tmp_path):
-    """A damaged part is made again; links that go round end; an image that becomes readable is found."""
+    """A damaged part is made again, links that go round end, and mended images are found."""
     embed(workdir, folder, tmp_path / "first.npz", 1)
     parts = sorted((workdir / "index").glob("*/*.npz"), key=lambda path: path.stat().st_mtime_ns)
     parts[-1].write_bytes(parts[-1].read_bytes()[:50])
@@ -222,7 +222,7 @@ def test_scores_of_embeddings_read_back(workdir, folder, tmp_path):
 
 
 def test_pretrained_and_the_way_back(workdir, tmp_path):
-    """A run starts from another's weights, given as its folder or as what export writes: the same scores at step 0."""
+    """A run that starts from a workdir, or from what export wrote of it, begins with its scores."""
     out = tmp_path / "model.safetensors"
     assert run(f"--workdir={workdir}", f"--out={out}", name="export").returncode == 0
     refused("exists: choose another name", f"--workdir={workdir}", f"--out={out}", name="export")

@@ -1,4 +1,4 @@
-"""A comparison: what it runs, the rates it chooses, its table, and the command on a few pictures."""
+"""A comparison: what it runs, the rates it chooses, its table, and the command on a few images."""
 
 import json
 import pathlib
@@ -26,7 +26,7 @@ def write_scores(run, recall, step=None):
 
 
 def test_equal_terms():
-    """All runs of a kind differ in the loss, the rate, the seed and the folder alone; only the last ones see the test classes."""
+    """Runs of a kind differ in loss, rate, seed and folder alone; the last see the test classes."""
     names = list(compare.ENTRIES)
     tuned = compare._runs_to_tune(BASE, names, [1e-3, 1e-2], 0.3, 10)
     compared = compare._runs_to_compare(BASE, dict.fromkeys(names, 1e-2), 5)

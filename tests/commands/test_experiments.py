@@ -73,7 +73,8 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         ),
         (
             ["--frozen_stages=1"],
-            "--frozen_stages=1: expected at most the 3 stages of --backbone=resnet_small, and --batch_norm=frozen",
+            "--frozen_stages=1: expected at most the 3 stages of --backbone=resnet_small, and "
+            "--batch_norm=frozen",
         ),
         (["--index=x.csv"], "--index=x.csv goes with --dataset=folder, not emoji"),
         (["--sampling=hierarchical"], "--sampling=hierarchical: emoji has no super classes"),

@@ -248,7 +248,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 
 def test_runs_that_fail(tmp_path):
-    """The first ends the sweep with its line, or all of them are in the table; one that another process runs is left to it."""
+    """The first ends the sweep, or the table lists all; a run of another process is left to it."""
     given = [
         "--dataset=folder",
         f"--data_dir={tmp_path / 'none'}",

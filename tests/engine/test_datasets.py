@@ -38,8 +38,8 @@ def test_in_shop_searches_a_gallery(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert (
-        "note: In-shop Clothes Retrieval: train has 16 images of 4 classes; published are 25,882 of 3,997"
-        in result.stderr
+        "note: In-shop Clothes Retrieval: train has 16 images of 4 classes; "
+        "published are 25,882 of 3,997" in result.stderr
     )
     last = scores(tmp_path / "run")[-1]
     assert {"recall@1", "recall@10", "recall@50"} <= last.keys() and last[
@@ -110,7 +110,7 @@ def test_prepare_from_an_archive(tmp_path):
 
 
 def test_pictures_mended_after_they_were_prepared(tmp_path, capsys):
-    """The prepared files hold them empty still: the refusal says so, and what differs from the published set is told each time."""
+    """The prepared files hold an empty image still: the refusal and the counts say so."""
     root = make_cub(tmp_path)
     picture = root / "images/001.Some_Bird/Some_Bird_0000_1.jpg"
     whole = picture.read_bytes()
@@ -123,7 +123,7 @@ def test_pictures_mended_after_they_were_prepared(tmp_path, capsys):
     capsys.readouterr()
     with pytest.raises(
         ValueError,
-        match=f"Mend them and remove {tmp_path}/prepared_cub, which is written anew, or skip them by",
+        match=f"Mend them and remove {tmp_path}/prepared_cub, which is written anew, or skip",
     ):
         datasets.open_usable(stop, runtime)
     assert capsys.readouterr().err.count("note: CUB-200-2011: train has 20 images") == 1
@@ -165,7 +165,7 @@ def test_bad_images_stop_a_run_before_it_begins(folder, tmp_path):
 
 
 def test_images_that_break_on_the_way(folder, tmp_path):
-    """Found by a full check; replaced, or left out of the scores, without one; and too many are too many."""
+    """A full check finds bad images; without one they are replaced or skipped, up to a limit."""
     for path in (folder / "train/c2/1.jpg", folder / "test/c5/3.jpg"):
         path.write_bytes(path.read_bytes()[:300])
     arguments = [*SMALL, "--steps=8", "--on_bad_image=skip", f"--data_dir={folder}"]
@@ -208,7 +208,7 @@ def test_images_that_break_on_the_way(folder, tmp_path):
 
 
 def test_other_pictures_are_another_run(folder, tmp_path):
-    """Classes that were trained on must not come to be searched because a folder was added or taken away."""
+    """A changed folder must not turn classes that were trained on into searched ones."""
     flat = tmp_path / "flat"
     flat.mkdir()
     for c in [*(folder / "train").iterdir(), *(folder / "test").iterdir()]:
@@ -237,7 +237,7 @@ def test_border_crop_does_not_go_with_a_cache(folder, tmp_path):
 
 
 def test_frozen_stages_stay(folder, tmp_path):
-    """The weights that a run ends with, beside those that it began with; what the frozen stages made of pictures is kept and used again."""
+    """A run keeps the weights that it began with, and its features are cached and used again."""
 
     common = [
         *SMALL,
@@ -275,15 +275,18 @@ def test_frozen_stages_stay(folder, tmp_path):
     )
     moved = {
         name: not all(
-            np.array_equal(a, b) for a, b in zip(first[name].values(), then[name].values())
+            np.array_equal(a, b)
+            for a, b in zip(first[name].values(), then[name].values(), strict=True)
         )
         for name in ("conv1", "bn1")
     }
     assert moved == {"conv1": False, "bn1": False}
-    leaf = lambda tree, stage: np.asarray(tree[f"layer{stage}_0"]["conv1"]["kernel"])
-    assert np.array_equal(leaf(first, 1), leaf(then, 1)) and not np.array_equal(
-        leaf(first, 2), leaf(then, 2)
-    )
+
+    def kernel(tree, stage):
+        return np.asarray(tree[f"layer{stage}_0"]["conv1"]["kernel"])
+
+    assert np.array_equal(kernel(first, 1), kernel(then, 1))
+    assert not np.array_equal(kernel(first, 2), kernel(then, 2))
     then = [
         *common,
         f"--workdir={tmp_path / 'later'}",

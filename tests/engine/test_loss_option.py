@@ -1,4 +1,4 @@
-"""--loss and its options; proxies that train with the network; classes held out to choose options by."""
+"""--loss and its options; proxies that train with the network; classes held out for tuning."""
 
 import functools
 import re

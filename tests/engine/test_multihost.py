@@ -1,4 +1,4 @@
-"""Two processes of four devices each over loopback, as two hosts are: the same run as one process of eight."""
+"""Two processes of four devices each over loopback: the same run as one process of eight."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def start(workdir, *arguments):
 
 def ends(processes, timeout=240):
     ended = [process.communicate(timeout=timeout) for process in processes]
-    return [(process.returncode, *texts) for process, texts in zip(processes, ended)]
+    return [(process.returncode, *texts) for process, texts in zip(processes, ended, strict=True)]
 
 
 def weights(workdir):

@@ -1,4 +1,4 @@
-"""Data of s3://, from a server of moto's on this machine; it needs pip install moto[server] s3fs."""
+"""Data of s3://, from a local server of moto's; needs pip install moto[server] s3fs."""
 
 import csv
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory):
-    """s3://bucket with a folder for each class (and the empty objects that consoles make of folders), an index and CUB-200-2011."""
+    """s3://bucket: class folders (with the empty objects of consoles), an index, CUB-200-2011."""
     root = tmp_path_factory.mktemp("bucket")
     for c in range(8):
         for i in range(4):

@@ -1,4 +1,4 @@
-"""What a run lives through: being told to stop, damaged checkpoints, full disks, steps that are not finite."""
+"""What a run lives through: SIGTERM, damaged checkpoints, full disks, steps that are not finite."""
 
 import functools
 import json
@@ -60,7 +60,7 @@ def everything(workdir):
 
 
 def same_end(workdir, other):
-    """Two runs that ended bit for bit alike: the metrics, the parameters, the optimiser, the average, the memory."""
+    """Two runs ended bit for bit alike: metrics, parameters, optimiser, average, memory."""
     assert scores(workdir) == scores(other)
     found, expected = everything(workdir), everything(other)
     assert {
@@ -119,11 +119,12 @@ def test_told_to_stop_saves_and_says_so(tmp_path):
 
 
 def test_a_second_sigterm_ends_at_once():
-    """The first is noted, for every step from then on; the second finds what a process does that knows nothing of it."""
+    """The first is noted for every later step; the second ends the process as usual."""
     code = (
         "import os, signal, time; from experiments.engine import resume\n"
         "with resume.stop_requests(10) as stop:\n"
-        "    assert not stop(10); os.kill(os.getpid(), signal.SIGTERM); assert stop(11) and stop(12); print('noted', flush=True)\n"
+        "    assert not stop(10); os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    assert stop(11) and stop(12); print('noted', flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"
     )
     ended = subprocess.run(
@@ -395,7 +396,7 @@ def test_a_profile(tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_random_25_times(tmp_path):
-    """SIGKILL at any moment, in the middle of saves too: nothing is lost but steps after the last checkpoint, and the end is the same."""
+    """SIGKILL at any moment, in saves too: steps after the last checkpoint alone are lost."""
     many = [
         *(a for a in TINY if "every" not in a and "steps" not in a),
         "--steps=300",

@@ -43,7 +43,7 @@ FEW = [
 
 
 def command(*arguments, name="emoji", devices=1):
-    # programs compiled by one process serve the next, of all tests (see conftest); fast code is not what these runs need
+    # All tests share compiled programs (see conftest). These runs need no fast code.
     cache = {
         "JAX_COMPILATION_CACHE_DIR": os.environ["RLL_TESTS_COMPILED"],
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -1,0 +1,119 @@
+"""The options of a run: sections, flags, flags.txt, help."""
+
+import dataclasses
+import re
+
+from absl import flags
+import pytest
+
+from experiments.engine import config, options
+from experiments.engine import flags as engine_flags
+from experiments.engine.config import OPTIONS
+from tests.helpers.commands import run
+
+FREE_ON_RESUME = {
+    "data_dir", "workdir", "threads", "worker_processes", "checkpoint_every", "keep", "log_every",
+    "report", "verify_images", "max_bad_images", "compilation_cache", "max_bad_steps",
+    "profile_steps", "dry_run", "multihost", "coordinator_address", "num_processes", "process_id",
+}  # fmt: skip
+
+
+def test_the_names_of_all_options_differ():
+    parts = [type(part.default) for part in dataclasses.fields(config.Config)]
+    names = [field.name for section in parts for field in dataclasses.fields(section)]
+    assert len(names) == len(set(names)) == len(OPTIONS) == 81
+
+
+def test_a_section_says_what_may_change_on_resume():
+    assert {name for name, known in OPTIONS.items() if known.free_on_resume} == FREE_ON_RESUME
+
+
+def test_flags_and_flags_txt_give_the_same_run_back(tmp_path):
+    one = config.from_flat(
+        levels="H,L", remat=(1, 2), decay_at="3,5", seed=3, report=False, pretrained="a=b c"
+    )
+    assert (one.network.levels, one.network.remat) == (("L", "H"), (1, 2))
+    assert one.optimizer.decay_at == (3, 5)
+    path = tmp_path / "flags.txt"
+    path.write_text(one.as_flagfile())
+    assert config.from_flagfile(path) == one
+    values = flags.FlagValues()
+    flags.DEFINE_string("flagfile", "", "", flag_values=values)
+    engine_flags.define(flag_values=values)
+    values(["experiment", *values.read_flags_from_files([f"--flagfile={path}"])])
+    assert engine_flags.config_from_flags(values) == one
+    assert config.differences(one, one.replace(threads=9, workdir="elsewhere")) == []
+    assert config.differences(one, one.replace(remat=(2,))) == ["--remat=1,2 there, 2 here"]
+
+
+@pytest.mark.parametrize(
+    "line, text",
+    [
+        ("--stepz=3", "line 2: expected --option=value of an experiment, found '--stepz=3'"),
+        ("--steps=many", "line 2: '--steps=many': invalid literal"),
+        ("--report=maybe", "--report=maybe: expected True or False"),
+        ("--remat=1,x", "--remat=1,x: expected numbers with commas between"),
+        ("--stage_sizes=-1", "--stage_sizes=-1: expected numbers"),
+        ("steps", "found 'steps'"),
+    ],
+)
+def test_a_damaged_flags_txt_is_refused_by_line(line, text, tmp_path):
+    path = tmp_path / "flags.txt"
+    path.write_text(f"--seed=1\n{line}\n")
+    with pytest.raises(ValueError, match=re.escape(text)):
+        config.from_flagfile(path)
+
+
+@pytest.mark.parametrize(
+    "values, text",
+    [
+        ({"no_option": 1}, "--no_option: no such option"),
+        ({"levels": ()}, "--levels=: expected some of L,M,H"),
+        ({"levels": "L,M"}, None),
+        ({"backbone": "resnet_tiny", "levels": "L"}, "--backbone=resnet_tiny has only 2 stages"),
+        ({"remat": "4"}, "--remat=4: the stages of --backbone=resnet_small are 1 to 3"),
+        ({"backbone": "googlenet_v2", "width": 3}, "are of ResNets, and --backbone=googlenet_v2"),
+        ({"stage_sizes": "1,0"}, "--stage_sizes=(1, 0): expected one or more blocks"),
+        ({"margin": float("nan")}, "--margin=nan: expected at least 0"),
+        ({"ema": 1.0}, "--ema=1.0: expected between 0 and 0.999999"),
+        ({"memory_size": 64, "gallery_gradient": True}, "is constant; give one of them"),
+        ({"memory_size": 64, "class_augment": True}, "another way in each batch"),
+        ({"process_id": 1}, "--num_processes and --process_id go together, with --multihost"),
+        ({"profile_steps": "5:5"}, "--profile_steps=5:5: expected A:B with A below B"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_by_flag(values, text):
+    if text is None:
+        assert config.from_flat(**values)
+        return
+    with pytest.raises(ValueError, match=re.escape(text)):
+        config.from_flat(**values)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_flags_help_is_a_sentence_that_stands_alone(name):
+    text = OPTIONS[name].metadata["help"]
+    assert re.match(r"[A-Z]|sgd", text) and text.endswith(".")
+    assert not re.search(r"next three|see above|these options|the same as before", text)
+
+
+def test_texts_of_values():
+    for value, text in (((1, 2), "1,2"), ((), ""), (None, ""), (True, "True"), (0.5, "0.5")):
+        assert options.to_text(value) == text
+
+
+def test_help_shows_what_matters_first_and_helpfull_all_by_section():
+    short, full = (run(f"--{name}").stdout for name in ("help", "helpfull"))
+    shown = re.findall(r"^  --(?:\[no\])?(\w+)$", short, re.M)
+    assert shown == [name for name, known in OPTIONS.items() if known.metadata["main"]]
+    assert len(shown) == 20 and "--helpfull shows all 81 options" in short
+    titles = ["Data", "Batches", "Loss", "Network", "Optimiser", "Schedule", "Devices"]
+    assert re.findall(r"^(\w+):$", full, re.M) == [*titles, "Processes", "Runtime"]
+    assert re.findall(r"^  --(?:\[no\])?(\w+)$", full, re.M) == list(OPTIONS)
+
+
+@pytest.mark.parametrize("name", ["evaluate", "embed", "search", "export", "prepare", "sweep"])
+def test_every_command_has_a_help(name):
+    ended = run("--help", name=name)
+    assert ended.returncode == 0 and f"python -m experiments.{name}" in ended.stdout
+    assert "Flags of this command:" in ended.stdout and "--flagfile=FILE" in ended.stdout
