@@ -10,6 +10,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Wrapped
 import numpy as np
 
 AXIS = "batch"
@@ -44,7 +45,7 @@ class Runner(abc.ABC):
         self._own_replicated = NamedSharding(self._own_mesh, _REPLICATED)
 
     @abc.abstractmethod
-    def train(self, step: Callable) -> Callable:
+    def train(self, step: Callable) -> Wrapped:
         """Turns a step on one device's rows into a compiled step over all devices.
 
         Args:
@@ -68,7 +69,7 @@ class Runner(abc.ABC):
           tree: this process's rows of the batch, a multiple of the number of its devices.
         """
 
-    def embed(self, step: Callable) -> Callable:
+    def embed(self, step: Callable) -> Wrapped:
         """Turns (state, images) -> tree of rows into the same over this process's devices.
 
         Args:
@@ -115,7 +116,7 @@ class _PmapRunner(Runner):
         super().__init__(jax.devices() if devices is None else devices)
         self._pmap_devices = devices
 
-    def train(self, step: Callable) -> Callable:
+    def train(self, step: Callable) -> Wrapped:
         return jax.pmap(
             functools.partial(step, axis_name=AXIS),
             AXIS,
@@ -143,7 +144,7 @@ class _ShardMapRunner(Runner):
     def __init__(self, devices: Sequence[_Device] | None):
         super().__init__(jax.devices() if devices is None else devices)
 
-    def train(self, step: Callable) -> Callable:
+    def train(self, step: Callable) -> Wrapped:
         mapped = jax.shard_map(
             functools.partial(step, axis_name=AXIS),
             mesh=self._mesh,
