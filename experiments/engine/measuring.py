@@ -70,6 +70,7 @@ def in_own_process(module: str, **arguments: Any) -> dict[str, Any] | None:
 
 def _measure_here(module: str, arguments: str) -> None:
     """Prints what `module.measure` returns as one line of JSON, null if a package is missing."""
+    flags.FLAGS.mark_as_parsed()  # grain refuses worker processes before that
     try:
         measured = importlib.import_module(module).measure(**json.loads(arguments))
     except ModuleNotFoundError:
