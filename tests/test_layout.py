@@ -17,7 +17,7 @@ MAY_USE = {
     "rll_jax.metrics": set(),
     "rll_jax.networks": {"rll_jax.loss"},
     "rll_jax.data": set(),
-    "rll_jax.training": {"rll_jax.loss", "rll_jax.networks", "rll_jax.data"},
+    "rll_jax.training": {"rll_jax.loss", "rll_jax.networks", "rll_jax.data", "rll_jax.typing"},
     "experiments.data": set(),
     "experiments.engine": {
         "rll_jax", "rll_jax.loss", "rll_jax.metrics", "rll_jax.networks", "rll_jax.data",

@@ -132,7 +132,7 @@ def train_step(
     state: TrainState,
     batch: Mapping[str, Any],
     *,
-    loss: Loss,
+    loss: Loss | Callable[..., jax.Array],
     axis_name: str | None = None,
     ema_decay: ArrayLike = 0.0,
     embed_chunk: int = 0,
@@ -147,10 +147,11 @@ def train_step(
       state: replicated over the axis. Where the state has a memory, the rows of all devices are
         stored in it, and the loss ranks the memory, as constants, instead of the batch alone.
       batch: {"image": (n, H, W, 3) uint8, "label": (n,) integer}, this device's rows.
-      loss: (embeddings, labels, *, axis_name) -> scalar. As everywhere in `rll_jax.loss`, the mean
-        of the devices' values is the loss of the whole batch, and each query ranks the rows of all
-        devices. With a memory the loss also gets `gallery`, `gallery_labels` and `gallery_where`.
-        Where the state has proxies, it also gets those of the level as `proxies`.
+      loss: (embeddings, labels, *, axis_name) -> scalar, an `rll_jax.typing.Loss`. The mean of the
+        devices' values is the loss of the whole batch, and each query ranks the rows of all
+        devices. If the state has a memory, the loss also gets `gallery`, `gallery_labels` and
+        `gallery_where`. If the state has proxies, the loss also gets those of its level as
+        `proxies`.
       axis_name: the axis of pmap or shard_map; None on one device.
       ema_decay: decay of the state's moving average, if it has one. The decay is smaller in the
         first steps: at most (1 + step) / (10 + step).
