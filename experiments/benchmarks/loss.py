@@ -1,51 +1,67 @@
-"""Time and memory of the loss, forward and backward, next to pytorch-metric-learning and to the bare two matrix products.
+"""Time and memory of the loss, forward and backward, beside its peers.
 
-    python -m experiments.benchmarks.loss                                  # N = 64 to 8192 with D = 512, 65,536 with D = 128
-    python -m experiments.benchmarks.loss --sizes=180,2048 --nolarge       # half a minute
+    python -m experiments.benchmarks.loss                             # N = 64 to 65,536
+    python -m experiments.benchmarks.loss --sizes=180,2048 --nolarge  # half a minute
     python -m experiments.benchmarks.loss --out=bench.png --table=bench.md
 
-Every measurement runs in a process of its own, those of one size in turn and in `--rounds` rounds, so that a busy moment hits all
-alike. Time: after compilation and warm-up; `best` is the least, `median` the median of the rounds' medians. Memory: the most that the
-process held while computing, over what it held with data and compiled program in place (Linux: VmHWM, reset before the first call).
+The peers are pytorch-metric-learning, and the two bare matrix products that an exact loss needs.
+`experiments/benchmarks/README.md` says what is measured and what the columns mean.
 """
 
-import json
+from collections.abc import Callable, Iterator, Sequence
 import os
 import statistics
-import sys
 import time
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from absl import app, flags
+from absl import flags
 
 from experiments.engine import measuring
 
+if TYPE_CHECKING:
+    import numpy as np
+
 _SIZES = flags.DEFINE_list(
-    "sizes", ["64", "180", "512", "2048", "8192"], "Batch sizes N, for D = --dim."
+    "sizes", ["64", "180", "512", "2048", "8192"], "Batch sizes N, measured with D = --dim."
 )
-_DIM = flags.DEFINE_integer("dim", 512, "Embedding dimension.", lower_bound=1)
-_LARGE = flags.DEFINE_bool("large", True, "Also N = 65,536 with D = 128, ours alone.")
+_DIM = flags.DEFINE_integer("dim", 512, "Embedding dimension D.", lower_bound=1)
+_LARGE = flags.DEFINE_bool("large", True, "Measure N = 65,536 with D = 128 too, rll_jax alone.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Processes for each measurement.", lower_bound=1)
 _SECONDS = flags.DEFINE_float(
     "seconds", 2.0, "Time to measure in each process; at least one call.", lower_bound=0.0
 )
-_OUT = flags.DEFINE_string("out", "", "PNG to write; none when empty.")
-_TABLE = flags.DEFINE_string("table", "", "File to write the table to, too.")
-_WORKER = flags.DEFINE_enum(
-    "worker", None, ["ours", "peer", "products"], "Internal: measure this, print JSON."
-)
-_N = flags.DEFINE_integer("n", 180, "Internal: the worker's batch size.", lower_bound=1)
+_OUT = flags.DEFINE_string("out", "", "PNG file to plot into; empty: none.")
+_TABLE = flags.DEFINE_string("table", "", "File to write the table to; empty: none.")
 
 _NAMES = {"products": "two products", "ours": "rll_jax", "peer": "pytorch-metric-learning"}
+_MANY = 8192  # larger batches are measured in one round
+
+_Call = Callable[[], object]
 
 
-def _data(n, dim):
+class _Row(NamedTuple):
+    """One line of the table. Times are in seconds, memory is in MiB or None."""
+
+    n: int
+    dim: int
+    kind: str
+    best: float
+    median: float
+    compile: float
+    extra: float | None
+    peak: float | None
+
+
+def _data(n: int, dim: int) -> "tuple[np.ndarray, np.ndarray]":
+    """Returns (n, dim) float32 embeddings and labels with three rows in a class."""
     import numpy as np
 
     rng = np.random.default_rng(0)
     return rng.standard_normal((n, dim), dtype=np.float32), np.arange(n) // 3
 
 
-def _ours(n, dim):
+def _ours(n: int, dim: int) -> tuple[_Call, float]:
+    """Returns the call to measure and the seconds of its compilation, as do the two below."""
     import jax
 
     from rll_jax import loss
@@ -56,24 +72,26 @@ def _ours(n, dim):
     return (lambda: jax.block_until_ready(compiled(*args))), time.perf_counter() - start
 
 
-def _products(n, dim):
+def _products(n: int, dim: int) -> tuple[_Call, float]:
     import jax
     from jax import lax
     import jax.numpy as jnp
 
     x = jax.device_put(_data(n, dim)[0])
-    c = jnp.ones((n, n), jnp.float32)
+    coefficients = jnp.ones((n, n), jnp.float32)
 
-    def both(x, c):
-        highest = {"precision": lax.Precision.HIGHEST}
-        return jnp.matmul(x, x.T, **highest), jnp.matmul(c, x, **highest)
+    def both(x: jax.Array, coefficients: jax.Array) -> tuple[jax.Array, jax.Array]:
+        highest = lax.Precision.HIGHEST
+        forward = jnp.matmul(x, x.T, precision=highest)
+        return forward, jnp.matmul(coefficients, x, precision=highest)
 
     start = time.perf_counter()
-    compiled = jax.jit(both).lower(x, c).compile()
-    return (lambda: jax.block_until_ready(compiled(x, c))), time.perf_counter() - start
+    compiled = jax.jit(both).lower(x, coefficients).compile()
+    seconds = time.perf_counter() - start
+    return (lambda: jax.block_until_ready(compiled(x, coefficients))), seconds
 
 
-def _peer(n, dim):
+def _peer(n: int, dim: int) -> tuple[_Call, float]:
     import warnings
 
     from pytorch_metric_learning.losses import RankedListLoss
@@ -81,13 +99,13 @@ def _peer(n, dim):
 
     warnings.simplefilter("ignore")  # it warns of the paper's T_n
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    of = RankedListLoss(margin=0.4, Tn=10.0, imbalance=0.5, alpha=1.2, Tp=0.0)
+    peer_loss = RankedListLoss(margin=0.4, Tn=10, imbalance=0.5, alpha=1.2, Tp=0)
 
-    def step(x, labels):
+    def step(x: torch.Tensor, labels: torch.Tensor) -> None:
         x.grad = None
-        of(x, labels).backward()
+        peer_loss(x, labels).backward()
 
-    def tensors(n):
+    def tensors(n: int) -> tuple[torch.Tensor, torch.Tensor]:
         x, labels = _data(n, dim)
         return torch.tensor(x, requires_grad=True), torch.as_tensor(labels)
 
@@ -97,101 +115,106 @@ def _peer(n, dim):
     return (lambda: step(*args)), time.perf_counter() - start
 
 
-def _measure(kind, n, dim, seconds):
-    call, compile_seconds = {"ours": _ours, "products": _products, "peer": _peer}[kind](n, dim)
+_CALLS = {"ours": _ours, "products": _products, "peer": _peer}
+
+
+def measure(kind: str, n: int, dim: int, seconds: float) -> dict[str, float | None]:
+    """Measures one kind and one size in this process.
+
+    Args:
+      kind: "ours", "products" or "peer".
+      n: batch size.
+      dim: embedding dimension.
+      seconds: how long to go on; at least one call.
+
+    Returns:
+      Seconds "median", "best" and "compile"; MiB "extra" and "peak", None without /proc.
+    """
+    call, compile_seconds = _CALLS[kind](n, dim)
     before = measuring.memory_mib()
-    if before is not None:
-        with open("/proc/self/clear_refs", "w", encoding="ascii") as clear:
-            clear.write("5")  # VmHWM starts again from here
-    times, end = [], None
-    start = time.perf_counter()
-    call()
-    first = time.perf_counter() - start
-    if first < seconds:
-        for _ in range(2):
-            call()
-    else:
-        times.append(first)
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end and not (times and first >= seconds):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    extra = None if before is None else measuring.memory_mib("VmHWM") - before
+    measuring.restart_peak_memory()
+    times = _call_times(call, seconds)
+    peak = measuring.memory_mib("VmHWM")
     return {
         "median": statistics.median(times),
         "best": min(times),
         "compile": compile_seconds,
-        "extra": extra,
-        "peak": measuring.memory_mib("VmHWM"),
+        "extra": None if before is None or peak is None else peak - before,
+        "peak": peak,
     }
 
 
-def _run(kind, n, dim):
-    flags_of_worker = (
-        f"--worker={kind}",
-        f"--n={n}",
-        f"--dim={dim}",
-        f"--seconds={_SECONDS.value}",
-    )
-    return measuring.in_own_process("experiments.benchmarks.loss", *flags_of_worker)
+def _call_times(call: _Call, seconds: float) -> list[float]:
+    """Returns the seconds of each call. The first counts only if it takes all of the time."""
+    first = measuring.seconds_of(call)
+    if first >= seconds:
+        return [first]
+    for _ in range(2):
+        call()
+    times, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        times.append(measuring.seconds_of(call))
+    return times
 
 
-def _rows():
-    """One dict for each size and kind."""
-    work = [(int(n), _DIM.value, ("products", "ours", "peer")) for n in _SIZES.value]
+def _rows(sizes: Sequence[int]) -> Iterator[_Row]:
+    """Yields the rows of each size: one process for each kind in turn, in rounds."""
+    work = [(n, _DIM.value, ("products", "ours", "peer")) for n in sizes]
     if _LARGE.value:
-        work.append((65_536, 128, ("ours",)))
+        work += [(65_536, 128, ("ours",))]
     for n, dim, kinds in work:
-        rounds = {kind: [] for kind in kinds}
-        for _ in range(_ROUNDS.value if n <= 8192 else 1):
+        measured = {kind: [] for kind in kinds}
+        for _ in range(_ROUNDS.value if n <= _MANY else 1):
             for kind in kinds:
-                rounds[kind].append(_run(kind, n, dim))
-        for kind in kinds:
-            found = [r for r in rounds[kind] if r is not None]
-            if not found:
-                continue
-            row = {
-                "n": n,
-                "dim": dim,
-                "kind": kind,
-                "best": min(r["best"] for r in found),
-                "compile": found[0]["compile"],
-            }
-            row["median"] = statistics.median(r["median"] for r in found)
-            for name in ("extra", "peak"):
-                row[name] = (
-                    None if found[0][name] is None else statistics.median(r[name] for r in found)
+                result = measuring.in_own_process(
+                    "experiments.benchmarks.loss", kind=kind, n=n, dim=dim, seconds=_SECONDS.value
                 )
-            yield row
+                if result is not None:
+                    measured[kind].append(result)
+        for kind, results in measured.items():
+            if results:
+                yield _summary(n, dim, kind, results)
 
 
-def _table(rows):
-    by = {(r["n"], r["kind"]): r for r in rows}
-    lines = [
-        "| N | D | what | best ms | median ms | of the products | of the peer | extra MiB | peak MiB | compile s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
+def _summary(n: int, dim: int, kind: str, results: Sequence[dict[str, Any]]) -> _Row:
+    """Returns the row of one kind's rounds."""
+    extra, peak = (
+        None if results[0][name] is None else statistics.median(r[name] for r in results)
+        for name in ("extra", "peak")
+    )
+    return _Row(
+        n,
+        dim,
+        kind,
+        best=min(r["best"] for r in results),
+        median=statistics.median(r["median"] for r in results),
+        compile=results[0]["compile"],
+        extra=extra,
+        peak=peak,
+    )
 
-        def ratio(kind):
-            other = by.get((r["n"], kind))
-            return "" if other is None or kind == r["kind"] else f"{r['best'] / other['best']:.2f}"
 
-        memory = ["" if r[name] is None else f"{r[name]:.0f}" for name in ("extra", "peak")]
-        cells = [
-            r["n"],
-            r["dim"],
-            _NAMES[r["kind"]],
-            f"{r['best'] * 1e3:.2f}",
-            f"{r['median'] * 1e3:.2f}",
+def _table(rows: Sequence[_Row]) -> str:
+    head = ["N", "D", "what", "best ms", "median ms", "of the products", "of the peer"]
+    head += ["extra MiB", "peak MiB", "compile s"]
+    best = {(row.n, row.kind): row.best for row in rows}
+    lines = []
+    for row in rows:
+        ratios = [
+            f"{row.best / best[row.n, kind]:.2f}"
+            if kind != row.kind and (row.n, kind) in best
+            else ""
+            for kind in ("products", "peer")
         ]
-        cells += [ratio("products"), ratio("peer"), *memory, f"{r['compile']:.1f}"]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        memory = ["" if mib is None else f"{mib:.0f}" for mib in (row.extra, row.peak)]
+        times = [f"{row.best * 1e3:.2f}", f"{row.median * 1e3:.2f}"]
+        name = _NAMES[row.kind]
+        lines.append([row.n, row.dim, name, *times, *ratios, *memory, f"{row.compile:.1f}"])
+    return measuring.markdown_table(head, lines)
 
 
-def _picture(rows, path):
+def _plot(rows: Sequence[_Row], path: str) -> None:
+    """Plots times and extra memory against the batch size, both on logarithmic scales."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -199,17 +222,13 @@ def _picture(rows, path):
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     for kind, color in (("peer", "tab:red"), ("ours", "tab:blue"), ("products", "tab:gray")):
-        mine = [r for r in rows if r["kind"] == kind and r["dim"] == _DIM.value]
-        sizes = [r["n"] for r in mine]
-        left.loglog(sizes, [r["best"] * 1e3 for r in mine], "o-", color=color, label=_NAMES[kind])
+        points = [row for row in rows if row.kind == kind and row.dim == _DIM.value]
+        sizes = [row.n for row in points]
+        times = [row.best * 1e3 for row in points]
+        left.loglog(sizes, times, "o-", color=color, label=_NAMES[kind])
         if kind != "products":
-            right.loglog(
-                sizes,
-                [max(r["extra"] or 0, 0.1) for r in mine],
-                "o-",
-                color=color,
-                label=_NAMES[kind],
-            )
+            memory = [max(row.extra or 0, 0.1) for row in points]
+            right.loglog(sizes, memory, "o-", color=color, label=_NAMES[kind])
     left.set_ylabel("forward and backward, best, ms")
     right.set_ylabel("extra memory, MiB")
     for axes in (left, right):
@@ -219,30 +238,20 @@ def _picture(rows, path):
     figure.savefig(path, dpi=120)
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
-    if _WORKER.value:
-        print(json.dumps(_measure(_WORKER.value, _N.value, _DIM.value, _SECONDS.value)))
-        return
+def main() -> None:
+    """Measures what the flags ask for and prints the table."""
+    sizes = measuring.integers(_SIZES)
+    measuring.check_outputs(_TABLE, _OUT)
     rows = []
-    for row in _rows():
+    for row in _rows(sizes):
         rows.append(row)
-        print(
-            f"N={row['n']} {_NAMES[row['kind']]}: {row['best'] * 1e3:.2f} ms",
-            file=sys.stderr,
-            flush=True,
-        )
-    table, head = _table(rows), measuring.machine()
-    print(f"{head}\n\n{table}")
-    if not any(r["kind"] == "peer" for r in rows):
+        measuring.tell(f"N={row.n} {_NAMES[row.kind]}: {row.best * 1e3:.2f} ms")
+    measuring.print_and_write(f"{measuring.machine()}\n\n{_table(rows)}\n", _TABLE.value)
+    if not any(row.kind == "peer" for row in rows):
         print("\npytorch-metric-learning is not installed: not measured.")
-    if _TABLE.value:
-        with open(_TABLE.value, "w", encoding="utf-8") as out:
-            out.write(f"{head}\n\n{table}\n")
     if _OUT.value:
-        _picture(rows, _OUT.value)
+        _plot(rows, _OUT.value)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    measuring.run_command(main)

@@ -1,45 +1,42 @@
-"""Images a second of the networks, embedding and training, next to the same networks in PyTorch on the same machine.
+"""Images a second of the networks, embedding and training, beside the same networks in PyTorch.
 
-    python -m experiments.benchmarks.model                                       # ResNet-18 and 50, 96 and 128 pixels: 8 minutes on 2 busy cores
-    python -m experiments.benchmarks.model --models=resnet18 --sizes=96          # a minute
-    python -m experiments.benchmarks.model --models=resnet50 --sizes=224 --batch=256 --dtype=bfloat16     # on a GPU
+    python -m experiments.benchmarks.model                               # 8 minutes on 2 busy cores
+    python -m experiments.benchmarks.model --models=resnet18 --sizes=96  # a minute
+    python -m experiments.benchmarks.model --models=resnet50 --sizes=224 --batch=256 \
+        --dtype=bfloat16                                                 # on a GPU
 
-forward: `embed_step`. train step: forward, backward and SGD with momentum, as a run does it on one device, with level H and
-`ranked_list_loss`. Ours takes uint8 pixels and normalises them inside, and also returns the gradient's norm; PyTorch gets float32
-pixels already normalised, in the faster of its two layouts, and a fused optimiser; eager unless --torch_compile. Both compute the
-same loss (CVPR 2019, PyTorch's written plainly) so that it is the networks that differ; its share of the step ("loss, %") is that of
-the loss alone, forward and backward, on random embeddings in the same process. Data stay on the device: no decoding, no transfer.
-
-Every measurement runs in a process of its own, in turn and in `--rounds` rounds, so that a busy moment hits all alike; the best call
-of all is shown. Our first round compiles into an empty persistent cache, the others find it full: their best is "cached". The first
-step is timed from the start of the process, JAX's import and initial weights included. Memory is the most that the process held while
-training, libraries included and compilation not (on a GPU: the device's). FLOPs: XLA's count before optimisation, once a loop.
-
-Two things to know on CPUs. Other programs slow PyTorch, whose threads wait for each other, far more than XLA: a ratio from a busy
-machine says nothing, and the load before the start is printed. And XLA takes some hundred times too long for a 3x3 convolution of 2x2
-maps (jax 0.10.2), which the last stage of a ResNet-18 has at 64 pixels.
+`experiments/benchmarks/README.md` says what is measured and what the columns mean.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 import functools
-import json
 import os
-import sys
 import tempfile
 import time
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from absl import app, flags
+from absl import flags
 
 from experiments.engine import measuring
 
+if TYPE_CHECKING:
+    import numpy as np
+
 _START = time.perf_counter()  # JAX and all that is slow to import come later
+_MODULE = "experiments.benchmarks.model"
 _MODELS = flags.DEFINE_list(
     "models", ["resnet18", "resnet50"], "Networks, of rll_jax.networks.backbones.BACKBONES."
 )
 _SIZES = flags.DEFINE_list("sizes", ["96", "128"], "Sides of the images, pixels, multiples of 4.")
-_BATCH = flags.DEFINE_integer("batch", 16, "Images a batch, 4 of each class.", lower_bound=8)
-_DIM = flags.DEFINE_integer("dim", 512, "Embedding dimension.", lower_bound=1)
+_BATCH = flags.DEFINE_integer(
+    "batch", 16, "Number of images in a batch, 4 of each class.", lower_bound=8
+)
+_DIM = flags.DEFINE_integer("dim", 512, "Embedding dimension D.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16"], "Of the convolutions; PyTorch's by autocast."
+    "dtype",
+    "float32",
+    ["float32", "bfloat16"],
+    "Dtype of the convolutions; PyTorch's by autocast.",
 )
 _COMPILE = flags.DEFINE_bool("torch_compile", False, "Let PyTorch compile its network.")
 _ROUNDS = flags.DEFINE_integer(
@@ -51,216 +48,291 @@ _SECONDS = flags.DEFINE_float(
     "Time to measure each thing in each process; at least one call.",
     lower_bound=0.0,
 )
-_TABLE = flags.DEFINE_string("table", "", "File to write the tables to, too.")
-_KINDS = ("ours", "torch", "torch_channels_last")
-_WORKER = flags.DEFINE_enum("worker", None, _KINDS, "Internal: measure this, print JSON.")
-_PLATFORM = flags.DEFINE_string("platform", "cpu", "Internal: JAX's, for PyTorch to use the same.")
-_CACHE = flags.DEFINE_string("cache", "", "Internal: JAX's persistent compilation cache.")
+_TABLE = flags.DEFINE_string("table", "", "File to write the tables to; empty: none.")
+
+_PEERS = ("torch", "torch_channels_last")  # the two layouts of PyTorch's images
 
 
-def _data(size):
-    """Blocks of colour: random networks tell such images apart, unlike noise, whose embeddings would all be one."""
+class _Task(NamedTuple):
+    """One measurement.
+
+    Attributes:
+      kind: "ours", "torch" or "torch_channels_last".
+      model: name of the backbone.
+      size: side of the images in pixels.
+      batch: number of images.
+      dim: embedding dimension.
+      dtype: dtype of the convolutions.
+      seconds: how long to measure each thing.
+      torch_compile: let PyTorch compile its network.
+      platform: JAX's platform, for PyTorch to use the same.
+      cache: folder of JAX's persistent compilation cache.
+    """
+
+    kind: str
+    model: str
+    size: int
+    batch: int
+    dim: int
+    dtype: str
+    seconds: float
+    torch_compile: bool
+    platform: str
+    cache: str
+
+
+class _Measurable(NamedTuple):
+    """What to measure.
+
+    Attributes:
+      calls: "train", "forward" and "loss".
+      device_memory: returns the most memory that the device held, in MiB; None: the process's.
+      facts: what is known before the calls.
+    """
+
+    calls: Mapping[str, Callable[[], object]]
+    device_memory: Callable[[], float] | None
+    facts: dict[str, Any]
+
+
+class _Compared(NamedTuple):
+    """The results of one network and size; each {name: value} as `measure` returns them.
+
+    Attributes:
+      ours: the best of each value over our processes.
+      cold: our first process, which compiles into an empty cache.
+      torch: the best of each value over PyTorch's processes and layouts; None: not measured.
+      missing: what the tables show for `torch` if it is None.
+    """
+
+    ours: dict[str, Any]
+    cold: dict[str, Any]
+    torch: dict[str, Any] | None
+    missing: str
+
+
+def _data(size: int, batch: int) -> "tuple[np.ndarray, np.ndarray]":
+    """Returns (batch, size, size, 3) uint8 images and their labels.
+
+    The images are blocks of colour: random networks tell such images apart, unlike noise, whose
+    embeddings would all be one.
+    """
     import numpy as np
 
-    blocks = np.random.default_rng(0).integers(0, 256, (_BATCH.value, 4, 4, 3), np.uint8)
-    return blocks.repeat(size // 4, axis=1).repeat(size // 4, axis=2), np.arange(_BATCH.value) // 4
+    blocks = np.random.default_rng(0).integers(0, 256, (batch, 4, 4, 3), np.uint8)
+    return blocks.repeat(size // 4, axis=1).repeat(size // 4, axis=2), np.arange(batch) // 4
 
 
-def _ours(model, images, labels):
+class _TrainStep:
+    """A compiled step with its state, which is donated at each call."""
+
+    def __init__(self, compiled: Callable, state: Any, batch: Any):
+        self._compiled, self._batch = compiled, batch
+        self.state = state
+
+    def __call__(self) -> None:
+        import jax
+
+        self.state, _ = jax.block_until_ready(self._compiled(self.state, self._batch))
+
+
+def _ours(task: _Task, images: "np.ndarray", labels: "np.ndarray") -> _Measurable:
     import jax
 
     from experiments.engine import build
     from experiments.engine import config as config_lib
     from rll_jax import loss
-    from rll_jax.training import devices
-    from rll_jax.training import steps as steps_lib
+    from rll_jax.training import devices, steps
 
-    jax.config.update("jax_compilation_cache_dir", _CACHE.value)
+    jax.config.update("jax_compilation_cache_dir", task.cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # small networks too
-    config = config_lib.Config(
-        backbone=model,
-        embedding_dim=_DIM.value,
-        image_size=images.shape[1],
-        dtype=_DTYPE.value,
+    config = config_lib.from_flat(
+        backbone=task.model,
+        embedding_dim=task.dim,
+        image_size=task.size,
+        dtype=task.dtype,
         optimizer="sgd",
         learning_rate=1e-3,
         schedule="step",
         weight_decay=1e-4,
     )
     device = jax.local_devices()[0]
-    runner = devices.make_runner(config.parallel, [device])
+    runner = devices.make_runner(config.devices.parallel, [device])
     state = build.make_state(config, runner)
-    batch, images = runner.shard({"image": images, "label": labels}), runner.shard_local(images)
+    batch = runner.shard({"image": images, "label": labels})
+    device_images, device_labels = runner.shard_local(images), jax.device_put(labels)
     start = time.perf_counter()
-    lowered = runner.train(
-        functools.partial(steps_lib.train_step, loss=loss.ranked_list_loss)
-    ).lower(state, batch)
+    step = runner.train(functools.partial(steps.train_step, loss=loss.ranked_list_loss))
+    lowered = step.lower(state, batch)
     compiled = lowered.compile()
     facts = {"compile": time.perf_counter() - start}
-    state, _ = jax.block_until_ready(compiled(state, batch))
+    train = _TrainStep(compiled, state, batch)
+    train()
     facts |= {
         "first": time.perf_counter() - _START,
         "platform": device.platform,
-        "flops": lowered.cost_analysis()["flops"],
+        "flops": (lowered.cost_analysis() or {})["flops"],
     }
-    embed = runner.embed(steps_lib.embed_step)
+    embed = runner.embed(steps.embed_step)
     loss_alone = jax.jit(jax.value_and_grad(loss.ranked_list_loss))
-    embedding = jax.random.normal(jax.random.key(0), (_BATCH.value, _DIM.value))
-    labels = jax.device_put(labels)
-
-    def step():
-        nonlocal state
-        state, _ = jax.block_until_ready(compiled(state, batch))
-
-    memory = (
-        (lambda: device.memory_stats()["peak_bytes_in_use"] / 2**20)
-        if device.memory_stats()
-        else None
-    )
+    embeddings = jax.random.normal(jax.random.key(0), (task.batch, task.dim))
     calls = {
-        "train": step,
-        "forward": lambda: jax.block_until_ready(embed(state, images)),
-        "loss": lambda: jax.block_until_ready(loss_alone(embedding, labels)),
+        "train": train,
+        "forward": lambda: jax.block_until_ready(embed(train.state, device_images)),
+        "loss": lambda: jax.block_until_ready(loss_alone(embeddings, device_labels)),
     }
-    return calls, memory, facts
+    if device.memory_stats():
+        return _Measurable(calls, lambda: device.memory_stats()["peak_bytes_in_use"] / 2**20, facts)
+    return _Measurable(calls, None, facts)
 
 
-def _torch(model, images, labels, channels_last):
+def _torch(task: _Task, images: "np.ndarray", labels: "np.ndarray") -> _Measurable:
     from experiments.benchmarks import model_torch
     from rll_jax.networks import backbones
 
-    settings = (_DIM.value, _DTYPE.value, _PLATFORM.value, channels_last, _COMPILE.value)
-    return *model_torch.calls(backbones.BACKBONES[model], images, labels, *settings), {}
+    calls, memory = model_torch.calls(
+        backbones.BACKBONES[task.model],
+        images,
+        labels,
+        task.dim,
+        task.dtype,
+        task.platform,
+        channels_last=task.kind == "torch_channels_last",
+        compiled=task.torch_compile,
+    )
+    return _Measurable(calls, memory, {})
 
 
-def _measure(kind, model, size):
-    layout = {} if kind == "ours" else {"channels_last": kind == "torch_channels_last"}
-    calls, device_memory, facts = (_torch if layout else _ours)(model, *_data(size), **layout)
+def measure(**task: Any) -> dict[str, Any]:
+    """Measures one task in this process.
+
+    Args:
+      **task: the fields of `_Task`.
+
+    Returns:
+      Seconds "train", "forward" and "loss", the best call of each; "memory" in MiB or None. Ours
+      has "compile" and "first" in seconds, "platform" and "flops" too.
+    """
+    setting = _Task(**task)
+    make = _ours if setting.kind == "ours" else _torch
+    calls, device_memory, results = make(setting, *_data(setting.size, setting.batch))
     for name, call in calls.items():
-        start = time.perf_counter()
-        call()
-        if time.perf_counter() - start < _SECONDS.value:
+        if measuring.seconds_of(call) < setting.seconds:
             call()  # where calls are short, the second still warms up
-        if name == "train" and measuring.memory_mib() is not None:
-            with open("/proc/self/clear_refs", "w", encoding="ascii") as clear:
-                clear.write("5")  # VmHWM starts again from here
-        facts[name], end = float("inf"), time.perf_counter() + _SECONDS.value
-        while facts[name] == float("inf") or time.perf_counter() < end:
-            start = time.perf_counter()
-            call()
-            facts[name] = min(facts[name], time.perf_counter() - start)
         if name == "train":
-            facts["memory"] = device_memory() if device_memory else measuring.memory_mib("VmHWM")
-    return facts
+            measuring.restart_peak_memory()
+        results[name] = _best_seconds(call, setting.seconds)
+        if name == "train":
+            results["memory"] = device_memory() if device_memory else measuring.memory_mib("VmHWM")
+    return results
 
 
-def _measured(model, size):
-    """{"ours": the least of each thing, "torch": likewise of both layouts or None, "cold": our first process}."""
-    same = [f"--{flag.name}={flag.value}" for flag in (_BATCH, _DIM, _DTYPE, _COMPILE, _SECONDS)]
-    found = {kind: [] for kind in _KINDS}
-    twin = "resnet" in model  # PyTorch's side has ResNets alone
+def _best_seconds(call: Callable[[], object], seconds: float) -> float:
+    """Calls for so many seconds, at least once, and returns the least that one call took."""
+    end = time.perf_counter() + seconds
+    best = measuring.seconds_of(call)
+    while time.perf_counter() < end:
+        best = min(best, measuring.seconds_of(call))
+    return best
+
+
+def _compared(model: str, size: int) -> _Compared:
+    """Measures one network and size: one process for each kind in turn, in rounds."""
+    has_peer = "resnet" in model  # model_torch has ResNets alone
+    kinds = ("ours", *_PEERS) if has_peer else ("ours",)
+    measured: dict[str, list[dict[str, Any]]] = {kind: [] for kind in ("ours", *_PEERS)}
     with tempfile.TemporaryDirectory() as cache:
         for _ in range(_ROUNDS.value):
-            for kind in _KINDS if twin else _KINDS[:1]:
-                platform = found["ours"][0]["platform"] if found["ours"] else ""
-                command = (
-                    f"--worker={kind}",
-                    f"--models={model}",
-                    f"--sizes={size}",
-                    f"--cache={cache}",
-                    f"--platform={platform}",
+            for kind in kinds:
+                task = _Task(
+                    kind=kind,
+                    model=model,
+                    size=size,
+                    batch=_BATCH.value,
+                    dim=_DIM.value,
+                    dtype=_DTYPE.value,
+                    seconds=_SECONDS.value,
+                    torch_compile=_COMPILE.value,
+                    platform=measured["ours"][0]["platform"] if measured["ours"] else "",
+                    cache=cache,
                 )
-                row = measuring.in_own_process("experiments.benchmarks.model", *command, *same)
-                found[kind] += [row] if row else []
-    (cold, *_), theirs = found["ours"], found["torch"] + found["torch_channels_last"]
-    best = lambda rows: {
-        k: min(row[k] for row in rows if row[k] is not None)
-        for k in rows[0]
-        if rows[0][k] is not None
-    }
+                result = measuring.in_own_process(_MODULE, **task._asdict())
+                if result is not None:
+                    measured[kind].append(result)
+    if not measured["ours"]:
+        raise ValueError("a package that rll_jax needs is missing: see requirements.txt")
+    peers = [result for kind in _PEERS for result in measured[kind]]
+    return _Compared(
+        ours=_best(measured["ours"]),
+        cold=measured["ours"][0],
+        torch=_best(peers) if peers else None,
+        missing="not installed" if has_peer else "-",
+    )
+
+
+def _best(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the least of each value over the results; not those that are None in the first."""
     return {
-        "ours": best(found["ours"]),
-        "cold": cold,
-        "torch": best(theirs) if theirs else None,
-        "none": "not installed" if twin else "-",
+        name: min(result[name] for result in results if result[name] is not None)
+        for name, value in results[0].items()
+        if value is not None
     }
 
 
-def _tables(found):
-    speed = [
-        "| model | pixels | images/s | rll_jax | PyTorch | rll_jax / PyTorch |",
-        "|---|---|---|---|---|---|",
-    ]
-    head = [
-        "training",
-        "pixels",
-        "compile s",
-        "cached",
-        "first step s",
-        "cached",
-        "loss, %",
-        "PyTorch's",
-        "peak MiB",
-        "PyTorch's",
-    ]
-    head += ["GFLOP", "GFLOP/s"]
-    steps = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for (model, size), row in found.items():
-        ours, theirs, cold, none = row["ours"], row["torch"], row["cold"], row["none"]
-        for name, what in (("forward", "forward"), ("train", "train step")):
-            peer = (
-                [f"{_BATCH.value / theirs[name]:.1f}", f"{theirs[name] / ours[name]:.2f}"]
-                if theirs
-                else [none, ""]
-            )
-            speed.append(
-                f"| {model} | {size} | {what} | {_BATCH.value / ours[name]:.1f} | {' | '.join(peer)} |"
-            )
-        cells = [
-            f"{x:.1f}" for x in (cold["compile"], ours["compile"], cold["first"], ours["first"])
-        ]
-        cells += [
-            f"{100 * side['loss'] / side['train']:.2g}" if side else none for side in (ours, theirs)
-        ]
-        cells += [
-            f"{side.get('memory', float('nan')):.0f}" if side else none for side in (ours, theirs)
-        ]
-        cells += [f"{ours['flops'] / 1e9:.3g}", f"{ours['flops'] / ours['train'] / 1e9:.3g}"]
-        steps.append(f"| {model} | {size} | {' | '.join(cells)} |")
-    return "\n".join(speed) + "\n\n" + "\n".join(steps)
+def _speed_table(compared: Mapping[tuple[str, int], _Compared]) -> str:
+    """Returns the table of images per second."""
+    head = ["model", "pixels", "images/s", "rll_jax", "PyTorch", "rll_jax / PyTorch"]
+    lines = []
+    for (model, size), row in compared.items():
+        for name, text in (("forward", "forward"), ("train", "train step")):
+            peer = [row.missing, ""]
+            if row.torch:
+                rate, ratio = _BATCH.value / row.torch[name], row.torch[name] / row.ours[name]
+                peer = [f"{rate:.1f}", f"{ratio:.2f}"]
+            lines.append([model, size, text, f"{_BATCH.value / row.ours[name]:.1f}", *peer])
+    return measuring.markdown_table(head, lines)
 
 
-def main(argv):
-    from rll_jax.networks import backbones
+def _step_table(compared: Mapping[tuple[str, int], _Compared]) -> str:
+    """Returns the table of compilation, memory and operations of the train step."""
+    head = ["training", "pixels", "compile s", "cached", "first step s", "cached", "loss, %"]
+    head += ["PyTorch's", "peak MiB", "PyTorch's", "GFLOP", "GFLOP/s"]
+    lines = []
+    for (model, size), row in compared.items():
+        ours, cold = row.ours, row.cold
+        seconds = [cold["compile"], ours["compile"], cold["first"], ours["first"]]
+        cells = [f"{x:.1f}" for x in seconds]
+        for side in (ours, row.torch):
+            cells.append(f"{100 * side['loss'] / side['train']:.2g}" if side else row.missing)
+        for side in (ours, row.torch):
+            cells.append(f"{side.get('memory', float('nan')):.0f}" if side else row.missing)
+        flops = [ours["flops"] / 1e9, ours["flops"] / ours["train"] / 1e9]
+        lines.append([model, size, *cells, *(f"{x:.3g}" for x in flops)])
+    return measuring.markdown_table(head, lines)
 
-    if len(argv) > 1 or not set(_MODELS.value) <= backbones.BACKBONES.keys():
-        raise app.UsageError(
-            f"--models takes {', '.join(backbones.BACKBONES)}; there are no other arguments"
-        )
-    if not all(size.isdigit() and int(size) % 4 == 0 and int(size) for size in _SIZES.value):
-        raise app.UsageError(f"--sizes takes multiples of 4, got {','.join(_SIZES.value)}")
-    if _WORKER.value:
-        print(json.dumps(_measure(_WORKER.value, _MODELS.value[0], int(_SIZES.value[0]))))
-        return
-    found, load = {}, os.getloadavg()[0]
-    for model in _MODELS.value:
-        for size in _SIZES.value:
-            found[model, size] = row = _measured(model, size)
-            rates = [
-                f"{_BATCH.value / row[side]['train']:.1f}" if row[side] else row["none"]
-                for side in ("ours", "torch")
-            ]
-            print(
-                f"{model} {size}: {rates[0]} images/s in training, PyTorch {rates[1]}",
-                file=sys.stderr,
-                flush=True,
+
+def main() -> None:
+    """Measures what the flags ask for and prints both tables."""
+    from rll_jax.networks import backbones  # not at the top: see `measuring.run_command`
+
+    models = measuring.choices(_MODELS, backbones.BACKBONES)
+    sizes = measuring.integers(_SIZES, multiple_of=4)
+    measuring.check_outputs(_TABLE)
+    compared, load = {}, os.getloadavg()[0]
+    for model in models:
+        for size in sizes:
+            compared[model, size] = row = _compared(model, size)
+            ours, peer = (
+                f"{_BATCH.value / side['train']:.1f}" if side else row.missing
+                for side in (row.ours, row.torch)
             )
-    text = f"batch {_BATCH.value}, {_DTYPE.value}, {measuring.machine()}, load before {load:.1f}\n\n{_tables(found)}\n"
-    print(text, end="")
-    if _TABLE.value:
-        with open(_TABLE.value, "w", encoding="utf-8") as out:
-            out.write(text)
+            measuring.tell(f"{model} {size}: {ours} images/s in training, PyTorch {peer}")
+    text = (
+        f"batch {_BATCH.value}, {_DTYPE.value}, {measuring.machine()}, load before {load:.1f}\n\n"
+        f"{_speed_table(compared)}\n\n{_step_table(compared)}\n"
+    )
+    measuring.print_and_write(text, _TABLE.value)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    measuring.run_command(main)

@@ -13,7 +13,7 @@ Without `on_bad` they raise `images.BadImageError` instead.
 import collections
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import cv2
 import grain
@@ -21,9 +21,7 @@ import numpy as np
 
 from rll_jax.data import images
 from rll_jax.data.random_streams import Stream
-
-if TYPE_CHECKING:  # this room uses no other at run time
-    from rll_jax.typing import ImageDataset, Sampler, View
+from rll_jax.typing import ImageDataset, Sampler, View
 
 OnBad = Callable[[int], None]
 ClassTransform = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -44,9 +42,9 @@ class Images(Protocol):
 
 
 def train_batches(
-    data: "ImageDataset",
-    sampler: "Sampler",
-    augment: "View",
+    data: ImageDataset,
+    sampler: Sampler,
+    augment: View,
     class_transform: ClassTransform | None = None,
     *,
     start: int,
@@ -155,9 +153,9 @@ class _TrainLoader:
       replace: replace bad images; otherwise their error is raised.
     """
 
-    data: "ImageDataset"
-    sampler: "Sampler"
-    augment: "View"
+    data: ImageDataset
+    sampler: Sampler
+    augment: View
     class_transform: ClassTransform | None
     spread: bool
     share: tuple[int, int]

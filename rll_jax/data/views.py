@@ -9,16 +9,14 @@ import functools
 import math
 import os
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
 from rll_jax.data import images
-
-if TYPE_CHECKING:  # this room uses no other at run time
-    from rll_jax.typing import View
+from rll_jax.typing import View
 
 AnyImage = Image.Image | images.EncodedImage
 
@@ -226,7 +224,7 @@ class Jittered:
       ValueError: albumentations is not installed.
     """
 
-    view: "View"
+    view: View
     strong: bool
 
     def __post_init__(self) -> None:

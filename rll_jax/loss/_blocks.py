@@ -24,12 +24,12 @@ class Terms(NamedTuple):
 
 
 def _ratio(x, y):
-    """x / y, and x where y is 0: an empty list's 0, or a NaN that a maximum did not see (as XLA's on the CPU)."""
+    """X / y, and x where y is 0: an empty list's 0, or a NaN that a maximum did not see (as XLA's on the CPU)."""
     return jnp.where(y == 0, x, x / jnp.where(y == 0, 1, y))
 
 
 def _hinge(spec, hyper, u):
-    """h of a pair, with the sign of u."""
+    """H of a pair, with the sign of u."""
     return u * (u / 2 + jnp.where(u > 0, hyper.alpha_pos, hyper.alpha)) if spec.squared else u
 
 

@@ -48,7 +48,8 @@ class GoogLeNetV2Config:
 
     def stage_ends(self, x, conv, norm, remat=(), frozen=0) -> list:
         """The maps at the ends of inception 3c, 4e and 5b: stages 1, 2, 3 for `x`, `remat` and `frozen`, with all blocks since the one
-        before; see `ResNetConfig.ends`."""
+        before; see `ResNetConfig.ends`.
+        """
         ends, x = given_ends(x) if isinstance(x, dict) else ([], self._stem(x, conv, norm))
         there = len(ends)
         for name, channels in _INCEPTIONS.items():

@@ -1,6 +1,6 @@
-"""One training step, the devices it runs on, checkpoints, and the embeddings of a whole dataset.
+"""Training: one step, its devices, cached features, checkpoints, and embeddings of a dataset.
 
-Each module is imported when it is first named.
+Each module is imported when its name is first used.
 """
 
 import importlib

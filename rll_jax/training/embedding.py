@@ -1,98 +1,147 @@
-"""Embeddings of a whole set, each image exactly once whatever the batch size and the number of devices."""
+"""Embeddings of a whole dataset: each image exactly once, whatever the batch size and devices."""
 
+from collections.abc import Callable, Mapping
+import dataclasses
 import itertools
-from typing import Callable
+from typing import Any, Protocol
 
 import jax
-from jax.experimental import multihost_utils
 import numpy as np
 
 from rll_jax.data import pipeline
 from rll_jax.networks import embedding_net
 from rll_jax.training import devices as devices_lib
+from rll_jax.typing import ImageDataset
 
 
 def embed_images(
-    state,
-    data,
-    view: Callable,
-    embed: Callable,
+    state: Any,
+    data: ImageDataset,
+    view: Callable[[Any], np.ndarray],
+    embed: Callable[[Any, Any], Mapping[str, jax.Array]],
     runner: devices_lib.Runner,
     *,
     batch_size: int,
     threads: int = 2,
     processes: int = 0,
-    on_bad: Callable | None = None,
+    on_bad: Callable[[int], None] | None = None,
 ) -> dict[str, np.ndarray]:
-    """{level: (N, D) float32}, rows in the order of the set, the same in every process; each embeds its share.
+    """Embeds every image of a dataset. Each process embeds its share and gets the rows of all.
 
     Args:
-      state: on the devices of this process, as `runner.to_local` gives it.
-      data: has a length and `image(row)`, such as `datasets.EncodedImageDataset`.
+      state: on the devices of this process, as `runner.to_local` returns it.
+      data: the dataset, with at least one image for each process. Its labels are not used.
       view: image -> (H, W, 3) uint8.
-      embed: `runner.embed(train.embed_step)`, compiled once for all evaluations.
-      batch_size: about as many images at a time; rounded up to a multiple of the devices.
-      on_bad: called with the row of a picture that does not decode, whose embedding then means nothing; None: it is raised.
+      embed: `runner.embed(steps.embed_step)`, made once so that it compiles once.
+      runner: the devices.
+      batch_size: number of images embedded at a time in a process, rounded up to a multiple of the
+        number of its devices.
+      threads: that load images, in each process.
+      processes: that load images beside this one; 0: threads alone.
+      on_bad: called in every process with the row of each image that cannot be read. The embedding
+        of such an image means nothing.
+
+    Returns:
+      {level: (N, D) float32}, rows in the order of the dataset, the same in every process.
+
+    Raises:
+      data.images.BadImageError: an image cannot be read and `on_bad` is None.
     """
-    devices = runner.num_devices // jax.process_count()
-    batch_size = -(-batch_size // devices) * devices
-    bounds = [
-        len(data) * i // jax.process_count() for i in range(jax.process_count() + 1)
-    ]  # of the processes' rows
-    first, stop = bounds[jax.process_index() :][:2]
-    each = max(np.diff(bounds))
-    bad = np.zeros(each, bool)
+    index, count = jax.process_index(), jax.process_count()
+    devices = runner.num_devices // count
+    bounds = [len(data) * i // count for i in range(count + 1)]  # of the processes' rows
+    share: Any = _RowRange(data, bounds[index], bounds[index + 1])
+    is_bad = np.zeros(len(share), bool)
+
+    def mark_bad(row: int) -> None:
+        is_bad[row] = True
+
     batches = pipeline.test_batches(
-        _Part(data, first, stop),
+        share,
         view,
-        batch_size=batch_size,
+        batch_size=-(-batch_size // devices) * devices,
         threads=threads,
         processes=processes,
-        on_bad=None if on_bad is None else lambda row: bad.__setitem__(row, True),
+        on_bad=None if on_bad is None else mark_bad,
     )
     parts = [
         {level: np.asarray(e) for level, e in embed(state, images).items()}
         for images in pipeline.prefetch(batches, runner.shard_local)
     ]
-    found = {level: np.concatenate([part[level] for part in parts])[:each] for level in parts[0]}
-    found = {level: e[: stop - first] for level, e in found.items()}
-    if jax.process_count() > 1:
-        padded = {level: np.pad(e, ((0, each - len(e)), (0, 0))) for level, e in found.items()}
-        padded, bad = multihost_utils.process_allgather((padded, bad), tiled=True)
-        of_all = np.concatenate([each * i + np.arange(n) for i, n in enumerate(np.diff(bounds))])
-        found, bad = {level: e[of_all] for level, e in padded.items()}, bad[of_all]
-    for row in np.flatnonzero(bad):
-        on_bad(int(row))
-    return found
-
-
-class _Part:
-    """Some rows of a set, side by side."""
-
-    def __init__(self, data, start, stop):
-        self._data, self._start, self._stop = data, start, stop
-
-    def __len__(self):
-        return self._stop - self._start
-
-    def image(self, row):
-        return self._data.image(self._start + row)
-
-
-def combinations(embeddings: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """{"L": ..., "M": ..., "L,M": ..., ...}: each level, each pair and all together, concatenated and of unit length."""
-    levels = [level for level in embedding_net.LEVELS if level in embeddings]
-    return {
-        ",".join(some): np.asarray(
-            embedding_net.concatenate_levels({level: embeddings[level] for level in some})
-        )
-        for size in range(1, len(levels) + 1)
-        for some in itertools.combinations(levels, size)
+    embeddings = {  # without the rows that fill up the last batch
+        level: np.concatenate([part[level] for part in parts])[: len(share)] for level in parts[0]
     }
+    counts = np.diff(bounds).tolist()
+    embeddings, is_bad = devices_lib.gather_over_processes((embeddings, is_bad), counts)
+    if on_bad is not None:
+        for row in np.flatnonzero(is_bad):
+            on_bad(int(row))
+    return embeddings
 
 
-def queries_and_gallery(embeddings: np.ndarray, data) -> tuple:
-    """The arguments of `metrics.retrieval_metrics`: embeddings and labels, of queries and gallery apart where a set has both."""
+@dataclasses.dataclass(frozen=True)
+class _RowRange:
+    """The images of rows `start` to `stop - 1` of a dataset, as a dataset."""
+
+    data: ImageDataset
+    start: int
+    stop: int
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.data.labels[self.start : self.stop]
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def image(self, row: int) -> Any:
+        return self.data.image(self.start + row)
+
+
+def combinations(embeddings: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Concatenates the embeddings of each level alone, of each pair of levels, and of all levels.
+
+    Args:
+      embeddings: {level: (N, D)}.
+
+    Returns:
+      {"L": ..., "M": ..., "H": ..., "L,M": ..., ..., "L,M,H": ...} of (N, levels * D), of unit
+      length again.
+    """
+    levels = [level for level in embedding_net.LEVELS if level in embeddings]
+    combined = {}
+    for size in range(1, len(levels) + 1):
+        for some in itertools.combinations(levels, size):
+            joined = embedding_net.concatenate_levels({level: embeddings[level] for level in some})
+            combined[",".join(some)] = np.asarray(joined)
+    return combined
+
+
+class SearchDataset(Protocol):
+    """Labels of a dataset to search, which may have a gallery of its own."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) integer classes."""
+        ...
+
+    @property
+    def in_gallery(self) -> np.ndarray | None:
+        """(N,) bool: True in the gallery, False for a query; None: each image is both."""
+        ...
+
+
+def queries_and_gallery(embeddings: np.ndarray, data: SearchDataset) -> tuple[np.ndarray, ...]:
+    """Returns the arguments of `rll_jax.metrics.retrieval_metrics` for a dataset.
+
+    Args:
+      embeddings: (N, D), rows in the order of the dataset.
+      data: the dataset's labels, and which rows are the gallery.
+
+    Returns:
+      (embeddings, labels) if each image is query and gallery; otherwise
+      (query embeddings, query labels, gallery embeddings, gallery labels).
+    """
     if data.in_gallery is None:
         return embeddings, data.labels
     queries, gallery = ~data.in_gallery, data.in_gallery

@@ -1,13 +1,14 @@
 """Networks that compile at once."""
 
 from flax import linen as nn
+import jax
 import jax.numpy as jnp
 
 
 class Linear(nn.Module):
-    """A network that compiles at once."""
+    """{"H": (B, 8)} of unit length: one matrix product of the pixels."""
 
     @nn.compact
-    def __call__(self, images, *, train=False):
+    def __call__(self, images: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
         x = nn.Dense(8, use_bias=False)(images.reshape(len(images), -1) / 255 - 0.5)
         return {"H": x / jnp.linalg.norm(x, axis=-1, keepdims=True)}

@@ -1,4 +1,4 @@
-"""What frozen stages make of pictures, kept: the network behind them is the same network."""
+"""Cached features of frozen stages: the network that continues from them is the same network."""
 
 import dataclasses
 import types
@@ -33,7 +33,7 @@ def network(name):
     return embedding_net.EmbeddingNet(embedding_dim=8, batch_norm="frozen", **NETWORKS[name])
 
 
-def pictures(n=12):
+def make_images(n=12):
     return np.random.default_rng(0).integers(0, 255, (n, SIDE, SIDE, 3), np.uint8)
 
 
@@ -41,10 +41,10 @@ def pictures(n=12):
     "name",
     ["two_maps", *(pytest.param(name, marks=pytest.mark.slow) for name in ("all", "googlenet"))],
 )
-def test_the_rest_embeds_as_the_whole(name):
+def test_the_trainable_part_embeds_as_the_whole_network(name):
     model = network(name)
-    rest = cached_features.trainable_part(model, SIDE)
-    assert [stage for stage, _ in rest.given] == {
+    part = cached_features.trainable_part(model, SIDE)
+    assert [stage for stage, _ in part.given] == {
         "two_maps": [2, 3],
         "all": [3, 4],
         "googlenet": [1, 2],
@@ -53,45 +53,45 @@ def test_the_rest_embeds_as_the_whole(name):
 
     @jax.jit
     def all_of_it(state, images):
-        kept = cached_features.feature_step(rest)(state, images)["kept"]
+        cached = cached_features.feature_step(part)(state, images)["features"]
         return (
-            kept,
+            cached,
             steps.embed_step(state, images),
-            steps.embed_step(state.replace(apply_fn=rest.apply), kept),
+            steps.embed_step(state.replace(apply_fn=part.apply), cached),
         )
 
-    kept, expected, found = all_of_it(state, pictures())
-    assert kept.shape == (12, cached_features.feature_size(rest)) and kept.dtype == np.float16
+    cached, expected, found = all_of_it(state, make_images())
+    assert cached.shape == (12, cached_features.feature_size(part)) and cached.dtype == np.float16
     for level in model.levels:
         np.testing.assert_allclose(found[level], expected[level], atol=2e-3)
 
 
-def test_a_step_on_what_is_kept_is_a_step_on_the_pictures():
-    """The parameters behind move alike, those of the frozen stages not at all; the heads' running statistics alike too."""
+def test_a_step_on_cached_features_is_a_step_on_the_images():
+    """The trained parameters and the heads' statistics move alike, the frozen stages not at all."""
     model = network("two_maps")
-    rest = cached_features.trainable_part(model, SIDE)
+    part = cached_features.trainable_part(model, SIDE)
     labels = jnp.arange(12) // 3
     state = steps.create_train_state(model, optax.sgd(0.1), SIDE, 0)
     ends = model.apply(
         {"params": state.params, "batch_stats": state.batch_stats},
-        pictures(),
+        make_images(),
         train=False,
         features=True,
     )
-    kept = jnp.concatenate(
-        [ends[stage - 1].reshape(12, -1) for stage, _ in rest.given], axis=1
+    cached = jnp.concatenate(
+        [ends[stage - 1].reshape(12, -1) for stage, _ in part.given], axis=1
     )  # not rounded
     step = jax.jit(
         lambda state, image: steps.train_step(
             state, {"image": image, "label": labels}, loss=loss.ranked_list_loss
         )[0]
     )
-    expected, found = step(state, pictures()), step(state.replace(apply_fn=rest.apply), kept)
+    expected, found = step(state, make_images()), step(state.replace(apply_fn=part.apply), cached)
     moved = 0
     for name in expected.params:
-        for a, b, before in zip(
-            *(jax.tree.leaves(tree[name]) for tree in (expected.params, found.params, state.params))
-        ):
+        trees = (expected.params, found.params, state.params)
+        leaves = (jax.tree.leaves(tree[name]) for tree in trees)
+        for a, b, before in zip(*leaves, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
             moved += np.abs(a - before).max() > 1e-4
     assert moved > 8
@@ -102,52 +102,50 @@ def test_a_step_on_what_is_kept_is_a_step_on_the_pictures():
     )
 
 
-def test_each_view_of_each_picture_is_kept_once(tmp_path, monkeypatch):
+def test_each_view_of_each_image_is_cached_once(tmp_path, monkeypatch):
     rows = [benchmarks.Row(f"{i}.jpg", i // 2, "train") for i in range(6)]
     for i, row in enumerate(rows):
         (tmp_path / row.path).write_bytes(jpeg(i))
     data = image_dataset.from_rows(tmp_path, rows)["train"]
     seen = []
 
-    def view(picture, rng):
+    def view(image, rng):
         seen.append(rng.integers(2**31))
         return np.full((SIDE, SIDE, 3), seen[-1] % 256, np.uint8)
 
     model = network("two_maps")
-    monkeypatch.setattr(cached_features, "batch_rows", lambda rest: 4)  # so that there are parts
-    rest, runner = (
+    monkeypatch.setattr(cached_features, "batch_rows", lambda part: 4)  # so that there are pieces
+    part, runner = (
         cached_features.trainable_part(model, SIDE),
         devices.make_runner("pmap", jax.devices()[:2]),
     )
     state = runner.replicate(steps.create_train_state(model, optax.sgd(0.1), SIDE, 0))
-    embed = lambda part: embedding.embed_images(
-        state,
-        part,
-        lambda x: x,
-        runner.embed(cached_features.feature_step(rest)),
-        runner,
-        batch_size=4,
-        threads=1,
-    )
+    embed_batch = runner.embed(cached_features.feature_step(part))
+
+    def embed(views):
+        return embedding.embed_images(
+            state, views, lambda x: x, embed_batch, runner, batch_size=4, threads=1
+        )
+
     for _ in range(2):  # once
-        cached_features.write(tmp_path / "kept.npy", data, view, 3, rest, embed)
+        cached_features.write(tmp_path / "cached.npy", data, view, 3, part, embed)
     assert len(seen) == len(set(seen)) == 18
-    kept = cached_features.CachedFeatures(tmp_path / "kept.npy", data.labels, rest)
-    assert len(kept) == 6 and kept.image(5).shape == (3, cached_features.feature_size(rest))
+    cached = cached_features.CachedFeatures(tmp_path / "cached.npy", data.labels, part)
+    assert len(cached) == 6 and cached.image(5).shape == (3, cached_features.feature_size(part))
     pixels = np.stack([np.full((SIDE, SIDE, 3), seed % 256, np.uint8) for seed in seen])
     expected = np.asarray(
-        jax.jit(cached_features.feature_step(rest))(state, pixels)["kept"]
+        jax.jit(cached_features.feature_step(part))(state, pixels)["features"]
     ).reshape(3, 6, -1)
     np.testing.assert_allclose(
-        np.stack([kept.image(row) for row in range(6)], axis=1), expected, rtol=2e-3, atol=2e-3
+        np.stack([cached.image(row) for row in range(6)], axis=1), expected, rtol=2e-3, atol=2e-3
     )
     drawn = {
         int(
             np.abs(
-                cached_features.random_view(kept.image(0), np.random.default_rng(seed)).astype(
+                cached_features.random_view(cached.image(0), np.random.default_rng(seed)).astype(
                     float
                 )
-                - kept.image(0)
+                - cached.image(0)
             )
             .max(axis=1)
             .argmin()
@@ -155,25 +153,26 @@ def test_each_view_of_each_picture_is_kept_once(tmp_path, monkeypatch):
         for seed in range(20)
     }
     assert drawn == {0, 1, 2} and np.array_equal(
-        cached_features.first_view(kept.image(0)), kept.image(0)[0]
+        cached_features.first_view(cached.image(0)), cached.image(0)[0]
     )
 
     for labels, size, text in (
         (data.labels[1:], None, r"it holds \(6, 3, "),
         (data.labels, 1000, "is damaged: remove it"),
     ):
-        with (tmp_path / "kept.npy").open("r+b") as file:
-            file.truncate(size or (tmp_path / "kept.npy").stat().st_size)
+        with (tmp_path / "cached.npy").open("r+b") as file:
+            file.truncate(size or (tmp_path / "cached.npy").stat().st_size)
         with pytest.raises(ValueError, match=text):
-            cached_features.CachedFeatures(tmp_path / "kept.npy", labels, rest)
+            cached_features.CachedFeatures(tmp_path / "cached.npy", labels, part)
     (tmp_path / "3.jpg").write_bytes(b"broken")
+    (tmp_path / ".again.npy.0.tmp").write_bytes(b"")  # of a process that was killed: removed
     with pytest.raises(images.BadImageError, match="3.jpg"):
         cached_features.write(
             tmp_path / "again.npy",
             data,
-            lambda picture, rng: np.asarray(picture.rgb().resize((SIDE, SIDE))),
+            lambda image, rng: np.asarray(image.rgb().resize((SIDE, SIDE))),
             1,
-            rest,
+            part,
             embed,
         )
     with pytest.raises(ValueError, match="not finite in float16"):
@@ -182,13 +181,15 @@ def test_each_view_of_each_picture_is_kept_once(tmp_path, monkeypatch):
             data.take([0]),
             view,
             1,
-            rest,
-            lambda part: {"kept": np.full((1, cached_features.feature_size(rest)), np.inf)},
+            part,
+            lambda views: {"features": np.full((1, cached_features.feature_size(part)), np.inf)},
         )
-    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".jpg"] * 6 + [".npy"]
+    locks = {".cached.npy.lock", ".again.npy.lock"}  # a lock file stays: others may wait for it
+    names = {row.path for row in rows} | {"cached.npy"} | locks
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
-def test_what_is_kept_goes_by_all_that_changes_it():
+def test_the_name_of_the_cache_depends_on_all_that_changes_it():
     labels = np.arange(4)
     data = image_dataset.EncodedImageDataset(None, labels, labels, labels.astype(str), labels)
     usual = dict(
@@ -235,7 +236,7 @@ def test_what_is_kept_goes_by_all_that_changes_it():
 
 
 def test_what_does_not_go_together():
-    with pytest.raises(ValueError, match="there is nothing to keep"):
+    with pytest.raises(ValueError, match="there is nothing to cache"):
         cached_features.trainable_part(
             dataclasses.replace(network("two_maps"), frozen_stages=0), SIDE
         )

@@ -1,4 +1,4 @@
-"""What the train step is asked beside an update: a memory to rank, what to watch, little memory to take, machines that are not here."""
+"""The train step beyond an update: a memory to rank, distances to watch, chunks, other machines."""
 
 import functools
 
@@ -34,7 +34,10 @@ def with_memory(kind, batches, size=96, embed_chunk=0):
 
 @pytest.fixture(scope="module")
 def few_classes():
-    """Batches of 12 of 20 classes, so that a memory holds others of a query's class; the last cannot be used."""
+    """Batches of 12 of 20 classes, so that a memory holds others of a query's class.
+
+    The last batch has images of NaN.
+    """
     rng = np.random.default_rng(1)
     made = [
         {
@@ -52,11 +55,11 @@ def remembered(few_classes):
 
 
 def test_a_memory_is_ranked(few_classes, remembered):
-    """The last 96 rows, as they were when they were stored, this batch's among them; nothing that is not finite is stored."""
+    """The last 96 rows, as they were when stored, this batch's among them; nothing not finite."""
     states, losses = remembered
     rows = [
         np.asarray(Linear().apply({"params": s.params}, b["image"])["H"])
-        for s, b in zip(states, few_classes)
+        for s, b in zip(states[:-1], few_classes, strict=True)
     ]
     rank = jax.jit(loss.ranked_list_loss)
     for n in range(4):
@@ -78,9 +81,8 @@ def test_a_memory_is_ranked(few_classes, remembered):
 def test_a_memory_is_the_same_on_many_devices(kind, embed_chunk, few_classes, remembered):
     states, losses = with_memory(kind, few_classes, embed_chunk=embed_chunk)
     np.testing.assert_allclose(losses, remembered[1], rtol=1e-5)
-    same = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)
     jax.tree.map(
-        same,
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
         (states[-1].params, states[-1].memory),
         (remembered[0][-1].params, remembered[0][-1].memory),
     )
@@ -99,10 +101,8 @@ def test_watched_distances(axis):
     if axis is None:
         found = watch(x, labels)
     else:
-        split = lambda a: a.reshape(8, 6, *a.shape[1:])
-        found = jax.tree.map(
-            lambda a: np.asarray(a).mean(axis=0), jax.pmap(watch, axis)(split(x), split(labels))
-        )
+        found = jax.pmap(watch, axis)(x.reshape(8, 6, 5), labels.reshape(8, 6))
+        found = jax.tree.map(lambda a: np.asarray(a).mean(axis=0), found)
     distance = np.linalg.norm(x[:, None].astype(float) - x, axis=2)
     same = (labels[:, None] == labels) & ~np.eye(48, dtype=bool)
     other = labels[:, None] != labels
@@ -120,7 +120,7 @@ def test_watched_distances(axis):
     [{}, {"embed_chunk": 2, "batch_norm": "frozen", "memory_size": 2048, "dtype": "bfloat16"}],
 )
 def test_the_step_lowers_for_machines_that_are_not_here(platform, options):
-    """The whole train step, with the loss over the axis of a pod of 256 chips: nothing in it is of CPUs alone."""
+    """The whole train step, over a pod of 256 chips: nothing in it is for CPUs alone."""
     options = (
         dict(
             backbone="resnet_tiny",
@@ -154,7 +154,7 @@ def test_the_step_lowers_for_machines_that_are_not_here(platform, options):
 
 
 def test_chunks_take_the_memory_of_one():
-    """Eight times the images in chunks of as many take little more than those; at once they take about eight times as much."""
+    """Eight times the images take little more memory in chunks, eight times as much at once."""
 
     def taken(images, chunk):
         settings = config.Config(

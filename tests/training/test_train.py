@@ -67,11 +67,11 @@ def test_eight_devices_equal_one(kind, batches, expected):
     runner = devices_lib.make_runner(kind)
     assert runner.num_devices == 8
     state, many = runner.replicate(make_state(devices_lib.AXIS)), runner.train(step)
-    for batch, of_one in zip(batches, expected[1]):
+    for batch, one_device in zip(batches, expected[1], strict=True):
         state, metrics = many(state, runner.shard(batch))
-        assert metrics.keys() == of_one.keys() == {"loss", "loss_M", "loss_H", "gradient_norm"}
+        assert metrics.keys() == one_device.keys() == {"loss", "loss_M", "loss_H", "gradient_norm"}
         for name in metrics:
-            np.testing.assert_allclose(metrics[name], of_one[name], rtol=1e-4, err_msg=name)
+            np.testing.assert_allclose(metrics[name], one_device[name], rtol=1e-4, err_msg=name)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
         (state.params, state.batch_stats),
@@ -82,7 +82,10 @@ def test_eight_devices_equal_one(kind, batches, expected):
 
 def test_local_losses_would_be_another_loss(batches, expected):
     """What a classifier's data-parallel step would do: the test above is sharp enough to tell."""
-    local = lambda e, y, axis_name: loss.ranked_list_loss(e, y)
+
+    def local(embeddings, labels, axis_name):
+        return loss.ranked_list_loss(embeddings, labels)
+
     runner = devices_lib.make_runner("pmap")
     state = runner.replicate(make_state(devices_lib.AXIS))
     _, metrics = runner.train(functools.partial(steps.train_step, loss=local))(
@@ -117,8 +120,8 @@ def test_checkpoint_restores_on_other_devices(tmp_path, expected):
     assert len(jax.tree.leaves(back.params)[0].devices()) == 8
 
 
-class Pictures:
-    """A set of 21 pictures, as `evaluate` needs it."""
+class Images:
+    """A dataset of 21 images, as `embed_images` needs it."""
 
     def __init__(self):
         self.pixels = np.random.default_rng(1).integers(0, 255, (21, 16, 16, 3), np.uint8)
@@ -132,7 +135,7 @@ class Pictures:
 
 @pytest.mark.parametrize("kind", ["pmap", "shard_map"])
 def test_embeddings_do_not_depend_on_batch_or_devices(kind, expected):
-    data, state = Pictures(), expected[0]
+    data, state = Images(), expected[0]
     straight = embedding_net.concatenate_levels(steps.embed_step(state, data.pixels))
     np.testing.assert_allclose(np.linalg.norm(straight, axis=1), 1, rtol=1e-5)
     for devices, batch_size in ((8, 5), (1, 8)):
@@ -263,7 +266,10 @@ def test_frozen_affine_stops_the_backbones_alone(batches):
 
 @pytest.mark.parametrize("kind", ["pmap", "shard_map", None])
 def test_chunks_make_the_same_update(kind, batches):
-    """With frozen statistics, on eight devices and on one; trained statistics are the mean of the chunks'."""
+    """With frozen statistics, on eight devices and on one.
+
+    Trained statistics are the mean of the chunks'.
+    """
     axis = devices_lib.AXIS if kind else None
 
     def run(chunk, batch_norm):
@@ -292,7 +298,7 @@ def test_chunks_make_the_same_update(kind, batches):
 
 
 def test_a_step_that_is_not_finite_changes_nothing(batches):
-    """Neither parameters nor statistics nor the optimiser; counted in a row, most in a row, and in all."""
+    """Neither parameters nor statistics nor the optimiser; streak, longest, total are counted."""
     state, one = make_state(None, ("H",)), jax.jit(step)
     broken = {**batches[1], "image": np.full((48, 16, 16, 3), np.nan, np.float32)}
     counted = []
@@ -324,10 +330,11 @@ def test_frozen_stages_get_no_gradient(backbone):
         backbone, 8, ("M", "H"), batch_norm="frozen", frozen_stages=1
     )
     variables = variables_like(model, images)
-    ends = lambda params: sum(
-        x.mean()
-        for x in model.apply(variables | {"params": params}, images, train=True, features=True)
-    )
+
+    def ends(params):
+        maps = model.apply(variables | {"params": params}, images, train=True, features=True)
+        return sum(x.mean() for x in maps)
+
     found = jax.jit(jax.grad(ends))(variables["params"])
     moved = {
         name: bool(max(np.abs(x).max() for x in jax.tree.leaves(module)))
@@ -349,9 +356,12 @@ def test_moving_average(batches):
     for number, batch in enumerate(batches, start=1):
         state, _ = one(state, batch)
         decay = min(0.3, (1 + number) / (10 + number))
-        expected = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, expected, state.params)
+        expected = jax.tree.map(
+            lambda e, p, decay=decay: decay * e + (1 - decay) * p, expected, state.params
+        )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.ema, expected)
-    of_average = steps.embed_step(state.replace(params=state.ema, ema=None), batches[0]["image"])[
-        "H"
-    ]
-    np.testing.assert_array_equal(steps.embed_step(state, batches[0]["image"])["H"], of_average)
+    averaged = state.replace(params=state.ema, ema=None)
+    images = batches[0]["image"]
+    np.testing.assert_array_equal(
+        steps.embed_step(state, images)["H"], steps.embed_step(averaged, images)["H"]
+    )
