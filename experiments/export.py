@@ -44,7 +44,7 @@ def main(_):
             if options.format == "stablehlo":
                 aside.write_bytes(_stablehlo(trained))
             else:
-                weights.write_safetensors(aside, weights.to_named_arrays(trained.variables))
+                weights.write_safetensors(aside, weights.to_named_arrays(trained.variables, trained.config.network))
     size = trained.config.image_size
     print(
         f"written: {out} ({out.stat().st_size / 2**20:.1f} MiB), step {trained.step}, for images of {size} x {size} pixels"

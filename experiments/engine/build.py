@@ -103,7 +103,10 @@ def make_state(
         learnt = {name: params.pop(name) for name in (steps_lib.PROXIES,) if name in params}
         variables = {"params": params, "batch_stats": batch_stats}
         new = weights.from_named_arrays(
-            published, variables, heads=config.pretrained_head or bool(config.init_from)
+            published,
+            variables,
+            config.network,
+            heads=config.pretrained_head or bool(config.init_from),
         )
         params = {**new["params"], **learnt}
         # a copy for the average: steps donate both
@@ -134,7 +137,8 @@ def read_pretrained(config) -> dict[str, np.ndarray]:
     path = pathlib.Path(name)
     try:
         if path.is_dir() or config.init_from:
-            published = weights.to_named_arrays(load(name).variables)
+            trained = load(name)
+            published = weights.to_named_arrays(trained.variables, trained.config.network)
         else:
             published = weights.read(path if path.suffix in weights.SUFFIXES else _from_hub(name))
         shapes = jax.eval_shape(functools.partial(_create, config))
@@ -143,7 +147,10 @@ def read_pretrained(config) -> dict[str, np.ndarray]:
             {"params": shapes.params, "batch_stats": shapes.batch_stats},
         )
         weights.from_named_arrays(
-            published, blank, heads=config.pretrained_head or bool(config.init_from)
+            published,
+            blank,
+            config.network,
+            heads=config.pretrained_head or bool(config.init_from),
         )
     except ValueError as error:
         raise ValueError(f"--{'pretrained' if config.pretrained else 'init_from'}={name}: {error}")

@@ -11,6 +11,7 @@ from absl import flags, logging
 
 from experiments.engine import datasets, losses
 from rll_jax.networks import backbones, embedding_net
+from rll_jax.typing import Backbone
 
 # How a run is carried out, not what comes out of it: these may change when it is resumed.
 FREE_TO_CHANGE = (
@@ -393,14 +394,16 @@ class Config:
         )
 
     @property
-    def network(self) -> backbones.ResNetConfig | backbones.GoogLeNetV2Config:
+    def network(self) -> Backbone:
         """--backbone, with --stem, --width and --stage_sizes."""
         network = backbones.BACKBONES[self.backbone]
         given = {"width": self.width, "stage_sizes": self.numbers("stage_sizes")}
         changes = {name: value for name, value in given.items() if value} | _STEMS.get(
             self.stem, {}
         )
-        if changes and not isinstance(network, backbones.ResNetConfig):
+        if not isinstance(network, backbones.ResNetConfig):
+            if not changes:
+                return network
             raise ValueError(
                 f"--stem, --width and --stage_sizes are of ResNets, and --backbone={self.backbone} is none"
             )

@@ -98,7 +98,7 @@ def kept_as(config, rest, data: image_dataset.EncodedImageDataset, views: int, w
     """A digest of all that changes what frozen stages with these weights make of so many views of a set."""
     of_config = (
         config.network,
-        rest.given,
+        rest.cached_stages,
         config.dtype,
         config.image_size,
         datasets.augment(config),

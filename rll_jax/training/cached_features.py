@@ -42,17 +42,17 @@ def trainable_part(
     ends = jax.eval_shape(
         lambda x: model.init_with_output(jax.random.key(0), x, features=True)[0], images
     )
-    return model.clone(given=tuple((stage, ends[stage - 1].shape[1:]) for stage in stages))
+    return model.clone(cached_stages=tuple((stage, ends[stage - 1].shape[1:]) for stage in stages))
 
 
 def feature_size(rest: embedding_net.EmbeddingNet) -> int:
     """Values kept of a view."""
-    return sum(math.prod(shape) for _, shape in rest.given)
+    return sum(math.prod(shape) for _, shape in rest.cached_stages)
 
 
 def feature_step(rest: embedding_net.EmbeddingNet) -> Callable:
     """(state of the whole network, (n, H, W, 3) images) -> {"kept": (n, `feature_size`) float16}, for `parallel.Runner.embed`."""
-    whole = rest.clone(given=())
+    whole = rest.clone(cached_stages=())
 
     def kept(state, images):
         ends = whole.apply(
@@ -63,7 +63,7 @@ def feature_step(rest: embedding_net.EmbeddingNet) -> Callable:
         )
         return {
             "kept": jnp.concatenate(
-                [ends[stage - 1].reshape(len(images), -1) for stage, _ in rest.given], axis=1
+                [ends[stage - 1].reshape(len(images), -1) for stage, _ in rest.cached_stages], axis=1
             ).astype(np.float16)
         }
 

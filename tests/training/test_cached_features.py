@@ -44,7 +44,7 @@ def pictures(n=12):
 def test_the_rest_embeds_as_the_whole(name):
     model = network(name)
     rest = cached_features.trainable_part(model, SIDE)
-    assert [stage for stage, _ in rest.given] == {
+    assert [stage for stage, _ in rest.cached_stages] == {
         "two_maps": [2, 3],
         "all": [3, 4],
         "googlenet": [1, 2],
@@ -79,7 +79,7 @@ def test_a_step_on_what_is_kept_is_a_step_on_the_pictures():
         features=True,
     )
     kept = jnp.concatenate(
-        [ends[stage - 1].reshape(12, -1) for stage, _ in rest.given], axis=1
+        [ends[stage - 1].reshape(12, -1) for stage, _ in rest.cached_stages], axis=1
     )  # not rounded
     step = jax.jit(
         lambda state, image: steps.train_step(
