@@ -51,7 +51,8 @@ def main(_: Any) -> None:
             if options.format == "stablehlo":
                 temporary.write_bytes(_stablehlo(trained))
             else:
-                arrays = weights.to_named_arrays(trained.variables)
+                backbone = trained.config.network.backbone_config
+                arrays = weights.to_named_arrays(trained.variables, backbone)
                 weights.write_safetensors(temporary, arrays)
     size, mib = trained.config.data.image_size, out.stat().st_size / 2**20
     print(

@@ -16,13 +16,13 @@ MAY_USE = {
     "rll_jax.typing": set(),
     "rll_jax.loss": set(),
     "rll_jax.metrics": set(),
-    "rll_jax.networks": {"rll_jax.loss"},
+    "rll_jax.networks": {"rll_jax.loss", "rll_jax.typing"},
     "rll_jax.data": set(),
     "rll_jax.training": {"rll_jax.loss", "rll_jax.networks", "rll_jax.data"},
     "experiments.data": {"experiments.engine", "rll_jax.data"},
     "experiments.engine": {
         "rll_jax", "rll_jax.loss", "rll_jax.metrics", "rll_jax.networks", "rll_jax.data",
-        "rll_jax.training",
+        "rll_jax.training", "rll_jax.typing",
     },
     "experiments.benchmarks": {
         "experiments.engine", "rll_jax.loss", "rll_jax.metrics", "rll_jax.networks", "rll_jax.data",

@@ -60,7 +60,9 @@ def _with_weights(
     params, batch_stats = jax.device_get((dict(state.params), state.batch_stats))
     learnt = {steps.PROXIES: params.pop(steps.PROXIES)} if steps.PROXIES in params else {}
     variables = {"params": params, "batch_stats": batch_stats}
-    new = weights.from_named_arrays(arrays, variables, heads=options.loads_heads)
+    new = weights.from_named_arrays(
+        arrays, variables, options.backbone_config, heads=options.loads_heads
+    )
     params = {**new["params"], **learnt}
     # The average is a copy, as steps donate both.
     ema = None if state.ema is None else jax.tree.map(np.copy, params)

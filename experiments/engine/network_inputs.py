@@ -113,7 +113,7 @@ def cache_name(
         num_views,
         frozen_digest,
         config.network.backbone_config,
-        model.given,
+        model.cached_stages,
         config.network.dtype,
         config.data.image_size,
         config.data.augmentation,

@@ -25,7 +25,9 @@ def read_starting_weights(config: Config) -> dict[str, np.ndarray] | None:
         return None
     try:
         if options.init_from or pathlib.Path(name).is_dir():
-            arrays = weights.to_named_arrays(trained_network.load(name).variables)
+            trained = trained_network.load(name)
+            backbone = trained.config.network.backbone_config
+            arrays = weights.to_named_arrays(trained.variables, backbone)
         else:
             arrays = _read_file(name)
         _check(arrays, config)
@@ -40,7 +42,9 @@ def _check(arrays: dict[str, np.ndarray], config: Config) -> None:
     shapes = jax.eval_shape(functools.partial(build.create_state, config))
     variables = {"params": shapes.params, "batch_stats": shapes.batch_stats}
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variables)
-    weights.from_named_arrays(arrays, zeros, heads=config.network.loads_heads)
+    weights.from_named_arrays(
+        arrays, zeros, config.network.backbone_config, heads=config.network.loads_heads
+    )
 
 
 def _read_file(name: str) -> dict[str, np.ndarray]:

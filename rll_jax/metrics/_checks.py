@@ -1,38 +1,70 @@
 """Checks of the embeddings and labels that scores are computed from."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
-def labelled_rows(name, x, labels_name, labels):
-    x, labels = np.asarray(x), np.asarray(labels)
+def labelled_rows(
+    name: str,
+    embeddings: jax.Array | np.ndarray,
+    labels_name: str,
+    labels: jax.Array | np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns embeddings, as `embedding_rows` does, and their labels as a NumPy array.
+
+    Args:
+      name: what error messages call the embeddings.
+      embeddings: (N, D) floating.
+      labels_name: what error messages call the labels.
+      labels: (N,) integers.
+
+    Raises:
+      TypeError: the labels are not integers, or the embeddings are not floating.
+      ValueError: the shapes do not fit together, or as `embedding_rows`.
+    """
+    embeddings, labels = np.asarray(embeddings), np.asarray(labels)
     if not np.issubdtype(labels.dtype, np.integer):
         raise TypeError(f"{labels_name} must be integers, found {labels.dtype}")
-    if x.ndim != 2 or labels.shape != x.shape[:1]:
+    if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
         raise ValueError(
-            f"{name} must be (N, D) and {labels_name} (N,), found {x.shape} and {labels.shape}"
+            f"{name} must be (N, D) and {labels_name} (N,), found {embeddings.shape} and "
+            f"{labels.shape}"
         )
-    return embedding_rows(name, x), labels
+    return embedding_rows(name, embeddings), labels
 
 
-def embedding_rows(name, x):
-    x = np.asarray(x)
-    if not jax.numpy.issubdtype(x.dtype, np.floating):  # numpy's own does not know bfloat16
-        raise TypeError(f"{name} must be floating, found {x.dtype}")
-    if x.ndim != 2 or not x.size:
-        raise ValueError(f"{name} must be (N, D) and not empty, found shape {x.shape}")
-    x = (
-        x
-        if x.dtype.itemsize in (4, 8)
-        else x.astype(np.float32 if x.dtype.itemsize < 4 else np.float64)
-    )
-    for what, bad in (
-        ("not finite", ~np.isfinite(x).all(axis=1)),
-        ("zero vectors", ~x.any(axis=1)),
-    ):
-        if bad.any():
-            at = np.flatnonzero(bad)
-            raise ValueError(
-                f"{len(at)} of {len(x)} rows of {name} are {what}, the first: {at[:10].tolist()}"
-            )
-    return x
+def embedding_rows(name: str, embeddings: jax.Array | np.ndarray) -> np.ndarray:
+    """Returns embeddings as a NumPy array of float32 or float64.
+
+    Narrower types become float32, wider types float64.
+
+    Args:
+      name: what error messages call the embeddings.
+      embeddings: (N, D) floating.
+
+    Raises:
+      TypeError: the embeddings are not floating.
+      ValueError: the embeddings are not (N, D), are empty, or have rows that are not finite or
+        zero; the message has the numbers of the first ten of these rows.
+    """
+    rows = np.asarray(embeddings)
+    if not jnp.issubdtype(rows.dtype, np.floating):  # NumPy's issubdtype does not know bfloat16
+        raise TypeError(f"{name} must be floating, found {rows.dtype}")
+    if rows.ndim != 2 or not rows.size:
+        raise ValueError(f"{name} must be (N, D) and not empty, found shape {rows.shape}")
+    if rows.dtype.itemsize not in (4, 8):
+        rows = rows.astype(np.float32 if rows.dtype.itemsize < 4 else np.float64)
+    _check_none(name, "not finite", np.logical_not(np.isfinite(rows).all(axis=1)))
+    _check_none(name, "zero vectors", np.logical_not(rows.any(axis=1)))
+    return rows
+
+
+def _check_none(name: str, fault: str, faulty: np.ndarray) -> None:
+    """Raises ValueError if any of the (N,) rows has the fault."""
+    if faulty.any():
+        numbers = np.flatnonzero(faulty)
+        raise ValueError(
+            f"{len(numbers)} of {len(faulty)} rows of {name} are {fault}, the first: "
+            f"{numbers[:10].tolist()}"
+        )

@@ -1,42 +1,32 @@
-"""Where the positives of a query stand in the ranking of a gallery, exactly, with nothing sorted but a few rows.
+"""The exact ranks of each query's positives in a gallery, and the scores that follow from them.
 
-Private to `rll_jax.metrics`. The last bits of a float32 product depend on the backend, on the block and on the place in it, so
-float32 decides only what it can: items clearly more similar than a positive, and items that may be. Where the two counts
-lead to different scores, the query is ranked again in float64. What comes out depends on none of that.
+A positive's rank is one more than the number of items before it. Two steps find it, and neither
+sorts the gallery:
 
-A random rotation of all vectors comes first. It changes no cosine, and makes the rounding errors of a sum of D products
-independent, about sqrt(D) of them instead of D: in vectors of equal components, or of 0 and 1, all would go one way.
+1. `rll_jax.metrics._counts` counts, with float32 products on all devices, the items that are surely
+   more similar than a positive, and the items that may be. The last bits of a float32 product
+   depend on the backend, on the block, and on the place in the block. The two counts allow for
+   that.
+2. A query whose scores differ between the two counts is ranked again with float64 products on the
+   CPU.
+
+So the scores depend on neither the backend nor the blocks.
 """
 
-import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
-import jax
-from jax import lax
-import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
 import numpy as np
+
+from rll_jax.metrics import _counts, _vectors
+from rll_jax.metrics._problem import Problem
 
 TIE = 1e-14  # similarities this close, in float64, are equal
 MOST_POSITIVES = 64  # a query with more is ranked in float64 at once
 _MRR_EXACT_TO = 1e-6
-_FLOAT64_NUMBERS, _FLOAT64_COLUMNS = 1 << 24, 8192
-_ABSENT = np.iinfo(np.int64).max  # the rank of a positive that is not there
-
-
-class Problem(NamedTuple):
-    """Queries with at least one positive, and a gallery; `own` says that they are the same rows."""
-
-    queries: np.ndarray
-    query_norms: np.ndarray  # (Q, 1) float64
-    query_labels: np.ndarray  # dense: 0, 1, ...
-    gallery: np.ndarray
-    gallery_norms: np.ndarray
-    gallery_labels: np.ndarray
-    own: bool
-    order: np.ndarray  # the gallery's rows, class by class
-    start: np.ndarray  # (Q,) where in `order` the query's class begins
-    size: np.ndarray  # (Q,) how many there are of it, the query itself counted
+_FLOAT64_SIMILARITIES = 1 << 24  # similarities that are held in float64 at once
+_FLOAT64_COMPONENTS = 1 << 22  # components of positives that are held in float64 at once
+_ABSENT = np.iinfo(np.int64).max  # the rank that fills a row behind a query's last positive
 
 
 class Scores(NamedTuple):
@@ -46,279 +36,170 @@ class Scores(NamedTuple):
     r_precision: np.ndarray
     average_precision: np.ndarray
 
-    @classmethod
-    def of(cls, ranks: np.ndarray, positives: np.ndarray) -> "Scores":
-        """From (Q, M) ranks in ascending order, `_ABSENT` behind a query's last, and its (Q,) number of positives."""
-        within = ranks <= positives[:, None]
-        precision = np.arange(1, ranks.shape[1] + 1) / ranks
-        average = np.where(within, precision, 0).sum(1) / positives
-        return cls(ranks[:, 0], within.sum(1) / positives, average)
 
+def score(problem: Problem, ks: Iterable[int], block_size: int) -> tuple[np.ndarray, Scores]:
+    """Scores the queries that have a positive in the gallery.
 
-def make_problem(queries, query_labels, gallery, gallery_labels) -> Problem:
-    own = gallery is None
-    if own:
-        gallery, gallery_labels = queries, query_labels
-    if not np.issubdtype(np.result_type(query_labels, gallery_labels), np.integer):
-        raise TypeError(
-            f"query_labels and gallery_labels are {query_labels.dtype} and {gallery_labels.dtype}: no integer type holds both"
-        )
-    classes, dense = np.unique(np.concatenate([query_labels, gallery_labels]), return_inverse=True)
-    query_labels, gallery_labels = (
-        dense[: len(queries)].astype(np.int32),
-        dense[len(queries) :].astype(np.int32),
-    )
-    counts = np.bincount(gallery_labels, minlength=len(classes))
-    start = np.cumsum(counts) - counts
-    order = np.argsort(gallery_labels, kind="stable")
-    gallery_norms = _norms(gallery)
-    query_norms = gallery_norms if own else _norms(queries)
-    start, size = start[query_labels], counts[query_labels]
-    return Problem(
-        queries,
-        query_norms,
-        query_labels,
-        gallery,
-        gallery_norms,
-        gallery_labels,
-        own,
-        order,
-        start,
-        size,
-    )
+    Args:
+      problem: the queries and the gallery.
+      ks: the K of Recall@K: whether a query's first rank is at most K is exact for each K.
+      block_size: rows and columns of a block of similarities on a device, at most 32768.
 
-
-def score(problem: Problem, ks, block_size: int) -> tuple[np.ndarray, Scores]:
-    """The rows of the queries that have a positive, and their scores."""
-    positives = problem.size - problem.own
-    rows = np.flatnonzero(positives > 0)
-    few = rows[positives[rows] <= MOST_POSITIVES]
-    few = few[
-        np.argsort(-positives[few], kind="stable")
-    ]  # so that a block's queries have about as many positives
-    scores = Scores(*(np.zeros(len(positives)) for _ in Scores._fields))
-
-    def put(at, values):
-        for whole, part in zip(scores, values):
-            whole[at] = part
-
-    exactly = np.setdiff1d(rows, few)
+    Returns:
+      The rows of these queries in ascending order, (M,), and their scores, (M,) each.
+    """
+    num_positives = problem.num_positives
+    rows = np.flatnonzero(num_positives > 0)
+    few = rows[num_positives[rows] <= MOST_POSITIVES]
+    # Most positives first: the queries of a block then have about as many positives.
+    few = few[np.argsort(-num_positives[few], kind="stable")]
+    ambiguous = np.setdiff1d(rows, few)
+    scores = Scores(*(np.zeros(len(num_positives)) for _ in Scores._fields))
     if len(few):
-        similarity = _similarity_of_positives(problem, few)
-        at_least, above = _count(problem, few, similarity, block_size)
-        place = np.where(
-            np.isfinite(similarity), np.arange(1, similarity.shape[1] + 1), _ABSENT // 2
-        )
-        worst, best = (Scores.of(place + count, positives[few]) for count in (at_least, above))
-        put(few, worst)
-        unclear = (worst.r_precision != best.r_precision) | (
-            worst.average_precision != best.average_precision
-        )
-        unclear |= 1 / best.first_rank - 1 / worst.first_rank > _MRR_EXACT_TO
-        for k in ks:
-            unclear |= (best.first_rank <= k) & (worst.first_rank > k)
-        exactly = np.concatenate([exactly, few[unclear]])
-    step = max(16, _FLOAT64_NUMBERS // len(problem.gallery))
-    for first in range(0, len(exactly), step):
-        some = exactly[first : first + step]
-        put(some, _score_exactly(problem, some, positives[some]))
-    return rows, Scores(*(x[rows] for x in scores))
+        counted, unclear = _score_by_counting(problem, few, ks, block_size)
+        _assign(scores, few, counted)
+        ambiguous = np.concatenate([ambiguous, few[unclear]])
+    step = max(16, _FLOAT64_SIMILARITIES // len(problem.gallery))
+    for first in range(0, len(ambiguous), step):
+        part = ambiguous[first : first + step]
+        _assign(scores, part, _score_in_float64(problem, part))
+    return rows, Scores(*(values[rows] for values in scores))
 
 
-def _norms(x) -> np.ndarray:
-    """(N, 1) float64 lengths; squares neither overflow nor vanish."""
-    out = np.empty((len(x), 1))
-    for first in range(0, len(x), _FLOAT64_COLUMNS):
-        part = x[first : first + _FLOAT64_COLUMNS].astype(np.float64)
-        largest = np.abs(part).max(axis=1, keepdims=True)
-        part /= largest
-        out[first : first + len(part)] = (
-            largest * np.sqrt(np.einsum("nd,nd->n", part, part))[:, None]
-        )
-    return out
+def _assign(scores: Scores, rows: np.ndarray, part: Scores) -> None:
+    """Writes the scores of some rows into the scores of all."""
+    for values, values_of_rows in zip(scores, part, strict=True):
+        values[rows] = values_of_rows
 
 
-def unit_rows(x, norms=None, rotation=None) -> np.ndarray:
-    """Float32 rows of length 1, rotated where a rotation is given."""
-    norms, out = _norms(x) if norms is None else norms, np.empty(x.shape, np.float32)
-    for first in range(0, len(x), _FLOAT64_COLUMNS):
-        part = slice(first, first + _FLOAT64_COLUMNS)
-        rows = x[part] / norms[part]
-        out[part] = rows if rotation is None else rows @ rotation
-    return out
+def _scores_of_ranks(ranks: np.ndarray, num_positives: np.ndarray) -> Scores:
+    """Computes scores from the ranks of the positives.
+
+    Args:
+      ranks: (Q, M) in ascending order. Behind a query's last positive they are at least
+        `_ABSENT // 2`.
+      num_positives: (Q,).
+    """
+    within_r = ranks <= num_positives[:, None]
+    most: int = ranks.shape[1]
+    precision = np.divide(np.arange(1, most + 1), ranks)
+    return Scores(
+        first_rank=ranks[:, 0],
+        r_precision=within_r.sum(1) / num_positives,
+        average_precision=np.where(within_r, precision, 0).sum(1) / num_positives,
+    )
 
 
-def _similarity_of_positives(problem, rows) -> np.ndarray:
-    """(Q, M) float64, in descending order; -inf behind a query's last. `rows` are sorted, most positives first."""
-    out = np.full((len(rows), int(problem.size[rows[0]] - problem.own)), -np.inf)
+def _score_by_counting(
+    problem: Problem, rows: np.ndarray, ks: Iterable[int], block_size: int
+) -> tuple[Scores, np.ndarray]:
+    """Scores queries by float32 products on all devices.
+
+    Args:
+      problem: the queries and the gallery.
+      rows: (Q,) queries, those with most positives first.
+      ks: as for `score`.
+      block_size: as for `score`.
+
+    Returns:
+      The scores, (Q,) each, and the (Q,) places in `rows` whose scores float32 cannot tell.
+    """
+    similarity = _similarity_of_positives(problem, rows)
+    maybe_before, surely_before = _counts.count_before(problem, rows, similarity, block_size)
+    most: int = similarity.shape[1]
+    # Half of _ABSENT: adding a count does not overflow.
+    place = np.where(np.isfinite(similarity), np.arange(1, most + 1), _ABSENT // 2)
+    num_positives = problem.num_positives[rows]
+    worst = _scores_of_ranks(place + maybe_before, num_positives)
+    best = _scores_of_ranks(place + surely_before, num_positives)
+    unclear = worst.r_precision != best.r_precision
+    unclear |= worst.average_precision != best.average_precision
+    unclear |= 1 / best.first_rank - 1 / worst.first_rank > _MRR_EXACT_TO
+    for k in ks:
+        unclear |= (best.first_rank <= k) & (worst.first_rank > k)
+    return worst, unclear
+
+
+def _similarity_of_positives(problem: Problem, rows: np.ndarray) -> np.ndarray:
+    """Computes each query's similarities with its positives.
+
+    Args:
+      problem: the queries and the gallery.
+      rows: (Q,) queries, those with most positives first.
+
+    Returns:
+      (Q, M) float64 in descending order, with -inf behind a query's last positive. M is the most
+      positives of a query.
+    """
+    similarity = np.full((len(rows), int(problem.num_positives[rows[0]])), -np.inf)
     first = 0
     while first < len(rows):
-        largest = int(problem.size[rows[first]])
-        some = rows[first : first + max(1, (1 << 22) // (largest * problem.gallery.shape[1]))]
-        place = np.arange(largest)
-        there = place < problem.size[some][:, None]
-        found = problem.order[np.where(there, problem.start[some][:, None] + place, 0)]
-        there &= ~(problem.own & (found == some[:, None]))
-        positives = problem.gallery[found.ravel()] / problem.gallery_norms[found.ravel()]
-        queries = problem.queries[some] / problem.query_norms[some]
-        similarity = positives.reshape(*found.shape, -1) @ queries[:, :, None]
-        similarity = -np.sort(-np.where(there, similarity[:, :, 0], -np.inf), axis=1)
-        most = largest - problem.own
-        out[first : first + len(some), :most] = similarity[:, :most]
-        first += len(some)
-    return out
+        largest_class = int(problem.class_size[rows[first]])
+        step = max(1, _FLOAT64_COMPONENTS // (largest_class * problem.gallery.shape[1]))
+        part = rows[first : first + step]
+        columns = largest_class - problem.leave_one_out
+        similarity[first : first + len(part), :columns] = _similarity_of_class(
+            problem, part, largest_class
+        )[:, :columns]
+        first += len(part)
+    return similarity
 
 
-def _score_exactly(problem, rows, positives) -> Scores:
-    """By float64 similarities of a few queries with the whole gallery; of the negatives, those that may count are sorted."""
+def _similarity_of_class(problem: Problem, rows: np.ndarray, largest_class: int) -> np.ndarray:
+    """Computes (Q, largest_class) similarities of queries with their class, in descending order.
+
+    A query's similarity with itself and places behind the end of its class are -inf, at the end.
+    """
+    place = np.arange(largest_class)
+    is_positive = place < problem.class_size[rows][:, None]
+    in_order = np.where(is_positive, problem.class_start[rows][:, None] + place, 0)
+    members = problem.rows_by_class[in_order]
+    if problem.leave_one_out:
+        is_positive &= members != rows[:, None]
+    positives = problem.gallery[members.ravel()] / problem.gallery_norms[members.ravel()]
+    queries = problem.queries[rows] / problem.query_norms[rows]
+    similarity = (positives.reshape(*members.shape, -1) @ queries[:, :, None])[:, :, 0]
+    return -np.sort(-np.where(is_positive, similarity, -np.inf), axis=1)
+
+
+def _score_in_float64(problem: Problem, rows: np.ndarray) -> Scores:
+    """Scores a few queries by float64 products with the whole gallery.
+
+    Only the negatives that may be before a positive are sorted.
+
+    Args:
+      problem: the queries and the gallery.
+      rows: (Q,) queries.
+    """
     queries = problem.queries[rows] / problem.query_norms[rows]
     similarity = np.empty((len(rows), len(problem.gallery)))
-    for first in range(0, len(problem.gallery), _FLOAT64_COLUMNS):
-        part = slice(first, first + _FLOAT64_COLUMNS)
+    for first in range(0, len(problem.gallery), _vectors.FLOAT64_ROWS):
+        part = slice(first, first + _vectors.FLOAT64_ROWS)
         similarity[:, part] = queries @ (problem.gallery[part] / problem.gallery_norms[part]).T
-    ranks = np.full((len(rows), positives.max()), _ABSENT)
-    for row, values, found in zip(rows, similarity, ranks):
-        same = problem.gallery_labels == problem.query_labels[row]
-        other = ~same
-        if problem.own:
-            same[row] = False
-        own = -np.sort(-values[same])
-        negatives = np.sort(values[other & (values >= own[-1] - TIE)])
-        before = len(negatives) - np.searchsorted(negatives, own - TIE)
-        found[: len(own)] = before + np.arange(1, len(own) + 1)
-    return Scores.of(ranks, positives)
-
-
-def rotation_and_band(dim: int) -> tuple[np.ndarray, float]:
-    """A (D, D) rotation, and how far a float32 product of rotated unit vectors may be from the truth: some 15 deviations."""
-    rotation, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(dim, dim)))
-    return rotation, 2.0**-22 * np.sqrt(dim)
-
-
-def _count(problem, rows, similarity, block_size) -> tuple[np.ndarray, np.ndarray]:
-    """Items of other classes that may stand before each positive, and those that surely do: two (Q, M) counts."""
-    rotation, band = rotation_and_band(problem.gallery.shape[1])
-    columns = np.arange(len(problem.gallery))
-    if problem.own:  # the queries' order first: the gallery is then the queries, and one product serves both ways
-        columns = np.concatenate([rows, np.setdiff1d(columns, rows)])
-    gallery, pad = _padded(
-        unit_rows(problem.gallery[columns], problem.gallery_norms[columns], rotation), block_size
-    )
-    gallery_labels, _ = _padded(problem.gallery_labels[columns], block_size)
-    if problem.own:
-        queries, query_labels, blocks = gallery, gallery_labels, len(gallery) // block_size
-    else:
-        queries, _ = _padded(
-            unit_rows(problem.queries[rows], problem.query_norms[rows], rotation), block_size
+    num_positives = problem.num_positives[rows]
+    ranks = np.full((len(rows), num_positives.max()), _ABSENT)
+    for number, row in enumerate(rows):
+        is_positive = problem.gallery_labels == problem.query_labels[row]
+        is_negative = ~is_positive
+        if problem.leave_one_out:
+            is_positive[row] = False
+        ranks[number, : num_positives[number]] = _ranks_of_positives(
+            similarity[number], is_positive, is_negative
         )
-        query_labels, blocks = (
-            _padded(problem.query_labels[rows], block_size)[0],
-            len(queries) // block_size,
-        )
-    most = similarity.shape[1]
-    # absent positives and queries have a threshold above every similarity
-    thresholds = np.full((blocks * block_size, most), 3.0)
-    thresholds[: len(rows)] = np.where(np.isfinite(similarity), similarity, 3.0)
-    thresholds = thresholds.reshape(blocks, block_size, most).transpose(0, 2, 1)
-    slots = (thresholds < 3).any(axis=2).sum(axis=1).astype(np.int32)
-    low, high = (thresholds - band).astype(np.float32), (thresholds + band).astype(np.float32)
-
-    mesh = Mesh(np.array(jax.local_devices()), ("device",))
-    tiles = [
-        (i, j)
-        for i in range(blocks)
-        if slots[i]
-        for j in range(i if problem.own else 0, len(gallery) // block_size)
-    ]
-    share = -(-len(tiles) // mesh.size)
-    number = np.clip(len(tiles) - share * np.arange(mesh.size), 0, share).astype(np.int32)
-    tiles = np.pad(np.array(tiles, np.int32), [(0, share * mesh.size - len(tiles)), (0, 0)])
-    found = _count_on_devices(
-        queries,
-        query_labels,
-        low,
-        high,
-        slots,
-        gallery,
-        gallery_labels,
-        tiles,
-        number,
-        mesh=mesh,
-        own=problem.own,
-    )
-    counts = []
-    for count, counted in zip(found, (low <= 0, high < 0)):
-        count = np.asarray(count).reshape(mesh.size, *low.shape).sum(axis=0, dtype=np.int64)
-        count -= pad * counted  # the padding's similarity is exactly 0
-        counts.append(count.transpose(0, 2, 1).reshape(-1, most)[: len(rows)])
-    return tuple(counts)
+    return _scores_of_ranks(ranks, num_positives)
 
 
-def _padded(x, multiple):
-    pad = -len(x) % multiple
-    return (
-        (
-            np.pad(
-                x, [(0, pad)] + [(0, 0)] * (x.ndim - 1), constant_values=-1 if x.ndim == 1 else 0
-            ),
-            pad,
-        )
-        if pad
-        else (x, 0)
-    )
+def _ranks_of_positives(
+    similarity: np.ndarray, is_positive: np.ndarray, is_negative: np.ndarray
+) -> np.ndarray:
+    """Returns the ascending ranks of one query's positives. Ties count against the query.
 
-
-@functools.partial(jax.jit, static_argnames=("mesh", "own"))
-def _count_on_devices(
-    queries, query_labels, low, high, slots, gallery, gallery_labels, tiles, number, *, mesh, own
-):
-    block = low.shape[2]
-
-    def count_tiles(
-        tiles, number, queries, query_labels, low, high, slots, gallery, gallery_labels
-    ):
-        def tile(n, counts):
-            i, j = tiles[n]
-            rows = lax.dynamic_slice_in_dim(queries, i * block, block)
-            columns = lax.dynamic_slice_in_dim(gallery, j * block, block)
-            similarity = jnp.matmul(rows, columns.T, precision=lax.Precision.HIGHEST)
-            same = (
-                lax.dynamic_slice_in_dim(query_labels, i * block, block)[:, None]
-                == lax.dynamic_slice_in_dim(gallery_labels, j * block, block)[None, :]
-            )
-            similarity = lax.optimization_barrier(
-                jnp.where(same, -2, similarity)
-            )  # once, not once for each positive
-            counts = lax.fori_loop(0, slots[i], functools.partial(slot, similarity, i, 1), counts)
-            if own:
-                counts = lax.fori_loop(
-                    0,
-                    jnp.where(i == j, 0, slots[j]),
-                    functools.partial(slot, similarity, j, 0),
-                    counts,
-                )
-            return counts
-
-        def slot(similarity, at, axis, k, counts):
-            at_least, above = (jnp.expand_dims(limit[at, k], axis) for limit in (low, high))
-            # two counts in one sum: a block has fewer than 2^16 rows
-            both = (similarity >= at_least).astype(jnp.uint32) + (
-                (similarity > above).astype(jnp.uint32) << 16
-            )
-            both = jnp.sum(both, axis=axis)
-            return counts[0].at[at, k].add((both & 0xFFFF).astype(jnp.int32)), counts[1].at[
-                at, k
-            ].add((both >> 16).astype(jnp.int32))
-
-        none = jnp.zeros(low.shape, jnp.int32)
-        return lax.fori_loop(0, number[0], tile, (none, none))
-
-    split, whole = PartitionSpec("device"), PartitionSpec()
-    sharded = jax.shard_map(
-        count_tiles,
-        mesh=mesh,
-        in_specs=(split, split) + (whole,) * 7,
-        out_specs=(split, split),
-        check_vma=False,
-    )
-    return sharded(tiles, number, queries, query_labels, low, high, slots, gallery, gallery_labels)
+    Args:
+      similarity: (N,) float64 similarities of the query with the gallery.
+      is_positive: (N,) bool.
+      is_negative: (N,) bool.
+    """
+    positives = -np.sort(-similarity[is_positive])
+    negatives = np.sort(similarity[is_negative & (similarity >= positives[-1] - TIE)])
+    before = len(negatives) - np.searchsorted(negatives, positives - TIE)
+    return before + np.arange(1, len(positives) + 1)

@@ -1,156 +1,219 @@
-"""Retrieval scores from embeddings: arrays in, a dict of floats out.
+"""Retrieval scores from embeddings and labels: arrays in, a dict of floats out.
 
-The retrieval scores follow from the ranks of the positives alone, and a positive's rank is one more than the number of
-gallery items before it: blocks of a matrix product, compares and counts (`rll_jax.metrics._ranks`), no sorting of the gallery.
+The scores follow from the ranks of each query's positives, and `rll_jax.metrics._ranks` finds these
+ranks with blocks of a matrix product, comparisons and counts. It does not sort the gallery.
 """
 
+from collections.abc import Iterable
 import numbers
 
+import jax
 import numpy as np
+import numpy.typing as npt
 
-from rll_jax.metrics import _checks, _ranks
+from rll_jax.metrics import _checks, _problem, _ranks, _vectors
 
-_BLOCK = 1024
-_NEAREST_ROWS = 256
+_BLOCK_SIZE = 1024
+_MAX_BLOCK_SIZE = 1 << 15
+_NEAREST_QUERIES = 256  # queries whose similarities `nearest` holds at once
 
 
 def retrieval_metrics(
-    queries,
-    query_labels,
-    gallery=None,
-    gallery_labels=None,
+    queries: jax.Array | np.ndarray,
+    query_labels: jax.Array | np.ndarray,
+    gallery: jax.Array | np.ndarray | None = None,
+    gallery_labels: jax.Array | np.ndarray | None = None,
     *,
-    ks=(1, 10, 100, 1000),
-    block_size=None,
+    ks: Iterable[int] = (1, 10, 100, 1000),
+    block_size: int | None = None,
 ) -> dict[str, float]:
-    """How well queries rank a gallery by cosine similarity.
+    """Scores how well queries rank a gallery by cosine similarity.
+
+    Ties count against the query: an item of another class that is exactly as similar as an item of
+    the query's class is ranked before it. Similarities are compared in float64 and are equal where
+    they agree to 1e-14. "mrr" is exact to 1e-6, all other scores are exact. The scores depend
+    neither on the block size nor on the devices, which share the work.
+
+    A query with more than 64 positives costs a float64 product with the gallery on the CPU, and so
+    does every query where most similarities tie, as those of a collapsed network do: minutes for
+    60,000 of them.
 
     Args:
-      queries: (Q, D) floating, finite, no zero vectors; any length, L2-normalised here.
+      queries: (Q, D) floating, finite, no zero vectors. They may have any length: the function
+        normalises them.
       query_labels: (Q,) integers.
-      gallery: (N, D) as the queries, or None: the queries rank each other, itself left out (Song et al. 2016).
-      gallery_labels: (N,) integers, given with a gallery.
-      ks: the K of Recall@K; a K beyond the gallery asks for all of it.
-      block_size: rows and columns of a block of similarities, 1 to 32768; None for 1024. Memory is one block and two copies of
-        the embeddings a device, and some 80 bytes for each query and place of the largest class, 64 at most. The scores do
-        not depend on it, nor on the devices, which share the work.
+      gallery: (N, D) as the queries, or None: the queries rank each other, and each query leaves
+        itself out (Song et al. 2016).
+      gallery_labels: (N,) integers. A gallery needs them.
+      ks: the K of Recall@K, at least one. A K larger than the gallery asks for all of it.
+      block_size: the rows and columns of a block of similarities, from 1 to 32768. None means 1024.
+        Each device needs memory for one block and two copies of the embeddings. The process needs
+        about 80 bytes for each query and each item of the largest class, of which at most 64
+        count.
 
     Returns:
-      "recall@K" for each K: the share of queries whose K nearest hold one of its class, at least one.
-      "r_precision", "map@r" (Musgrave et al. 2020, "A Metric Learning Reality Check"): with R the number of items of the
-      query's class in the gallery, the share of the R nearest that are of it, and the mean over the places 1 to R of the
-      precision there where the item is of it, else 0. "mrr": the mean of one over the rank of the nearest of its class.
-      Each in [0, 1], a mean over the queries that have a match in the gallery.
-      "queries_without_match": the number of the others.
-
-    Ties count against the query: an item of another class exactly as similar as one of its own stands before it. Similarities
-    are compared as float64 has them, equal where they agree to 1e-14; "mrr" is exact to 1e-6, all others in full.
-    Queries with more than 64 positives, or in a set in which most similarities tie (a collapsed network), cost a float64
-    product with the gallery on the CPU: minutes for 60,000 of them.
+      The scores, each in [0, 1] and a mean over the queries that have a match in the gallery. R is
+      the number of items of a query's class in the gallery.
+      "recall@K", for each K: the share of queries with an item of their class among the K nearest.
+      "r_precision": the share of the R nearest items that are of the query's class.
+      "map@r": the mean over the ranks 1 to R of the precision at that rank, taken as 0 where the
+      item is of another class. (Both: Musgrave et al. 2020, "A Metric Learning Reality Check".)
+      "mrr": the mean of 1 / (rank of the nearest item of the query's class).
+      And "queries_without_match": the number of queries without an item of their class in the
+      gallery. They have no part in the scores.
 
     Raises:
-      ValueError: lengths or dimensions that differ, rows that are not finite or zero (which), an empty gallery, no query
-        with a match, a K or a block_size out of range.
-      TypeError: embeddings that are not floating, labels that are not integers or that no integer type holds together.
+      ValueError: lengths or dimensions differ, rows are not finite or zero (the message says
+        which), the gallery is empty, no query has a match, only one of gallery and gallery_labels
+        is there, or a K or block_size is out of range.
+      TypeError: embeddings are not floating, labels are not integers, or no integer type holds the
+        labels of both queries and gallery.
     """
     ks = tuple(ks)
     if not ks or not all(isinstance(k, numbers.Integral) and k >= 1 for k in ks):
         raise ValueError(f"ks must be integers of at least 1, found {ks}")
-    rows, found = _score(queries, query_labels, gallery, gallery_labels, ks, block_size)
-    scores = {f"recall@{k}": float(np.mean(found.first_rank <= k)) for k in ks}
-    return scores | {
-        "map@r": float(found.average_precision.mean()),
-        "r_precision": float(found.r_precision.mean()),
-        "mrr": float(np.mean(1 / found.first_rank)),
+    rows, scores = _score(queries, query_labels, gallery, gallery_labels, ks, block_size)
+    recalls = {f"recall@{k}": float(np.mean(scores.first_rank <= k)) for k in ks}
+    return recalls | {
+        "map@r": float(scores.average_precision.mean()),
+        "r_precision": float(scores.r_precision.mean()),
+        "mrr": float(np.mean(1 / scores.first_rank)),
         "queries_without_match": len(queries) - len(rows),
     }
 
 
 def scores_by_query(
-    queries, query_labels, gallery=None, gallery_labels=None, *, block_size=None
+    queries: jax.Array | np.ndarray,
+    query_labels: jax.Array | np.ndarray,
+    gallery: jax.Array | np.ndarray | None = None,
+    gallery_labels: jax.Array | np.ndarray | None = None,
+    *,
+    block_size: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """What `retrieval_metrics` takes the means of, for each query that has a match in the gallery; arguments as there.
+    """Returns the values whose means `retrieval_metrics` returns, one for each query.
+
+    Arguments and errors are those of `retrieval_metrics`.
 
     Returns:
-      "query": (M,) rows of `queries`; and for each "first_rank", where the nearest of its class stands, from 1
-      (exact as far as "mrr" is), "r_precision" and "average_precision".
+      Arrays over the M queries that have a match in the gallery. "query": (M,) their rows in
+      `queries`. "first_rank": (M,) the rank of the nearest item of the query's class, from 1; its
+      reciprocal is exact to 1e-6. "r_precision" and "average_precision": (M,), the mean of the
+      latter is "map@r".
     """
-    rows, found = _score(queries, query_labels, gallery, gallery_labels, (1,), block_size)
-    return {"query": rows} | found._asdict()
+    rows, scores = _score(queries, query_labels, gallery, gallery_labels, (1,), block_size)
+    return {"query": rows} | scores._asdict()
 
 
-def _score(queries, query_labels, gallery, gallery_labels, ks, block_size):
+def _score(
+    queries: jax.Array | np.ndarray,
+    query_labels: jax.Array | np.ndarray,
+    gallery: jax.Array | np.ndarray | None,
+    gallery_labels: jax.Array | np.ndarray | None,
+    ks: tuple[int, ...],
+    block_size: int | None,
+) -> tuple[np.ndarray, _ranks.Scores]:
+    """Checks the arguments and returns the rows of the queries with a match and their scores."""
     queries, query_labels = _checks.labelled_rows("queries", queries, "query_labels", query_labels)
     if (gallery is None) != (gallery_labels is None):
         raise ValueError("gallery and gallery_labels go together: found one without the other")
-    if gallery is not None:
-        gallery, gallery_labels = _checks.labelled_rows(
+    items = item_labels = None
+    if gallery is not None and gallery_labels is not None:
+        items, item_labels = _checks.labelled_rows(
             "gallery", gallery, "gallery_labels", gallery_labels
         )
-        if gallery.shape[1] != queries.shape[1]:
+        if items.shape[1] != queries.shape[1]:
             raise ValueError(
-                f"queries have {queries.shape[1]} dimensions and gallery {gallery.shape[1]}: expected the same"
+                f"queries have {queries.shape[1]} dimensions and gallery {items.shape[1]}: "
+                "expected the same"
             )
-    largest = max(len(queries), 0 if gallery is None else len(gallery))
-    block_size = min(_BLOCK, largest) if block_size is None else block_size
-    if not isinstance(block_size, numbers.Integral) or not 1 <= block_size <= 1 << 15:
-        raise ValueError(f"block_size must be an integer from 1 to {1 << 15}, found {block_size}")
-    problem = _ranks.make_problem(queries, query_labels, gallery, gallery_labels)
-    rows, found = _ranks.score(problem, ks, int(min(block_size, largest)))
-    if not len(rows):
-        where = (
-            "no class has two images" if gallery is None else "no query's class is in the gallery"
+    largest = max(len(queries), 0 if items is None else len(items))
+    if block_size is None:
+        block_size = _BLOCK_SIZE
+    if not isinstance(block_size, numbers.Integral) or not 1 <= block_size <= _MAX_BLOCK_SIZE:
+        raise ValueError(
+            f"block_size must be an integer from 1 to {_MAX_BLOCK_SIZE}, found {block_size}"
         )
-        raise ValueError(f"{where}: there is nothing to retrieve")
-    return rows, found
+    problem = _problem.make_problem(queries, query_labels, items, item_labels)
+    rows, scores = _ranks.score(problem, ks, int(min(block_size, largest)))
+    if not len(rows):
+        reason = "no query's class is in the gallery"
+        if gallery is None:
+            reason = "no class has two images"
+        raise ValueError(f"{reason}: there is nothing to retrieve")
+    return rows, scores
 
 
-def nearest(queries, gallery, k: int, *, leave_out=None) -> tuple[np.ndarray, np.ndarray]:
-    """The k items of a gallery most similar to each query by cosine, the most similar first; of equals the lower row first.
+def nearest(
+    queries: jax.Array | np.ndarray,
+    gallery: jax.Array | np.ndarray,
+    k: int,
+    *,
+    leave_out: npt.ArrayLike | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the k items of a gallery that are most similar to each query by cosine.
 
     Args:
-      queries: (Q, D) floating.
-      gallery: (N, D) floating.
-      leave_out: (Q,) the row of the gallery that is each query itself, which is not returned; or None.
+      queries: (Q, D) floating, finite, no zero vectors.
+      gallery: (N, D) as the queries.
+      k: the number of items, from 1 to N, or to N - 1 with `leave_out`.
+      leave_out: (Q,) integers: for each query the row of the gallery that is the query itself,
+        which is not returned. None leaves no row out.
 
     Returns:
-      (Q, k) rows of the gallery and (Q, k) float32 similarities.
+      (Q, k) int64 rows of the gallery, the most similar first, and their (Q, k) float32
+      similarities. Of items with equal float32 similarity the lower row comes first.
 
     Raises:
-      ValueError, TypeError: as `retrieval_metrics`, for a k that is not from 1 to N (N - 1 with `leave_out`), and for a `leave_out` of
-        another shape or with rows that the gallery has not.
+      ValueError: as `retrieval_metrics`; k is out of range; `leave_out` has another shape or type,
+        or rows that the gallery does not have.
+      TypeError: as `retrieval_metrics`.
     """
-    queries, gallery = (
-        _checks.embedding_rows(name, x) for name, x in (("queries", queries), ("gallery", gallery))
-    )
+    queries = _checks.embedding_rows("queries", queries)
+    gallery = _checks.embedding_rows("gallery", gallery)
     most = len(gallery) - (leave_out is not None)
     if queries.shape[1] != gallery.shape[1] or not 1 <= k <= most:
         raise ValueError(
-            f"queries {queries.shape}, gallery {gallery.shape}, k = {k}: expected (Q, D), (N, D) and k from 1 to {most}"
+            f"queries {queries.shape}, gallery {gallery.shape}, k = {k}: expected (Q, D), (N, D) "
+            f"and k from 1 to {most}"
         )
+    left_out = None
     if leave_out is not None:
-        leave_out = np.asarray(leave_out)
-        if (
-            leave_out.shape != queries.shape[:1]
-            or not np.issubdtype(leave_out.dtype, np.integer)
-            or not np.isin(leave_out, np.arange(len(gallery))).all()
-        ):
-            raise ValueError(
-                f"leave_out must be ({len(queries)},) integers from 0 to {len(gallery) - 1}, found {leave_out.dtype} {leave_out.shape}"
-            )
-    queries, gallery = _ranks.unit_rows(queries), _ranks.unit_rows(gallery)
-    rows, similarities = (
-        np.empty((len(queries), k), np.int64),
-        np.empty((len(queries), k), np.float32),
-    )
-    for first in range(0, len(queries), _NEAREST_ROWS):
-        some = slice(first, first + _NEAREST_ROWS)
-        similarity = queries[some] @ gallery.T
-        if leave_out is not None:
-            similarity[np.arange(len(similarity)), leave_out[some]] = -np.inf
-        bound = np.partition(similarity, -k, axis=1)[:, -k]
-        for n, (values, least) in enumerate(zip(similarity, bound), start=first):
-            candidates = np.flatnonzero(values >= least)
-            rows[n] = candidates[np.argsort(-values[candidates], kind="stable")][:k]
-            similarities[n] = values[rows[n]]
+        left_out = _checked_leave_out(np.asarray(leave_out), len(queries), len(gallery))
+    queries, gallery = _vectors.unit_rows(queries), _vectors.unit_rows(gallery)
+    rows = np.empty((len(queries), k), np.int64)
+    similarities = np.empty((len(queries), k), np.float32)
+    for first in range(0, len(queries), _NEAREST_QUERIES):
+        part = slice(first, first + _NEAREST_QUERIES)
+        similarity = queries[part] @ gallery.T
+        if left_out is not None:
+            similarity[np.arange(len(similarity)), left_out[part]] = -np.inf
+        rows[part] = _largest_columns(similarity, k)
+        similarities[part] = np.take_along_axis(similarity, rows[part], axis=1)
     return rows, similarities
+
+
+def _checked_leave_out(leave_out: np.ndarray, num_queries: int, num_items: int) -> np.ndarray:
+    """Returns `leave_out`, or raises ValueError unless it has a row of the gallery per query."""
+    if (
+        leave_out.shape != (num_queries,)
+        or not np.issubdtype(leave_out.dtype, np.integer)
+        or not np.isin(leave_out, np.arange(num_items)).all()
+    ):
+        raise ValueError(
+            f"leave_out must be ({num_queries},) integers from 0 to {num_items - 1}, "
+            f"found {leave_out.dtype} {leave_out.shape}"
+        )
+    return leave_out
+
+
+def _largest_columns(values: np.ndarray, k: int) -> np.ndarray:
+    """Returns the (Q, k) columns of the k largest of (Q, N) values, the largest first.
+
+    Of equal values the lower column comes first.
+    """
+    columns = np.empty((len(values), k), np.int64)
+    kth_largest = np.partition(values, -k, axis=1)[:, -k]
+    for number, row in enumerate(values):
+        candidates = np.flatnonzero(row >= kth_largest[number])
+        columns[number] = candidates[np.argsort(-row[candidates], kind="stable")][:k]
+    return columns

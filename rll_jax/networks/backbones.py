@@ -1,17 +1,16 @@
-"""The backbones by name, for `--backbone`: a family of networks has a file, a network a line here."""
+"""The backbones by name, for `--backbone`: each family has a file, each network a line here."""
 
 from rll_jax.networks.googlenet import GoogLeNetV2Config
 from rll_jax.networks.resnet import ResNetConfig
+from rll_jax.typing import Backbone
 
 _CAFFE_MEAN, _NO_STD = (123.68, 116.779, 103.939), (1.0, 1.0, 1.0)
 
-BACKBONES = {
-    "resnet_tiny": ResNetConfig(
-        (1, 1), width=8, small_images=True
-    ),  # for tests: seconds to compile, nothing learnt
-    "resnet_smaller": ResNetConfig(
-        (1, 1, 1), width=16, small_images=True, stem_pool=2
-    ),  # comparisons of many runs on a CPU
+BACKBONES: dict[str, Backbone] = {
+    # For tests: compiles in seconds and learns nothing.
+    "resnet_tiny": ResNetConfig((1, 1), width=8, small_images=True),
+    # For comparisons of many runs on a CPU.
+    "resnet_smaller": ResNetConfig((1, 1, 1), width=16, small_images=True, stem_pool=2),
     "resnet_small": ResNetConfig((1, 1, 1), width=32, small_images=True, stem_pool=2),
     "resnet_medium": ResNetConfig((1, 1, 1), width=64, small_images=True, stem_pool=2),
     "resnet18_small": ResNetConfig((2, 2, 2, 2), small_images=True),

@@ -1,132 +1,173 @@
 """Embedding networks in Flax linen: a backbone with an embedding head for each level.
 
-Levels as in Ranked List Loss (Wang et al. 2019): H from the end of the last stage (global average pool, linear without
-bias), M and L from the ends of the two stages before it (pool, 1x1 convolution, BN, ReLU, linear, BN, ReLU, linear
-without bias). Each embedding is L2-normalised.
+The levels are those of Ranked List Loss (Wang et al. 2019). H is taken from the end of the last
+stage: a global average pool and a linear layer without a bias. M and L are taken from the ends of
+the two stages before it: an average pool, a 1x1 convolution, batch norm, ReLU, a linear layer,
+batch norm, ReLU, and a linear layer without a bias. Each embedding is L2-normalised.
 """
 
+from collections.abc import Mapping, Sequence
 import functools
 import math
-from typing import Any
+from typing import Any, Literal, get_args
 
 from flax import linen as nn
+import jax
 from jax import lax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 import numpy as np
 
 from rll_jax.loss._problem import normalize_rows
+from rll_jax.networks._stages import ModuleMaker
+from rll_jax.typing import Backbone
+
+BatchNormMode = Literal["train", "local", "frozen", "frozen_affine"]
 
 LEVELS = ("L", "M", "H")
-BATCH_NORMS = ("train", "local", "frozen", "frozen_affine")
-_HIDDEN_CHANNELS, _HIDDEN_UNITS = 128, 1024
+BATCH_NORMS: tuple[BatchNormMode, ...] = get_args(BatchNormMode)
+HEAD_PREFIXES = tuple(f"{level}_" for level in LEVELS)  # of the names of the heads' modules
+HEAD_CHANNELS = 128  # of the maps that the heads' linear layers L_dense and M_dense take flattened
+_HEAD_UNITS = 1024
 
 
 class _FixedBatchNorm(nn.BatchNorm):
-    def param(self, *args, **kwargs):
+    """A batch norm whose scales and biases the gradient does not reach."""
+
+    def param(self, *args: Any, **kwargs: Any) -> Any:
         return lax.stop_gradient(super().param(*args, **kwargs))
 
 
 class EmbeddingNet(nn.Module):
-    """Images to L2-normalised embeddings.
+    """A network from images to L2-normalised embeddings.
 
     Args:
-      backbone: of `rll_jax.networks.backbones`: a `ResNetConfig` or a `GoogLeNetV2Config`.
-      embedding_dim: dimension of each level's embedding.
-      levels: any of "L", "M", "H".
-      dtype: of the convolutions; parameters, batch statistics and embeddings are float32.
-      batch_norm: when `train`, the backbone's uses the batch's statistics over all devices of `axis_name` ("train"), those
-        of the device's own share ("local"), or the running ones ("frozen"; "frozen_affine" stops the gradients of its
-        scales and biases too). The heads' statistics are always trained, over all devices but for "local".
-      axis_name: the axis over which batch statistics are taken where `train`, that of the step's pmap or shard_map (`devices.AXIS` for a
-        `parallel.Runner`), or None on one device.
-      remat: stages (1, 2, ...) whose blocks are computed again for the gradient instead of kept.
-      frozen_stages: how many of the first stages, and the stem, the gradient does not reach.
-      given: ((stage, (h, w, channels)), ...): instead of images, (B, values) of the maps at the ends of these stages, one after the other,
-        as `rll_jax.training.cached_features` keeps them; stages before the last of them are not computed.
+      backbone: the network before the heads, such as one of `rll_jax.networks.backbones.BACKBONES`.
+      embedding_dim: the dimension of each level's embedding, at least 1.
+      levels: one or more of "L", "M" and "H", each once.
+      dtype: the type that convolutions and linear layers compute in. Parameters, batch statistics
+        and embeddings are float32.
+      batch_norm: where the backbone's batch norms take their statistics from while training:
+        "train": the batches of all devices along `axis_name`.
+        "local": this device's share of the batch.
+        "frozen": the running averages.
+        "frozen_affine": the running averages; scales and biases get no gradient either.
+        The heads' batch norms always use a batch's statistics while training, over all devices
+        unless "local".
+      axis_name: the device axis for batch statistics while training, that is, the axis of the
+        step's pmap or shard_map (`rll_jax.training.devices.AXIS`), or None on one device.
+      remat: the stages, from 1, whose blocks are computed again for the gradient instead of kept.
+      frozen_stages: the number of first stages that the gradient does not reach. It does not reach
+        the stem either if there are any.
+      cached_stages: ((stage, (h, w, channels)), ...): the network takes cached feature maps of
+        these stages instead of images, as `rll_jax.training.cached_features` keeps them. Stages
+        before the last of them are not computed.
 
     Raises:
-      ValueError: by `init` and `apply`: levels or a way of batch norm that do not exist, or stages that the backbone does not have.
+      ValueError: by `init` and `apply`: `levels` or `batch_norm` that do not exist, stages that
+        the backbone does not have, a dimension below 1, or a level whose stage is before the last
+        cached one and not cached.
     """
 
-    backbone: Any
+    backbone: Backbone
     embedding_dim: int = 128
     levels: tuple[str, ...] = ("H",)
-    dtype: Any = jnp.float32
-    batch_norm: str = "train"
+    dtype: DTypeLike = jnp.float32
+    batch_norm: BatchNormMode = "train"
     axis_name: str | None = None
     remat: tuple[int, ...] = ()
     frozen_stages: int = 0
-    given: tuple = ()
+    cached_stages: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     @nn.compact
-    def __call__(self, images, *, train=False, features=False):
-        """(B, H, W, 3) uint8 or floating in 0-255 -> {level: (B, embedding_dim) float32}.
+    def __call__(
+        self, images: jax.Array | np.ndarray, *, train: bool = False, features: bool = False
+    ) -> dict[str, jax.Array] | list[jax.Array | None]:
+        """Computes the embeddings of images, or their feature maps.
 
-        With `features` the backbone's maps at the ends of its stages instead, a list of (B, h, w, channels) of `dtype`.
+        Args:
+          images: (B, H, W, 3) RGB, uint8 or floating in 0-255. With `cached_stages`, (B, values):
+            the flattened maps of these stages, one after the other.
+          train: whether batch norms use and update batch statistics, as `batch_norm` says.
+          features: whether to return the backbone's feature maps.
+
+        Returns:
+          {level: (B, embedding_dim) float32}. With `features` a list of the maps at the ends of
+          the stages, (B, h, w, channels) of `dtype` each; None for stages that are not computed.
         """
         self._check()
-        ends = self._ends(images, train)
+        ends = self._stage_ends(images, train)
         if features:
             return ends
-        conv, norm = self._conv(), self._norm(train, frozen=False)
-        return {
-            level: self._head(level, ends[LEVELS.index(level) - len(LEVELS)], conv, norm)
-            for level in self.levels
-        }
+        embeddings = {}
+        for level in self.levels:
+            end = ends[LEVELS.index(level) - len(LEVELS)]
+            if end is None:
+                raise ValueError(
+                    f"levels={self.levels}, cached_stages={self.cached_stages}: expected the stage "
+                    f"of level {level} among the cached ones"
+                )
+            embeddings[level] = self._head(level, end, train)
+        return embeddings
 
-    def _check(self):
+    def _check(self) -> None:
+        """Raises ValueError for fields that do not go with the backbone."""
         stages = self.backbone.num_stages
-        there = LEVELS[max(0, len(LEVELS) - stages) :]
-        if (
-            not self.levels
-            or len(set(self.levels)) < len(self.levels)
-            or not set(self.levels) <= set(there)
-        ):
+        possible = LEVELS[max(0, len(LEVELS) - stages) :]
+        distinct = set(self.levels)
+        if not distinct or len(distinct) < len(self.levels) or not distinct <= set(possible):
             raise ValueError(
-                f"levels={self.levels}: expected some of {', '.join(there)}, each once: the backbone has {stages} stages"
+                f"levels={self.levels}: expected some of {', '.join(possible)}, each once: the "
+                f"backbone has {stages} stages"
             )
         if self.batch_norm not in BATCH_NORMS:
             raise ValueError(
                 f"batch_norm={self.batch_norm!r}: expected one of {', '.join(BATCH_NORMS)}"
             )
-        if (
-            not set(self.remat) <= set(range(1, stages + 1))
-            or not 0 <= self.frozen_stages <= stages
-        ):
+        remat_exists = set(self.remat) <= set(range(1, stages + 1))
+        if not remat_exists or not 0 <= self.frozen_stages <= stages:
             raise ValueError(
-                f"remat={self.remat}, frozen_stages={self.frozen_stages}: the backbone's stages are 1 to {stages}"
+                f"remat={self.remat}, frozen_stages={self.frozen_stages}: the backbone's stages "
+                f"are 1 to {stages}"
             )
         if self.embedding_dim < 1:
             raise ValueError(f"embedding_dim={self.embedding_dim}: expected at least 1")
 
-    def _ends(self, images, train):
-        x = self._given(images) if self.given else self._normalized(images)
+    def _stage_ends(self, images: jax.Array | np.ndarray, train: bool) -> list[jax.Array | None]:
+        """Returns the feature maps at the ends of the backbone's stages."""
+        x = self._cached_maps(images) if self.cached_stages else self._normalized(images)
         norm = self._norm(train, frozen=self.batch_norm.startswith("frozen"))
         return self.backbone.stage_ends(x, self._conv(), norm, self.remat, self.frozen_stages)
 
-    def _normalized(self, images):
-        mean, std = (
-            jnp.array(x).reshape(1, 1, 1, 3) for x in (self.backbone.mean, self.backbone.std)
-        )
-        x = images[..., ::-1] if self.backbone.bgr else images
+    def _normalized(self, images: jax.Array | np.ndarray) -> jax.Array:
+        """Returns images as the backbone expects them, in its order of the channels."""
+        x = jnp.asarray(images)
+        mean = jnp.array(self.backbone.mean).reshape(1, 1, 1, 3)
+        std = jnp.array(self.backbone.std).reshape(1, 1, 1, 3)
+        x = x[..., ::-1] if self.backbone.bgr else x
         return ((x.astype(jnp.float32) - mean) / std).astype(self.dtype)
 
-    def _given(self, values):
-        stages, shapes = zip(*self.given)
-        parts = jnp.split(
-            values.astype(self.dtype),
-            np.cumsum([math.prod(shape) for shape in shapes])[:-1],
-            axis=1,
-        )
+    def _cached_maps(self, values: jax.Array | np.ndarray) -> dict[int, jax.Array]:
+        """Returns the (B, h, w, channels) maps of the cached stages from (B, values)."""
+        sizes = [math.prod(shape) for _, shape in self.cached_stages]
+        parts = jnp.split(values.astype(self.dtype), np.cumsum(sizes)[:-1], axis=1)
         return {
-            stage: part.reshape(-1, *shape) for stage, part, shape in zip(stages, parts, shapes)
+            stage: part.reshape(-1, *shape)
+            for (stage, shape), part in zip(self.cached_stages, parts, strict=True)
         }
 
-    def _conv(self):
+    def _conv(self) -> ModuleMaker:
+        """Returns what makes a convolution, with initial weights as by He et al. 2015."""
         he = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
         return functools.partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=he)
 
-    def _norm(self, train, frozen):
+    def _norm(self, train: bool, frozen: bool) -> ModuleMaker:
+        """Returns what makes a batch norm.
+
+        Args:
+          train: whether the network trains.
+          frozen: whether the running averages are used even while the network trains.
+        """
         return functools.partial(
             _FixedBatchNorm if frozen and self.batch_norm == "frozen_affine" else nn.BatchNorm,
             use_running_average=frozen or not train,
@@ -136,24 +177,36 @@ class EmbeddingNet(nn.Module):
             axis_name=self.axis_name if train and self.batch_norm != "local" else None,
         )
 
-    def _head(self, level, x, conv, norm):
+    def _head(self, level: str, x: jax.Array, train: bool) -> jax.Array:
+        """Returns the (B, embedding_dim) embedding of a level from (B, h, w, channels)."""
+        conv, norm = self._conv(), self._norm(train, frozen=False)
         dense = functools.partial(nn.Dense, dtype=self.dtype, use_bias=False)
         if level == "H":
             x = jnp.mean(x, axis=(1, 2))
         else:
-            x = nn.avg_pool(x, tuple(min(5, side) for side in x.shape[1:3]), (3, 3))
-            x = nn.relu(
-                norm(name=f"{level}_bn1")(conv(_HIDDEN_CHANNELS, (1, 1), name=f"{level}_conv")(x))
-            )
-            x = dense(_HIDDEN_UNITS, name=f"{level}_dense")(x.reshape(x.shape[0], -1))
+            x = nn.avg_pool(x, _pool_window(x.shape[1:3]), strides=(3, 3))
+            x = conv(HEAD_CHANNELS, (1, 1), name=f"{level}_conv")(x)
+            x = nn.relu(norm(name=f"{level}_bn1")(x))
+            x = dense(_HEAD_UNITS, name=f"{level}_dense")(x.reshape(x.shape[0], -1))
             x = nn.relu(norm(name=f"{level}_bn2")(x))
         x = dense(self.embedding_dim, name=f"{level}_embedding")(x)
         return normalize_rows(x.astype(jnp.float32))
 
 
-def concatenate_levels(embeddings):
-    """{level: (B, D)} -> (B, levels * D), L2-normalised again: what is searched with at test time."""
-    ordered = [
-        embeddings[level] for level in LEVELS if level in embeddings
-    ]  # jit sorts a dict by its keys
+def _pool_window(sides: Sequence[int]) -> tuple[int, ...]:
+    """Returns the window of the heads' pool: 5x5, or the map where it is smaller."""
+    return tuple(min(5, side) for side in sides)
+
+
+def concatenate_levels(embeddings: Mapping[str, jax.Array | np.ndarray]) -> jax.Array:
+    """Concatenates the levels into the embedding that is searched with at test time.
+
+    Args:
+      embeddings: {level: (B, D)}, L2-normalised rows, in any order.
+
+    Returns:
+      (B, levels * D), in the order L, M, H, L2-normalised again.
+    """
+    # jit sorts a dict by its keys.
+    ordered = [embeddings[level] for level in LEVELS if level in embeddings]
     return jnp.concatenate(ordered, axis=-1) / np.sqrt(len(ordered)).astype(np.float32)

@@ -1,127 +1,203 @@
-"""GoogLeNet-V2 (BN-Inception, Ioffe & Szegedy 2015), the paper's network, in the names of its Caffe model.
+"""GoogLeNet-V2 (BN-Inception, Ioffe & Szegedy 2015), the paper's network, and its Caffe names.
 
-Modules are made in the scope of the caller, under the names that weights are published with.
+Modules are made in the scope of the caller.
 """
 
+from collections.abc import Mapping, Sequence
 import dataclasses
-from typing import Any
+from typing import NamedTuple
 
 from flax import linen as nn
+import jax
 from jax import lax
 import jax.numpy as jnp
 
-from rll_jax.networks._stages import given_ends
+from rll_jax.networks._stages import ModuleMaker, cached_ends
 
-# Channels of each inception: 1x1; 3x3 reduce, 3x3; double 3x3 reduce, double 3x3; pool projection. No 1x1: stride 2 and a max pool.
+
+class _Channels(NamedTuple):
+    """The channels of the convolutions in an inception block.
+
+    A block without a 1x1 convolution has stride 2, and a max pool instead of the pool projection.
+    """
+
+    conv1x1: int
+    reduce3x3: int
+    conv3x3: int
+    double_reduce3x3: int
+    double3x3: int
+    pool_projection: int
+
+
 _INCEPTIONS = {
-    "3a": (64, 64, 64, 64, 96, 32), "3b": (64, 64, 96, 64, 96, 64), "3c": (0, 128, 160, 64, 96, 0),
-    "4a": (224, 64, 96, 96, 128, 128), "4b": (192, 96, 128, 96, 128, 128), "4c": (160, 128, 160, 128, 160, 128),
-    "4d": (96, 128, 192, 160, 192, 128), "4e": (0, 128, 192, 192, 256, 0),
-    "5a": (352, 192, 320, 160, 224, 128), "5b": (352, 192, 320, 192, 224, 128),
-}  # fmt: skip
-_INCEPTION_ENDS = ("3c", "4e", "5b")
+    "3a": _Channels(64, 64, 64, 64, 96, 32),
+    "3b": _Channels(64, 64, 96, 64, 96, 64),
+    "3c": _Channels(0, 128, 160, 64, 96, 0),
+    "4a": _Channels(224, 64, 96, 96, 128, 128),
+    "4b": _Channels(192, 96, 128, 96, 128, 128),
+    "4c": _Channels(160, 128, 160, 128, 160, 128),
+    "4d": _Channels(96, 128, 192, 160, 192, 128),
+    "4e": _Channels(0, 128, 192, 192, 256, 0),
+    "5a": _Channels(352, 192, 320, 160, 224, 128),
+    "5b": _Channels(352, 192, 320, 192, 224, 128),
+}
+_ENDS_OF_STAGES = ("3c", "4e", "5b")
+_MAX_POOLED = "5b"  # its pool is a maximum in the Caffe model; the other blocks' are averages
+_PREFIX = "inception_"
 
 
 @dataclasses.dataclass(frozen=True)
 class GoogLeNetV2Config:
-    """BN-Inception as its Caffe model has it; the last block's pool is a maximum there, the others' averages.
+    """BN-Inception as its Caffe model has it, as a `rll_jax.typing.Backbone`.
+
+    Its stages 1, 2 and 3 end with the inception blocks 3c, 4e and 5b.
 
     Args:
-      width: share of the published channels.
-      mean, std: of the values 0-255 that the weights expect, in the order of their channels.
+      width: the share of the published numbers of channels.
+      mean: the mean of the BGR values 0-255 that the weights expect.
+      std: the standard deviation that goes with `mean`.
     """
 
     width: float = 1.0
     mean: tuple[float, ...] = (104.0, 117.0, 128.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
-    bgr = True  # the order of the channels that the published weights expect
-    num_stages = len(_INCEPTION_ENDS)
+
+    @property
+    def bgr(self) -> bool:
+        """True: the published weights expect blue, green, red."""
+        return True
+
+    @property
+    def num_stages(self) -> int:
+        """The number of stages."""
+        return len(_ENDS_OF_STAGES)
 
     def stage_of(self, module: str) -> int:
-        """The stage, from 1, of a module of this network by its name; 0 for the stem."""
-        if not module.startswith("inception_"):
+        """Returns the stage, from 1, of a top-level module by its name; 0 for the stem."""
+        if not module.startswith(_PREFIX):
             return 0
-        order = list(_INCEPTIONS)
-        return 1 + sum(
-            order.index(end) < order.index(module[len("inception_") :]) for end in _INCEPTION_ENDS
-        )
+        blocks = list(_INCEPTIONS)
+        block = blocks.index(module.removeprefix(_PREFIX))
+        return 1 + sum(blocks.index(end) < block for end in _ENDS_OF_STAGES)
 
-    def stage_ends(self, x, conv, norm, remat=(), frozen=0) -> list:
-        """The maps at the ends of inception 3c, 4e and 5b: stages 1, 2, 3 for `x`, `remat` and `frozen`, with all blocks since the one
-        before; see `ResNetConfig.ends`.
+    def array_name(self, modules: Sequence[str]) -> str:
+        """Returns the Caffe model's name of a module: inception_3a_3x3_reduce_bn.
+
+        Args:
+          modules: the names on the module's path: ("inception_3a", "3x3_reduce", "bn").
         """
-        ends, x = given_ends(x) if isinstance(x, dict) else ([], self._stem(x, conv, norm))
-        there = len(ends)
-        for name, channels in _INCEPTIONS.items():
-            if self.stage_of(f"inception_{name}") <= there:
+        return "_".join(modules).removesuffix("_conv")
+
+    def stage_ends(
+        self,
+        x: jax.Array | Mapping[int, jax.Array],
+        conv: ModuleMaker,
+        norm: ModuleMaker,
+        remat: Sequence[int] = (),
+        frozen: int = 0,
+    ) -> list[jax.Array | None]:
+        """Returns the feature map at the end of every stage; see `rll_jax.typing.Backbone`."""
+        if isinstance(x, Mapping):
+            ends, x = cached_ends(x)
+        else:
+            ends, x = [], self._stem(x, conv, norm)
+        cached = len(ends)
+        for name, published in _INCEPTIONS.items():
+            stage = self.stage_of(_PREFIX + name)
+            if stage <= cached:
                 continue
-            block_class = nn.remat(_Inception) if len(ends) + 1 in remat else _Inception
-            channels = tuple(map(self._channels, channels))
-            x = block_class(channels, name == "5b", conv, norm, name=f"inception_{name}")(x)
-            if name in _INCEPTION_ENDS:
-                x = lax.stop_gradient(x) if len(ends) < frozen else x
+            make_block = nn.remat(_Inception) if stage in remat else _Inception
+            channels = _Channels(*map(self._scaled, published))
+            x = make_block(channels, name == _MAX_POOLED, conv, norm, name=_PREFIX + name)(x)
+            if name in _ENDS_OF_STAGES:
+                x = lax.stop_gradient(x) if stage <= frozen else x
                 ends.append(x)
         return ends
 
-    def _stem(self, x, conv, norm):
-        x = _ConvUnit(self._channels(64), 7, 2, conv, norm, name="conv1_7x7_s2")(x)
-        x = _ceil_max_pool(x)
-        x = _ConvUnit(self._channels(64), 1, 1, conv, norm, name="conv2_3x3_reduce")(x)
-        x = _ConvUnit(self._channels(192), 3, 1, conv, norm, name="conv2_3x3")(x)
-        return _ceil_max_pool(x)
+    def _stem(self, x: jax.Array, conv: ModuleMaker, norm: ModuleMaker) -> jax.Array:
+        """Returns the input of the first stage from (B, H, W, 3) normalised images."""
+        x = _ConvUnit(self._scaled(64), 7, 2, conv, norm, name="conv1_7x7_s2")(x)
+        x = _caffe_max_pool(x)
+        x = _ConvUnit(self._scaled(64), 1, 1, conv, norm, name="conv2_3x3_reduce")(x)
+        x = _ConvUnit(self._scaled(192), 3, 1, conv, norm, name="conv2_3x3")(x)
+        return _caffe_max_pool(x)
 
-    def _channels(self, published: int) -> int:
+    def _scaled(self, published: int) -> int:
+        """Returns the number of channels here where the Caffe model has `published`."""
         return round(self.width * published)
 
 
 class _ConvUnit(nn.Module):
+    """A convolution, its batch norm and a ReLU."""
+
     features: int
     kernel: int
     strides: int
-    conv: Any
-    norm: Any
+    conv: ModuleMaker
+    norm: ModuleMaker
 
     @nn.compact
-    def __call__(self, x):
-        pad = [(self.kernel // 2, self.kernel // 2)] * 2
-        kernel, strides = (self.kernel, self.kernel), (self.strides, self.strides)
-        return nn.relu(
-            self.norm(name="bn")(
-                self.conv(self.features, kernel, strides, padding=pad, name="conv")(x)
-            )
-        )
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.conv(
+            self.features,
+            (self.kernel, self.kernel),
+            (self.strides, self.strides),
+            padding=[(self.kernel // 2, self.kernel // 2)] * 2,
+            name="conv",
+        )(x)
+        return nn.relu(self.norm(name="bn")(x))
 
 
 class _Inception(nn.Module):
-    channels: tuple[int, ...]
+    """An inception block: branches side by side, whose channels are concatenated.
+
+    Args:
+      channels: the channels of the convolutions.
+      max_pool: whether the pool before the pool projection is a maximum, not an average.
+      conv: makes a convolution.
+      norm: makes a batch norm.
+    """
+
+    channels: _Channels
     max_pool: bool
-    conv: Any
-    norm: Any
+    conv: ModuleMaker
+    norm: ModuleMaker
 
     @nn.compact
-    def __call__(self, x):
-        def unit(features, kernel, strides, name):
-            return _ConvUnit(features, kernel, strides, self.conv, self.norm, name=name)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = self.channels
+        strides = 1 if channels.conv1x1 else 2
+        a = self._unit(channels.reduce3x3, 1, 1, "3x3_reduce")(x)
+        a = self._unit(channels.conv3x3, 3, strides, "3x3")(a)
+        b = self._unit(channels.double_reduce3x3, 1, 1, "double_3x3_reduce")(x)
+        b = self._unit(channels.double3x3, 3, 1, "double_3x3_1")(b)
+        b = self._unit(channels.double3x3, 3, strides, "double_3x3_2")(b)
+        if not channels.conv1x1:
+            return jnp.concatenate([a, b, _caffe_max_pool(x, a.shape[1:3])], axis=-1)
+        pool = nn.max_pool if self.max_pool else nn.avg_pool
+        pooled = pool(x, (3, 3), padding=[(1, 1)] * 2)  # pyright: ignore[reportArgumentType] (flax: not str alone)
+        pooled = self._unit(channels.pool_projection, 1, 1, "pool_proj")(pooled)
+        first = self._unit(channels.conv1x1, 1, 1, "1x1")(x)
+        return jnp.concatenate([first, a, b, pooled], axis=-1)
 
-        one, three_reduce, three, double_reduce, double, pool = self.channels
-        strides = 1 if one else 2
-        a = unit(three, 3, strides, "3x3")(unit(three_reduce, 1, 1, "3x3_reduce")(x))
-        b = unit(double, 3, 1, "double_3x3_1")(unit(double_reduce, 1, 1, "double_3x3_reduce")(x))
-        b = unit(double, 3, strides, "double_3x3_2")(b)
-        if not one:
-            return jnp.concatenate([a, b, _ceil_max_pool(x, a.shape[1:3])], axis=-1)
-        around = [(1, 1)] * 2
-        pooled = (
-            nn.max_pool(x, (3, 3), padding=around)
-            if self.max_pool
-            else nn.avg_pool(x, (3, 3), padding=around)
-        )
-        first = unit(one, 1, 1, "1x1")(x)
-        return jnp.concatenate([first, a, b, unit(pool, 1, 1, "pool_proj")(pooled)], axis=-1)
+    def _unit(self, features: int, kernel: int, strides: int, name: str) -> _ConvUnit:
+        return _ConvUnit(features, kernel, strides, self.conv, self.norm, name=name)
 
 
-def _ceil_max_pool(x, sides=None):
-    """3x3, stride 2, to maps of `sides`; as Caffe rounds by default: the last window may hang over the edge."""
-    sides = sides or [-(-(side - 3) // 2) + 1 for side in x.shape[1:3]]
-    over = [max(0, (to - 1) * 2 + 3 - side) for side, to in zip(x.shape[1:3], sides)]
-    return nn.max_pool(x, (3, 3), (2, 2), padding=[(o // 2, o - o // 2) for o in over])
+def _caffe_max_pool(x: jax.Array, sides: Sequence[int] | None = None) -> jax.Array:
+    """Pools 3x3 maxima with stride 2, by default to maps whose sides are rounded up as by Caffe.
+
+    The last windows may hang over the edge of the map.
+
+    Args:
+      x: (B, h, w, channels).
+      sides: the height and width of the result, or None for Caffe's rounding.
+    """
+    if sides is None:
+        sides = [-(-(side - 3) // 2) + 1 for side in x.shape[1:3]]
+    overhangs = [
+        max(0, (after - 1) * 2 + 3 - before)
+        for before, after in zip(x.shape[1:3], sides, strict=True)
+    ]
+    padding = [(overhang // 2, overhang - overhang // 2) for overhang in overhangs]
+    return nn.max_pool(x, (3, 3), (2, 2), padding=padding)  # pyright: ignore[reportArgumentType] (flax: not str alone)

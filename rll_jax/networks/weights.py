@@ -1,14 +1,23 @@
-"""Weights by the names that they are published under: torchvision's and timm's for ResNets, Caffe's for GoogLeNet-V2.
+"""Weights under their published names: torchvision's and timm's for ResNets, Caffe's for GoogLeNet.
 
-Files are read as data and never executed: safetensors, .npz, and PyTorch's .pth where torch is installed (`weights_only`).
+A backbone's configuration has the names of its family (`array_name`). Files are read as data and
+never executed: safetensors, .npz, and PyTorch's .pth where torch is installed.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
 import os
 import pathlib
 import pickle
+from typing import Any
 
 import jax
 import numpy as np
+
+from rll_jax.networks import embedding_net
+from rll_jax.typing import Backbone
+
+HEAD_PREFIXES = embedding_net.HEAD_PREFIXES  # names of the heads' modules and arrays begin so
+SUFFIXES = (".safetensors", ".npz", ".pth", ".pt")
 
 _LEAVES = {
     "kernel": "weight",
@@ -17,80 +26,72 @@ _LEAVES = {
     "mean": "running_mean",
     "var": "running_var",
 }
-_CLASSIFIERS = (
-    "fc",
-    "last_linear",
-    "classifier",
-    "head",
-)  # of the task that published weights were trained for
-HEAD_PREFIXES = (
-    "L_",
-    "M_",
-    "H_",
-)  # names of the embedding layers of `models.EmbeddingNet` begin so
-_HEAD_CHANNELS = 128  # of the maps that the heads' L_dense and M_dense take flattened
+# The layers of the task that published weights were trained for.
+_CLASSIFIERS = ("fc", "last_linear", "classifier", "head")
 _LISTED = 20  # names of each kind in an error
-SUFFIXES = (".safetensors", ".npz", ".pth", ".pt")
 
 
-def to_named_arrays(variables: dict) -> dict[str, np.ndarray]:
-    """{"params": ..., "batch_stats": ...} of an `EmbeddingNet` -> {name: array} in PyTorch's layout, the heads under our names.
+def to_named_arrays(variables: Mapping[str, Any], backbone: Backbone) -> dict[str, np.ndarray]:
+    """Returns a network's variables under their published names, in PyTorch's layout.
 
-    L_dense and M_dense take a map that is flattened as PyTorch does it, channels first.
-    """
-    return {name: _transposed(name, np.asarray(leaf)) for name, leaf in _named(variables)}
-
-
-def from_named_arrays(weights: dict[str, np.ndarray], variables: dict, *, heads: bool) -> dict:
-    """`variables` with the values of `weights`, whose classifier is left out.
+    The heads have no published names and keep those of their modules. L_dense and M_dense take a
+    map that is flattened as in PyTorch, channels first.
 
     Args:
-      weights: {name: array} in PyTorch's layout.
-      variables: of an `EmbeddingNet`, for its structure and shapes.
-      heads: take the embedding layers too, instead of keeping those of `variables`.
+      variables: {"params": ..., "batch_stats": ...} of an `EmbeddingNet`.
+      backbone: the backbone of this network.
+    """
+    return {name: _to_pytorch(name, np.asarray(leaf)) for name, leaf in _named(variables, backbone)}
+
+
+def from_named_arrays(
+    arrays: Mapping[str, np.ndarray],
+    variables: Mapping[str, Any],
+    backbone: Backbone,
+    *,
+    heads: bool,
+) -> dict[str, Any]:
+    """Returns variables with the values of arrays under their published names.
+
+    Classifiers and batch norms' counters among the arrays are ignored. A bias of a convolution is
+    subtracted from the running mean of the batch norm behind it, which changes no output.
+
+    Args:
+      arrays: {name: array} in PyTorch's layout.
+      variables: {"params": ..., "batch_stats": ...} of an `EmbeddingNet`, for its structure,
+        shapes and dtypes.
+      backbone: the backbone of this network.
+      heads: whether the heads are taken from the arrays too, instead of from `variables`.
 
     Raises:
-      ValueError: names that are missing or not expected, or shapes that differ (which).
+      ValueError: names are missing or not expected, or shapes differ. The message lists up to 20
+        names of each kind.
     """
-    weights = _without_conv_biases(weights)
-    wanted = {name: _transposed(name, np.asarray(leaf)).shape for name, leaf in _named(variables)}
-    if not heads:
-        wanted = {
-            name: shape for name, shape in wanted.items() if not name.startswith(HEAD_PREFIXES)
-        }
-        weights = {
-            name: array for name, array in weights.items() if not name.startswith(HEAD_PREFIXES)
-        }
-    wrong = {
-        "missing": sorted(wanted.keys() - weights.keys()),
-        "unexpected": sorted(weights.keys() - wanted.keys()),
-        "of another shape": [
-            f"{name} {weights[name].shape} instead of {shape}"
-            for name, shape in wanted.items()
-            if name in weights and weights[name].shape != shape
-        ],
+    arrays = _fold_convolution_biases(_without_classifier(arrays))
+    expected = {
+        name: _to_pytorch(name, np.asarray(leaf)).shape
+        for name, leaf in _named(variables, backbone)
     }
-    if any(wrong.values()):
-        parts = [
-            f"{len(names)} {what} ({', '.join(names[:_LISTED])}{', ...' * (len(names) > _LISTED)})"
-            for what, names in wrong.items()
-            if names
-        ]
-        raise ValueError(f"the weights are not of this network: {'; '.join(parts)}")
+    if not heads:
+        arrays = {name: x for name, x in arrays.items() if not name.startswith(HEAD_PREFIXES)}
+        expected = {name: x for name, x in expected.items() if not name.startswith(HEAD_PREFIXES)}
+    _check_names_and_shapes(arrays, expected)
     leaves = [
-        _transposed(name, weights[name], back=True).astype(leaf.dtype) if name in wanted else leaf
-        for name, leaf in _named(variables)
+        _to_flax(name, arrays[name]).astype(leaf.dtype) if name in expected else leaf
+        for name, leaf in _named(variables, backbone)
     ]
     return jax.tree.unflatten(jax.tree.structure(variables), leaves)
 
 
-def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """{name: array} from .safetensors, .npz, .pth or .pt.
+def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Reads {name: array} from a .safetensors, .npz, .pth or .pt file.
 
-    A .pth holds a state dict, or has one under "state_dict" or "model".
+    A .pth or .pt file holds a state dict, or has one under "state_dict" or "model". A leading
+    "module." of the names is removed.
 
     Raises:
-      ValueError: no such file, another kind of file, a damaged one, a .pth that holds more than tensors or without torch to read it.
+      ValueError: the file does not exist, is of another kind or is damaged; or it is a .pth or .pt
+        file that holds more than tensors, or there is no torch to read it.
     """
     path = pathlib.Path(path)
     readers = {
@@ -104,19 +105,23 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        weights = readers[path.suffix](path)
+        arrays = readers[path.suffix](path)
     except ImportError as error:
         raise ValueError(
-            f"{path}: reading it needs {error.name}; install it, or convert the file to .safetensors elsewhere"
-        )
+            f"{path}: reading it needs {error.name}; install it, or convert the file to "
+            ".safetensors elsewhere"
+        ) from None
     except Exception as error:  # each library has its own for a damaged file
-        raise ValueError(
-            f"{path}: cannot be read as weights: {str(error).splitlines()[0] if str(error) else repr(error)}"
-        )
-    return {name.removeprefix("module."): array for name, array in weights.items()}
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise ValueError(f"{path}: cannot be read as weights: {reason}") from error
+    return {name.removeprefix("module."): array for name, array in arrays.items()}
 
 
-def write_safetensors(path: str | os.PathLike, weights: dict[str, np.ndarray]) -> None:
+def write_safetensors(path: str | os.PathLike[str], weights: Mapping[str, np.ndarray]) -> None:
+    """Writes {name: array} to a .safetensors file, in place.
+
+    A caller that must not leave half a file writes to a temporary path and renames it.
+    """
     from safetensors import numpy as safetensors
 
     safetensors.save_file(
@@ -124,86 +129,126 @@ def write_safetensors(path: str | os.PathLike, weights: dict[str, np.ndarray]) -
     )
 
 
-def _read_safetensors(path):
+def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     from safetensors import numpy as safetensors
 
     return safetensors.load_file(path)
 
 
-def _read_npz(path):
+def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
     with np.load(path, allow_pickle=False) as file:
         return dict(file)
 
 
-def _read_torch(path):
+def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
     import torch
 
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # whose text tells how to run it all the same
+    except pickle.UnpicklingError:  # its text tells how to execute the file all the same
         raise ValueError(
-            "it is damaged or holds more than tensors, which would have to be executed: save its state_dict() alone, or as .safetensors"
-        )
+            "it is damaged or holds more than tensors, which would have to be executed: save its "
+            "state_dict() alone, or as .safetensors"
+        ) from None
     for key in ("state_dict", "model"):
         state = state.get(key, state) if isinstance(state, dict) else {}
-    tensors = (
-        {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
-        if isinstance(state, dict)
-        else {}
-    )
+    entries = state.items() if isinstance(state, dict) else ()
+    tensors = {name: x for name, x in entries if isinstance(x, torch.Tensor)}
     if not tensors:
         raise ValueError('expected a state dict, or one under "state_dict" or "model"')
-    # numpy has no bfloat16
+    # NumPy has no bfloat16.
     return {
-        name: (t.float() if t.dtype == torch.bfloat16 else t).detach().numpy()
-        for name, t in tensors.items()
+        name: (x.float() if x.dtype == torch.bfloat16 else x).detach().numpy()
+        for name, x in tensors.items()
     }
 
 
-def _named(variables):
-    """(published name, leaf) of each leaf, in the order of the tree."""
+def _named(variables: Mapping[str, Any], backbone: Backbone) -> Iterator[tuple[str, Any]]:
+    """Yields the published name and the value of each leaf, in the order of the tree."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         _, *modules, kind = (key.key for key in path)
-        yield f"{_published(modules)}.{_LEAVES[kind]}", leaf
+        is_head = modules[0].startswith(HEAD_PREFIXES)
+        module = ".".join(modules) if is_head else backbone.array_name(modules)
+        yield f"{module}.{_LEAVES[kind]}", leaf
 
 
-def _published(modules: list[str]) -> str:
-    first, *rest = modules
-    if (
-        first.startswith("layer") and "_" in first
-    ):  # layer1_0/downsample_conv -> layer1.0.downsample.0
-        rest = [
-            {"downsample_conv": "downsample.0", "downsample_bn": "downsample.1"}.get(name, name)
-            for name in rest
-        ]
-        return ".".join([*first.split("_"), *rest])
-    if rest:  # inception_3a/3x3_reduce/bn -> inception_3a_3x3_reduce_bn
-        return "_".join([first, *rest]).removesuffix("_conv")
-    return first
-
-
-def _without_conv_biases(weights):
-    """Convolutions' biases subtracted from the running means of the batch norms behind them; classifiers and counters left out."""
-    weights = {
+def _without_classifier(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the arrays without those of classifiers and the counters of batch norms."""
+    return {
         name: array
-        for name, array in weights.items()
+        for name, array in arrays.items()
         if name.split(".")[0] not in _CLASSIFIERS and not name.endswith(".num_batches_tracked")
     }
-    for name in [name for name in weights if name.endswith(".bias")]:
-        mean = f"{name.removesuffix('.bias')}_bn.running_mean"
-        if mean in weights:
-            weights[mean] = weights[mean] - weights.pop(name)
-    return weights
 
 
-def _transposed(name, array, back=False):
-    """Flax's kernels, (h, w, in, out) and (in, out), to PyTorch's and back."""
+def _fold_convolution_biases(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Subtracts convolutions' biases from the running means of the batch norms behind them.
+
+    The batch norm behind the convolution `name` is `name`_bn, as in the Caffe model.
+    """
+    folded = dict(arrays)
+    for name in arrays:
+        if name.endswith(".bias"):
+            mean = f"{name.removesuffix('.bias')}_bn.running_mean"
+            if mean in folded:
+                folded[mean] = folded[mean] - folded.pop(name)
+    return folded
+
+
+def _check_names_and_shapes(
+    arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raises ValueError unless the arrays have the expected names and shapes."""
+    faults = {
+        "missing": sorted(expected.keys() - arrays.keys()),
+        "unexpected": sorted(arrays.keys() - expected.keys()),
+        "of another shape": [
+            f"{name} {arrays[name].shape} instead of {shape}"
+            for name, shape in expected.items()
+            if name in arrays and arrays[name].shape != shape
+        ],
+    }
+    if any(faults.values()):
+        parts = [
+            f"{len(names)} {fault} ({_some(names)})" for fault, names in faults.items() if names
+        ]
+        raise ValueError(f"the weights are not of this network: {'; '.join(parts)}")
+
+
+def _some(names: Sequence[str]) -> str:
+    """Returns the first names in a line, with dots behind them where there are more."""
+    listed = ", ".join(names[:_LISTED])
+    return f"{listed}, ..." if len(names) > _LISTED else listed
+
+
+def _to_pytorch(name: str, array: np.ndarray) -> np.ndarray:
+    """Returns an array of Flax in PyTorch's layout.
+
+    Kernels (h, w, in, out) become (out, in, h, w), and kernels (in, out) become (out, in).
+    """
     if array.ndim == 4:
-        return array.transpose((2, 3, 1, 0) if back else (3, 2, 0, 1))
-    if name.endswith(
-        "_dense.weight"
-    ):  # of a flattened map: (h, w, channel) in Flax, (channel, h, w) in PyTorch
-        shape = (len(array), _HEAD_CHANNELS, -1) if back else (-1, _HEAD_CHANNELS, array.shape[1])
-        array = array.reshape(shape).transpose(2, 1, 0)
-        return array.reshape(-1, array.shape[2]) if back else array.reshape(len(array), -1)
+        return array.transpose(3, 2, 0, 1)
+    if _takes_flattened_map(name):
+        out = array.shape[1]
+        # The inputs are (h * w, channels) in Flax and (channels, h * w) in PyTorch.
+        return (
+            array.reshape(-1, embedding_net.HEAD_CHANNELS, out).transpose(2, 1, 0).reshape(out, -1)
+        )
     return array.T if array.ndim == 2 else array
+
+
+def _to_flax(name: str, array: np.ndarray) -> np.ndarray:
+    """Returns an array of PyTorch in Flax's layout: the reverse of `_to_pytorch`."""
+    if array.ndim == 4:
+        return array.transpose(2, 3, 1, 0)
+    if _takes_flattened_map(name):
+        out = array.shape[0]
+        return (
+            array.reshape(out, embedding_net.HEAD_CHANNELS, -1).transpose(2, 1, 0).reshape(-1, out)
+        )
+    return array.T if array.ndim == 2 else array
+
+
+def _takes_flattened_map(name: str) -> bool:
+    """Returns whether an array is the kernel of a head's linear layer behind a flattened map."""
+    return name.startswith(HEAD_PREFIXES) and name.endswith("_dense.weight")

@@ -51,12 +51,12 @@ def trainable_part(
         lambda x: model.init_with_output(jax.random.key(0), x, features=True)[0], images
     )
     stages = sorted(frozen_ends | {model.frozen_stages})
-    return model.clone(given=tuple((stage, ends[stage - 1].shape[1:]) for stage in stages))
+    return model.clone(cached_stages=tuple((stage, ends[stage - 1].shape[1:]) for stage in stages))
 
 
 def feature_size(part: embedding_net.EmbeddingNet) -> int:
     """Returns the number of values cached of a view, for what `trainable_part` returned."""
-    return sum(math.prod(shape) for _, shape in part.given)
+    return sum(math.prod(shape) for _, shape in part.cached_stages)
 
 
 def feature_step(
@@ -71,12 +71,12 @@ def feature_step(
       (state of the whole network, (n, H, W, 3) images) -> {"features": (n, `feature_size`)
       float16}: the maps one after the other.
     """
-    network = part.clone(given=())
+    network = part.clone(cached_stages=())
 
     def compute(state: TrainState, images: jax.Array | np.ndarray) -> dict[str, jax.Array]:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         ends: Any = network.apply(variables, images, train=False, features=True)
-        maps = [ends[stage - 1].reshape(len(images), -1) for stage, _ in part.given]
+        maps = [ends[stage - 1].reshape(len(images), -1) for stage, _ in part.cached_stages]
         return {"features": jnp.concatenate(maps, axis=1).astype(np.float16)}
 
     return compute

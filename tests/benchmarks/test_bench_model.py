@@ -66,7 +66,7 @@ def test_pytorchs_side_is_the_same_network(name):
     with jax.enable_x64(True):
         shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
         empty = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), dict(shapes))
-        variables = weights.from_named_arrays(published, empty, heads=True)
+        variables = weights.from_named_arrays(published, empty, config, heads=True)
         ours, _ = jax.jit(lambda v, p: model.apply(v, p, train=True, mutable=["batch_stats"]))(
             variables, pixels
         )

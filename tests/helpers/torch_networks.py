@@ -1,4 +1,7 @@
-"""The published networks in PyTorch, written from their papers, under the names that weights are published with."""
+"""The published networks in PyTorch, written from their papers, with the published names."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -6,7 +9,9 @@ import torch.nn.functional as F
 
 
 class Block(nn.Module):
-    def __init__(self, before, width, stride, bottleneck, stride_in_first):
+    def __init__(
+        self, before: int, width: int, stride: int, bottleneck: bool, stride_in_first: bool
+    ) -> None:
         super().__init__()
         after = width * (4 if bottleneck else 1)
         first, second = (stride, 1) if stride_in_first else (1, stride)
@@ -14,16 +19,17 @@ class Block(nn.Module):
         if not bottleneck:
             shapes = [(before, width, 3, stride), (width, width, 3, 1)]
         self.number = len(shapes)
-        for i, (a, b, kernel, s) in enumerate(shapes, start=1):
-            setattr(self, f"conv{i}", nn.Conv2d(a, b, kernel, s, kernel // 2, bias=False))
-            setattr(self, f"bn{i}", nn.BatchNorm2d(b))
+        for i, (inputs, outputs, kernel, strides) in enumerate(shapes, start=1):
+            conv = nn.Conv2d(inputs, outputs, kernel, strides, kernel // 2, bias=False)
+            setattr(self, f"conv{i}", conv)
+            setattr(self, f"bn{i}", nn.BatchNorm2d(outputs))
         self.downsample = None
         if stride != 1 or before != after:
             self.downsample = nn.Sequential(
                 nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after)
             )
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = x
         for i in range(1, self.number + 1):
             y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))
@@ -31,23 +37,30 @@ class Block(nn.Module):
         return F.relu(y + (x if self.downsample is None else self.downsample(x)))
 
 
-class ResNet(nn.Module):
-    def __init__(self, stages, bottleneck, width=64, stride_in_first=False, small_images=False):
+class ResNetStages(nn.Module):
+    def __init__(
+        self,
+        stages: Sequence[int],
+        bottleneck: bool,
+        width: int = 64,
+        stride_in_first: bool = False,
+        small_images: bool = False,
+    ) -> None:
         super().__init__()
         self.small_images = small_images
         stem = (3, 1, 1) if small_images else (7, 2, 3)
         self.conv1, self.bn1 = nn.Conv2d(3, width, *stem, bias=False), nn.BatchNorm2d(width)
         before = width
         for stage, blocks in enumerate(stages):
-            made = []
+            modules = []
             for block in range(blocks):
                 stride = 2 if stage and not block else 1
-                made.append(Block(before, width << stage, stride, bottleneck, stride_in_first))
+                modules.append(Block(before, width << stage, stride, bottleneck, stride_in_first))
                 before = (width << stage) * (4 if bottleneck else 1)
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*made))
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*modules))
         self.stages = len(stages)
 
-    def forward(self, x):
+    def stage_ends(self, x: torch.Tensor) -> list[torch.Tensor]:
         x = F.relu(self.bn1(self.conv1(x)))
         x = x if self.small_images else F.max_pool2d(x, 3, 2, 1)
         ends = []
@@ -57,10 +70,16 @@ class ResNet(nn.Module):
         return ends
 
 
-class EmbeddingResNet(ResNet):
-    """With the heads of `levels`, as section 2 of the reference has them; their sizes come with the weights."""
+class ResNet(ResNetStages):
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The maps at the ends of the stages."""
+        return self.stage_ends(x)
 
-    def __init__(self, levels, **options):
+
+class EmbeddingResNet(ResNetStages):
+    """A ResNet with the heads of `levels`; the heads' sizes come with the weights."""
+
+    def __init__(self, levels: str, **options: Any) -> None:
         super().__init__(**options)
         self.levels = levels
         for level in levels:
@@ -71,19 +90,26 @@ class EmbeddingResNet(ResNet):
                 setattr(self, f"{level}_bn2", nn.BatchNorm1d(1024))
             setattr(self, f"{level}_embedding", nn.LazyLinear(0, bias=False))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, levels * D): each level's embedding normalised, and all of them again."""
-        ends, embeddings = super().forward(x), []
+        ends, embeddings = self.stage_ends(x), []
         for level in self.levels:
-            of = lambda name: getattr(self, f"{level}_{name}")
-            x = ends["LMH".index(level) - 3]
-            if level == "H":
-                x = x.mean((2, 3))
-            else:
-                x = F.relu(of("bn1")(of("conv")(F.avg_pool2d(x, 5, 3))))
-                x = F.relu(of("bn2")(of("dense")(x.flatten(1))))
-            embeddings.append(F.normalize(of("embedding")(x)))
+            x = self.head(level, ends["LMH".index(level) - 3])
+            embeddings.append(F.normalize(x))
         return F.normalize(torch.cat(embeddings, 1))
+
+    def head(self, level: str, x: torch.Tensor) -> torch.Tensor:
+        if level == "H":
+            x = x.mean((2, 3))
+        else:
+            x = self.layer(level, "conv")(F.avg_pool2d(x, 5, 3))
+            x = F.relu(self.layer(level, "bn1")(x))
+            x = self.layer(level, "dense")(x.flatten(1))
+            x = F.relu(self.layer(level, "bn2")(x))
+        return self.layer(level, "embedding")(x)
+
+    def layer(self, level: str, name: str) -> nn.Module:
+        return getattr(self, f"{level}_{name}")
 
 
 class GoogLeNetV2(nn.Module):
@@ -102,58 +128,62 @@ class GoogLeNetV2(nn.Module):
         "5b": (352, 192, 320, 192, 224, 128),
     }
 
-    def __init__(self, share):
+    def __init__(self, share: float) -> None:
         super().__init__()
-        self.of = lambda published: round(share * published)
-        self.add("conv1_7x7_s2", 3, self.of(64), 7, 2)
-        self.add("conv2_3x3_reduce", self.of(64), self.of(64), 1, 1)
-        self.add("conv2_3x3", self.of(64), self.of(192), 3, 1)
-        before = self.of(192)
+        self.share = share
+        self.add("conv1_7x7_s2", 3, self.scaled(64), 7, 2)
+        self.add("conv2_3x3_reduce", self.scaled(64), self.scaled(64), 1, 1)
+        self.add("conv2_3x3", self.scaled(64), self.scaled(192), 3, 1)
+        before = self.scaled(192)
         for name, channels in self.CHANNELS.items():
-            one, three_reduce, three, double_reduce, double, pool = map(self.of, channels)
-            p, stride = f"inception_{name}_", 1 if one else 2
+            one, three_reduce, three, double_reduce, double, pool = map(self.scaled, channels)
+            prefix, stride = f"inception_{name}_", 1 if one else 2
             if one:
-                self.add(p + "1x1", before, one, 1, 1)
-                self.add(p + "pool_proj", before, pool, 1, 1)
-            self.add(p + "3x3_reduce", before, three_reduce, 1, 1)
-            self.add(p + "3x3", three_reduce, three, 3, stride)
-            self.add(p + "double_3x3_reduce", before, double_reduce, 1, 1)
-            self.add(p + "double_3x3_1", double_reduce, double, 3, 1)
-            self.add(p + "double_3x3_2", double, double, 3, stride)
+                self.add(prefix + "1x1", before, one, 1, 1)
+                self.add(prefix + "pool_proj", before, pool, 1, 1)
+            self.add(prefix + "3x3_reduce", before, three_reduce, 1, 1)
+            self.add(prefix + "3x3", three_reduce, three, 3, stride)
+            self.add(prefix + "double_3x3_reduce", before, double_reduce, 1, 1)
+            self.add(prefix + "double_3x3_1", double_reduce, double, 3, 1)
+            self.add(prefix + "double_3x3_2", double, double, 3, stride)
             before = (one + pool if one else before) + three + double
 
-    def add(self, name, before, after, kernel, stride):
+    def scaled(self, published: int) -> int:
+        return round(self.share * published)
+
+    def add(self, name: str, before: int, after: int, kernel: int, stride: int) -> None:
         setattr(self, name, nn.Conv2d(before, after, kernel, stride, kernel // 2))
         setattr(self, name + "_bn", nn.BatchNorm2d(after))
 
-    def unit(self, name, x):
+    def unit(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return F.relu(getattr(self, name + "_bn")(getattr(self, name)(x)))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The maps at the ends of the stages."""
         x = F.max_pool2d(self.unit("conv1_7x7_s2", x), 3, 2, ceil_mode=True)
-        x = F.max_pool2d(
-            self.unit("conv2_3x3", self.unit("conv2_3x3_reduce", x)), 3, 2, ceil_mode=True
-        )
+        x = self.unit("conv2_3x3", self.unit("conv2_3x3_reduce", x))
+        x = F.max_pool2d(x, 3, 2, ceil_mode=True)
         ends = []
-        for name, channels in self.CHANNELS.items():
-            p = f"inception_{name}_"
-            parts = [self.unit(p + "3x3", self.unit(p + "3x3_reduce", x))]
-            y = self.unit(p + "double_3x3_1", self.unit(p + "double_3x3_reduce", x))
-            parts.append(self.unit(p + "double_3x3_2", y))
-            if channels[0]:
-                pool = F.max_pool2d if name == "5b" else F.avg_pool2d
-                parts = [
-                    self.unit(p + "1x1", x),
-                    *parts,
-                    self.unit(p + "pool_proj", pool(x, 3, 1, 1)),
-                ]
-            else:
-                # as Caffe rounds; of maps with odd sides, where Caffe's network has no pool of the convolutions' size, centred
-                height, width = x.shape[2:]
-                parts.append(
-                    F.max_pool2d(F.pad(x, (width % 2, 1, height % 2, 1), value=-torch.inf), 3, 2)
-                )
-            x = torch.cat(parts, 1)
+        for name in self.CHANNELS:
+            x = self.inception(name, x)
             if name in ("3c", "4e", "5b"):
                 ends.append(x)
         return ends
+
+    def inception(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        prefix = f"inception_{name}_"
+        parts = [self.unit(prefix + "3x3", self.unit(prefix + "3x3_reduce", x))]
+        y = self.unit(prefix + "double_3x3_1", self.unit(prefix + "double_3x3_reduce", x))
+        parts.append(self.unit(prefix + "double_3x3_2", y))
+        has_1x1 = self.CHANNELS[name][0] > 0
+        if has_1x1:
+            pool = F.max_pool2d if name == "5b" else F.avg_pool2d
+            projected = self.unit(prefix + "pool_proj", pool(x, 3, 1, 1))
+            parts = [self.unit(prefix + "1x1", x), *parts, projected]
+        else:
+            # Rounded as by Caffe. For maps with odd sides the windows are centred: there Caffe's
+            # own network has no pool of the same size as the convolutions.
+            height, width = x.shape[2:]
+            padded = F.pad(x, (width % 2, 1, height % 2, 1), value=-torch.inf)
+            parts.append(F.max_pool2d(padded, 3, 2))
+        return torch.cat(parts, 1)

@@ -1,4 +1,4 @@
-"""Against a float64 reference that sorts, written from the definitions, and against other libraries."""
+"""The metrics against a float64 reference that sorts, and against other libraries."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,27 +6,27 @@ import pytest
 import sklearn.metrics
 
 from rll_jax import metrics
-from rll_jax.metrics import _ranks
+from rll_jax.metrics import _vectors
 
 KS = (1, 2, 10, 100, 5000)
 
 
-def by_sorting(queries, query_labels, gallery, gallery_labels, own):
+def by_sorting(queries, query_labels, gallery, gallery_labels, leave_one_out):
+    """The scores by their definitions, in float64."""
     q, g = (
         x.astype(np.float64) / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
         for x in (queries, gallery)
     )
     scores, unmatched = [], 0
     for i in range(len(q)):
-        others = np.delete(np.arange(len(g)), i) if own else np.arange(len(g))
+        others = np.delete(np.arange(len(g)), i) if leave_one_out else np.arange(len(g))
         same = gallery_labels[others] == query_labels[i]
         r = int(same.sum())
         if not r:
             unmatched += 1
             continue
-        relevant = same[
-            np.lexsort((same, -np.round(g[others] @ q[i], 14)))
-        ]  # of equals, those of other classes first
+        # Of equally similar items, those of other classes come first.
+        relevant = same[np.lexsort((same, -np.round(g[others] @ q[i], 14)))]
         precision = np.cumsum(relevant[:r]) / np.arange(1, r + 1)
         scores.append([relevant[:k].any() for k in KS])
         scores[-1] += [
@@ -35,7 +35,9 @@ def by_sorting(queries, query_labels, gallery, gallery_labels, own):
             1 / (np.argmax(relevant) + 1),
         ]
     names = [f"recall@{k}" for k in KS] + ["map@r", "r_precision", "mrr"]
-    return dict(zip(names, np.mean(scores, axis=0))) | {"queries_without_match": unmatched}
+    return dict(zip(names, np.mean(scores, axis=0), strict=True)) | {
+        "queries_without_match": unmatched
+    }
 
 
 def make(kind):
@@ -70,24 +72,24 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("leave_one_out", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_sorting(kind, own):
+def test_equals_sorting(kind, leave_one_out):
     x, labels = make(kind)
-    given = (x, labels) if own else (x[:400], labels[:400], x[400:], labels[400:])
-    expected = by_sorting(*(given * 2)[:4], own)
+    arguments = (x, labels) if leave_one_out else (x[:400], labels[:400], x[400:], labels[400:])
+    expected = by_sorting(*(arguments * 2)[:4], leave_one_out)
     for block_size in (None, 64, 100):
-        found = metrics.retrieval_metrics(*given, ks=KS, block_size=block_size)
-        assert found.keys() == expected.keys()
+        scores = metrics.retrieval_metrics(*arguments, ks=KS, block_size=block_size)
+        assert scores.keys() == expected.keys()
         for name in expected:
-            assert found[name] == pytest.approx(expected[name], abs=1e-12), (name, block_size)
-    each = metrics.scores_by_query(*given)
-    assert np.mean(1 / each["first_rank"]) == pytest.approx(expected["mrr"], abs=1e-12)
-    assert len(each["query"]) == len(given[0]) - expected["queries_without_match"]
+            assert scores[name] == pytest.approx(expected[name], abs=1e-12), (name, block_size)
+    by_query = metrics.scores_by_query(*arguments)
+    assert np.mean(1 / by_query["first_rank"]) == pytest.approx(expected["mrr"], abs=1e-12)
+    assert len(by_query["query"]) == len(arguments[0]) - expected["queries_without_match"]
 
 
 def test_float32_products_are_settled_in_float64():
-    """Two items of other classes nearer to the query than its positive by less than float32 can tell, and one farther."""
+    """Two negatives are nearer than the positive by less than float32 can tell; one is farther."""
     angles = np.array([0.0, 0.5, 0.5 - 1e-9, 0.5 - 1e-10, 0.5 + 1e-9])
     x = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     scores = metrics.retrieval_metrics(
@@ -99,12 +101,12 @@ def test_float32_products_are_settled_in_float64():
 @pytest.mark.parametrize("dim", [2, 8, 64, 512, 2048])
 def test_the_band_holds_the_error_of_a_float32_product(dim):
     rng = np.random.default_rng(dim)
-    rotation, band = _ranks.rotation_and_band(dim)
+    rotation, band = _vectors.rotation_and_band(dim)
     noise = rng.normal(size=(512, dim))
     kinds = [rng.normal(size=dim) + spread * noise for spread in (0.1, 1, 100)]
     kinds += [np.ones((512, dim)), np.sign(noise), (noise > -1) + 1e-3, np.rint(113 + 8 * noise)]
     for x in kinds:
-        unit = _ranks.unit_rows(x, rotation=rotation)
+        unit = _vectors.unit_rows(x, rotation=rotation)
         x = x / np.linalg.norm(x, axis=1, keepdims=True)
         assert np.abs(jnp.matmul(unit, unit.T, precision="highest") - x @ x.T).max() < band / 2
 
@@ -112,7 +114,10 @@ def test_the_band_holds_the_error_of_a_float32_product(dim):
 @pytest.mark.parametrize("dim", [500, 512, 1000])
 @pytest.mark.parametrize("block_size", [None, 64])
 def test_rounding_that_goes_one_way(dim, block_size):
-    """Vectors of few values, whose true order is known: a plain float32 product puts a collapsed network at Recall@1 = 1."""
+    """Vectors of few values, whose true order is known.
+
+    A plain float32 product gives a collapsed network a Recall@1 of 1.
+    """
     labels = np.repeat(np.arange(100), 3)
     scores = metrics.retrieval_metrics(
         np.ones((300, dim), np.float32), labels, ks=(1, 297, 298), block_size=block_size
@@ -189,21 +194,22 @@ def test_clustering():
 def test_pairwise_f1_by_counting_pairs(monkeypatch):
     """Against the definition, on the very clusters that the function found."""
     seen = []
-    keep = sklearn.metrics.normalized_mutual_info_score
-    monkeypatch.setattr(
-        sklearn.metrics,
-        "normalized_mutual_info_score",
-        lambda labels, clusters: seen.append(clusters) or keep(labels, clusters),
-    )
+    normalized_mutual_info_score = sklearn.metrics.normalized_mutual_info_score
+
+    def recorded(labels, clusters):
+        seen.append(clusters)
+        return normalized_mutual_info_score(labels, clusters)
+
+    monkeypatch.setattr(sklearn.metrics, "normalized_mutual_info_score", recorded)
     rng = np.random.default_rng(2)
     labels = rng.integers(0, 8, 60)
     x = rng.normal(size=(8, 5))[labels] + 0.8 * rng.normal(size=(60, 5))
-    found = metrics.clustering_metrics(x, labels)
+    scores = metrics.clustering_metrics(x, labels)
     upper = np.triu_indices(60, 1)
-    of_class, of_cluster = ((y[:, None] == y[None, :])[upper] for y in (labels, seen[0]))
-    both = np.sum(of_class & of_cluster)
-    precision, recall = both / of_cluster.sum(), both / of_class.sum()
-    assert found["f1"] == pytest.approx(2 * precision * recall / (precision + recall))
+    same_class, same_cluster = ((y[:, None] == y[None, :])[upper] for y in (labels, seen[0]))
+    both = np.sum(same_class & same_cluster)
+    precision, recall = both / same_cluster.sum(), both / same_class.sum()
+    assert scores["f1"] == pytest.approx(2 * precision * recall / (precision + recall))
 
 
 def test_every_image_alone_and_all_of_one_class():
@@ -253,9 +259,8 @@ def test_errors(error, text, arguments, options):
 def test_nearest():
     x = np.array([[1, 0], [1, 0.1], [0, 1], [0.1, 1], [2, 0]], np.float32)
     rows, similarities = metrics.nearest(x, x, 3)
-    np.testing.assert_array_equal(
-        rows[:, :2], [[0, 4], [1, 0], [2, 3], [3, 2], [0, 4]]
-    )  # of equals the lower row first
+    # Of equally similar items the lower row comes first.
+    np.testing.assert_array_equal(rows[:, :2], [[0, 4], [1, 0], [2, 3], [3, 2], [0, 4]])
     np.testing.assert_allclose(similarities[:, 0], 1, rtol=1e-6)
     assert (np.diff(similarities, axis=1) <= 0).all()
     many = np.random.default_rng(0).normal(size=(600, 8))

@@ -1,4 +1,4 @@
-"""Published weights: the same features as PyTorch's networks, files of each kind, and errors that say what is wrong."""
+"""Published weights: PyTorch's features, files of each kind, errors that say what is wrong."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ CASES = {
 
 
 def variables_of(model, side=64):
-    """Zeros: values that a test forgot to fill in would show."""
+    """Variables of zeros: values that a test forgot to fill in would show."""
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
     return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), dict(shapes))
 
@@ -53,27 +53,30 @@ def torch_networks():
 
 
 def pair(name, torch_networks):
-    """Our model and variables, and PyTorch's network with the same random weights and statistics."""
+    """Our model and variables, and PyTorch's network with the same random weights."""
     import torch
 
     torch.manual_seed(0)
-    config, options = CASES[name]
-    theirs = (torch_networks.GoogLeNetV2 if name == "googlenet_v2" else torch_networks.ResNet)(
-        **options
-    )
+    backbone, options = CASES[name]
+    make = torch_networks.GoogLeNetV2 if name == "googlenet_v2" else torch_networks.ResNet
+    theirs = make(**options)
     for module in theirs.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.weight.data.uniform_(0.5, 1.5)
             module.bias.data.normal_(0, 0.1)
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
-        if isinstance(
-            module, torch_networks.Block
-        ):  # small beside the shortcut, as in trained networks: rounding grows less with depth
+        if isinstance(module, torch_networks.Block):
+            # Small beside the shortcut, as in trained networks: rounding grows less with depth.
             getattr(module, f"bn{module.number}").weight.data.mul_(0.3)
-    model = embedding_net.EmbeddingNet(config, 8)
+    model = embedding_net.EmbeddingNet(backbone, 8)
     published = {key: value.numpy() for key, value in theirs.state_dict().items()}
-    return model, weights.from_named_arrays(published, variables_of(model), heads=False), theirs
+    return model, loaded(published, model), theirs
+
+
+def loaded(arrays, model, heads=False):
+    """The variables of the model with the values of the arrays."""
+    return weights.from_named_arrays(arrays, variables_of(model), model.backbone, heads=heads)
 
 
 @pytest.mark.parametrize("sides", [(64, 64), (97, 75)])
@@ -89,41 +92,39 @@ def test_features_are_pytorchs(name, train, sides, torch_networks):
     theirs.train(train)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(x.transpose(0, 3, 1, 2)))
-    found, _ = jax.jit(
+    features, _ = jax.jit(
         lambda v, p: model.apply(v, p, train=train, features=True, mutable=["batch_stats"])
     )(variables, pixels)
-    assert len(found) == len(expected)
-    for ours, reference in zip(found, expected):
+    assert len(features) == len(expected)
+    for ours, reference in zip(features, expected, strict=True):
         reference = reference.numpy().transpose(0, 2, 3, 1)
         assert ours.shape == reference.shape
         assert np.abs(ours - reference).max() <= 1e-4 * np.abs(reference).max()
 
 
 def test_parameter_counts_are_the_published_and_those_of_the_readme():
-    readme = (paths.ROOT / "README.md").read_text()
+    readme = (paths.ROOT / "rll_jax/networks/README.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| (\d+) \| ([\d,]+) \| ([\d,-]+) \|$", readme, re.MULTILINE)
     assert [name for name, *_ in rows] == list(backbones.BACKBONES)
     counts = {}
-    for name, side, backbone, whole in rows:
-        config = backbones.BACKBONES[name]
-        levels = embedding_net.LEVELS if config.num_stages >= len(embedding_net.LEVELS) else ("H",)
-        params = variables_of(embedding_net.EmbeddingNet(config, 512, levels), int(side))["params"]
-        of = {
+    for name, side, without_heads, with_heads in rows:
+        backbone = backbones.BACKBONES[name]
+        has_levels = backbone.num_stages >= len(embedding_net.LEVELS)
+        levels = embedding_net.LEVELS if has_levels else ("H",)
+        model = embedding_net.EmbeddingNet(backbone, 512, levels)
+        by_module = {
             module: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
-            for module, tree in params.items()
+            for module, tree in variables_of(model, int(side))["params"].items()
         }
         counts[name] = sum(
-            n for module, n in of.items() if not module.startswith(weights.HEAD_PREFIXES)
+            count
+            for module, count in by_module.items()
+            if not module.startswith(weights.HEAD_PREFIXES)
         )
-        assert backbone == f"{counts[name]:,}"
-        assert whole == ("-" if len(levels) == 1 else f"{sum(of.values()):,}")
-    classifier = {
-        18: 513_000,
-        34: 513_000,
-        50: 2_049_000,
-        101: 2_049_000,
-        152: 2_049_000,
-    }  # 1000 classes
+        assert without_heads == f"{counts[name]:,}"
+        assert with_heads == (f"{sum(by_module.values()):,}" if has_levels else "-")
+    # of 1000 classes
+    classifier = {18: 513_000, 34: 513_000, 50: 2_049_000, 101: 2_049_000, 152: 2_049_000}
     torchvision = {18: 11_689_512, 34: 21_797_672, 50: 25_557_032, 101: 44_549_160, 152: 60_192_808}
     for depth, published in torchvision.items():
         assert counts[f"resnet{depth}"] == published - classifier[depth]
@@ -137,15 +138,13 @@ def test_there_and_back(name, tmp_path):
     variables = jax.tree.map(
         lambda x: rng.normal(size=x.shape).astype(np.float32), variables_of(model)
     )
-    published = weights.to_named_arrays(variables)
+    published = weights.to_named_arrays(variables, model.backbone)
     weights.write_safetensors(tmp_path / "w.safetensors", published)
     np.savez(tmp_path / "w.npz", **published)
     for kind in ("safetensors", "npz"):
-        again = weights.from_named_arrays(
-            weights.read(tmp_path / f"w.{kind}"), variables_of(model), heads=True
-        )
+        again = loaded(weights.read(tmp_path / f"w.{kind}"), model, heads=True)
         jax.tree.map(np.testing.assert_array_equal, again, variables)
-    headless = weights.from_named_arrays(published, variables_of(model), heads=False)
+    headless = loaded(published, model)
     assert not headless["params"]["H_embedding"]["kernel"].any()
     first = "layer1_0" if "resnet" in name else "inception_3a"
     jax.tree.map(
@@ -163,9 +162,7 @@ def test_pth_is_read_without_running_it(torch_networks, tmp_path):
         {"state_dict": {f"module.{k}": v for k, v in theirs.state_dict().items()}, "epoch": 3},
         tmp_path / "w.pth",
     )
-    again = weights.from_named_arrays(
-        weights.read(tmp_path / "w.pth"), variables_of(model), heads=False
-    )
+    again = loaded(weights.read(tmp_path / "w.pth"), model)
     jax.tree.map(np.testing.assert_array_equal, again, variables)
 
     tensors = {
@@ -173,9 +170,7 @@ def test_pth_is_read_without_running_it(torch_networks, tmp_path):
         for k, v in theirs.state_dict().items()
     }
     torch.save({"model": tensors}, tmp_path / "of_train_loop.pt")  # bfloat16, gradients wanted
-    again = weights.from_named_arrays(
-        weights.read(tmp_path / "of_train_loop.pt"), variables_of(model), heads=False
-    )
+    again = loaded(weights.read(tmp_path / "of_train_loop.pt"), model)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8), again, variables)
     for nothing in (torch.ones(2), {"epoch": 3}, {"state_dict": [1]}):
         torch.save(nothing, tmp_path / "nothing.pth")
@@ -199,14 +194,15 @@ def test_pth_is_read_without_running_it(torch_networks, tmp_path):
 
 def test_errors(tmp_path):
     model = embedding_net.EmbeddingNet(CASES["resnet18"][0], 8)
-    published = weights.to_named_arrays(variables_of(model))
+    published = weights.to_named_arrays(variables_of(model), model.backbone)
     wrong = dict(published, extra=np.zeros(3)) | {"conv1.weight": np.zeros((3, 3, 7, 7))}
     del wrong["bn1.bias"]
     with pytest.raises(
         ValueError,
-        match=r"1 missing \(bn1.bias\); 1 unexpected \(extra\); 1 of another shape \(conv1.weight \(3, 3, 7, 7\) instead of \(8, 3, 7, 7\)",
+        match=r"1 missing \(bn1.bias\); 1 unexpected \(extra\); 1 of another shape "
+        r"\(conv1.weight \(3, 3, 7, 7\) instead of \(8, 3, 7, 7\)",
     ):
-        weights.from_named_arrays(wrong, variables_of(model), heads=False)
+        loaded(wrong, model)
     with pytest.raises(ValueError, match="no such file"):
         weights.read(tmp_path / "no.npz")
     with pytest.raises(ValueError, match="expected weights in .safetensors"):
@@ -231,12 +227,13 @@ def test_a_pth_without_torch_says_how_to_convert(tmp_path, monkeypatch):
 
 
 def test_names_of_the_hub(tmp_path, monkeypatch):
-    """Where its client is installed or not, and where the hub answers or not; the client itself is the test's."""
+    """Its client is installed or not, and the hub answers or not; the client is the test's own."""
     tiny = dict(backbone="resnet18", stage_sizes="1,1", width=4, embedding_dim=8, image_size=32)
     options = config.Config(**tiny, pretrained="timm/resnet50.tv_in1k")
-    refuse = lambda text, options=options: pytest.raises(
-        ValueError, match=f"--pretrained={options.pretrained}: {text}"
-    )
+
+    def refuse(text, options=options):
+        return pytest.raises(ValueError, match=f"--pretrained={options.pretrained}: {text}")
+
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with refuse("no such folder, and names of the hub need huggingface_hub"):
         build.read_pretrained(options)
@@ -245,16 +242,20 @@ def test_names_of_the_hub(tmp_path, monkeypatch):
         mistyped := dataclasses.replace(options, pretrained="resnet50"),
     ):
         build.read_pretrained(mistyped)
-    published = weights.to_named_arrays(variables_of(build.make_model(options), 32))
+    model = build.make_model(options)
+    published = weights.to_named_arrays(variables_of(model, 32), model.backbone)
     weights.write_safetensors(
         tmp_path / "model.safetensors",
         {k: v for k, v in published.items() if not k.startswith("H_")} | {"fc.bias": np.ones(1000)},
     )
     asked = []
+
+    def download(repository, file):
+        asked.append((repository, file))
+        return str(tmp_path / file)
+
     client = types.ModuleType("huggingface_hub")
-    client.hf_hub_download = lambda repository, file: (
-        asked.append((repository, file)) or str(tmp_path / file)
-    )
+    client.hf_hub_download = download
     monkeypatch.setitem(sys.modules, "huggingface_hub", client)
     assert build.read_pretrained(options)["fc.bias"].shape == (1000,)
     assert asked == [("timm/resnet50.tv_in1k", "model.safetensors")]
@@ -262,12 +263,13 @@ def test_names_of_the_hub(tmp_path, monkeypatch):
         build.read_pretrained(dataclasses.replace(options, stage_sizes="1"))
     for words in ("404 Client Error.\n\nRepository Not Found", ""):
 
-        def gone(*_):
+        def fail(*_, words=words):
             raise OSError(words)
 
-        client.hf_hub_download = gone
+        client.hf_hub_download = fail
         with refuse(
-            "no such folder, and model.safetensors of timm/.* cannot be had from the hub: .*(404 Client Error. Repository Not|OSError)"
+            "no such folder, and model.safetensors of timm/.* cannot be had from the hub: "
+            ".*(404 Client Error. Repository Not|OSError)"
         ):
             build.read_pretrained(options)
 
@@ -297,7 +299,7 @@ def test_networks_that_cannot_be():
 
 
 @pytest.mark.parametrize(
-    "given, expected",
+    "options, expected",
     [
         (dict(backbone="resnet_small"), backbones.BACKBONES["resnet_small"]),
         (
@@ -315,8 +317,8 @@ def test_networks_that_cannot_be():
         ),
     ],
 )
-def test_stem_width_and_stages_are_free(given, expected):
-    assert build.make_model(config.Config(**given)).backbone == expected
+def test_stem_width_and_stages_are_free(options, expected):
+    assert build.make_model(config.Config(**options)).backbone == expected
 
 
 @pytest.fixture(scope="module")
@@ -325,7 +327,7 @@ def imagenet():
         pytest.skip("the developers' weights are not here")
     model = embedding_net.EmbeddingNet(backbones.BACKBONES["resnet50_v1"], 8)
     file = weights.read(CAFFE)
-    return model, weights.from_named_arrays(file, variables_of(model), heads=False), file
+    return model, loaded(file, model), file
 
 
 def test_imagenet_weights_classify_photographs(imagenet):
@@ -335,7 +337,7 @@ def test_imagenet_weights_classify_photographs(imagenet):
     model, variables, file = imagenet
     names = json.loads((SHARED / "imagenet_labels.json").read_text())
     names = [names[str(i)] if isinstance(names, dict) else names[i] for i in range(1000)]
-    pictures = {
+    photographs = {
         "chelsea": ("cat", "tabby", "lynx"),
         "coffee": ("espresso", "cup"),
         "rocket": ("missile", "projectile", "rocket"),
@@ -343,12 +345,12 @@ def test_imagenet_weights_classify_photographs(imagenet):
     pixels = np.stack(
         [
             views.resize_center_crop(Image.fromarray(getattr(data, name)()), 224, 256)
-            for name in pictures
+            for name in photographs
         ]
     )
     features = model.apply(variables, pixels, features=True)[-1].mean(axis=(1, 2))
     scores = features @ file["fc.weight"].astype(np.float32).T + file["fc.bias"].astype(np.float32)
-    for row, expected in zip(np.asarray(scores), pictures.values()):
+    for row, expected in zip(np.asarray(scores), photographs.values(), strict=True):
         best = " ".join(str(names[i]).lower() for i in np.argsort(-row)[:5])
         assert any(word in best for word in expected), best
 
@@ -369,17 +371,17 @@ def test_zero_shot_scores_on_the_grocery_photographs(imagenet):
     ]
     rows = [(root / path.strip(), int(label)) for path, label, _ in lines if int(label) >= 41]
     pooled = jax.jit(lambda x: model.apply(variables, x, features=True)[-1].mean(axis=(1, 2)))
-    found = []
+    embeddings = []
     for first in range(0, len(rows), 64):
-        some = [
+        images = [
             np.asarray(ImageOps.fit(Image.open(path).convert("RGB"), (128, 128)))
             for path, _ in rows[first : first + 64]
         ]
-        found.append(np.asarray(pooled(np.stack(some + some[-1:] * (64 - len(some)))))[: len(some)])
+        padded = np.stack(images + images[-1:] * (64 - len(images)))
+        embeddings.append(np.asarray(pooled(padded))[: len(images)])
     scores = metrics.retrieval_metrics(
-        np.concatenate(found), np.array([label for _, label in rows]), ks=(1,)
+        np.concatenate(embeddings), np.array([label for _, label in rows]), ks=(1,)
     )
     assert len(rows) == 2370
-    assert scores["recall@1"] == pytest.approx(0.934, abs=0.005) and scores[
-        "map@r"
-    ] == pytest.approx(0.300, abs=0.005)
+    assert scores["recall@1"] == pytest.approx(0.934, abs=0.005)
+    assert scores["map@r"] == pytest.approx(0.300, abs=0.005)

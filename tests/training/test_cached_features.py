@@ -44,7 +44,7 @@ def make_images(n=12):
 def test_the_trainable_part_embeds_as_the_whole_network(name):
     model = network(name)
     part = cached_features.trainable_part(model, SIDE)
-    assert [stage for stage, _ in part.given] == {
+    assert [stage for stage, _ in part.cached_stages] == {
         "two_maps": [2, 3],
         "all": [3, 4],
         "googlenet": [1, 2],
@@ -79,7 +79,7 @@ def test_a_step_on_cached_features_is_a_step_on_the_images():
         features=True,
     )
     cached = jnp.concatenate(
-        [ends[stage - 1].reshape(12, -1) for stage, _ in part.given], axis=1
+        [ends[stage - 1].reshape(12, -1) for stage, _ in part.cached_stages], axis=1
     )  # not rounded
     step = jax.jit(
         lambda state, image: steps.train_step(
