@@ -32,7 +32,8 @@ def _stablehlo(trained: TrainedNetwork) -> bytes:
     size = trained.config.data.image_size
 
     def embed(images: jax.Array) -> jax.Array:
-        return embedding_net.concatenate_levels(model.apply(variables, images))
+        levels: Any = model.apply(variables, images)
+        return embedding_net.concatenate_levels(levels)
 
     (batch,) = jax.export.symbolic_shape("N")
     images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8)

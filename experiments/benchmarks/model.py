@@ -190,8 +190,11 @@ def _torch(task: _Task, images: "np.ndarray", labels: "np.ndarray") -> _Measurab
     from experiments.benchmarks import model_torch
     from rll_jax.networks import backbones
 
+    config = backbones.BACKBONES[task.model]
+    if not isinstance(config, backbones.ResNetConfig):
+        raise ValueError(f"--models={task.model}: PyTorch's side has ResNets alone")
     calls, memory = model_torch.calls(
-        backbones.BACKBONES[task.model],
+        config,
         images,
         labels,
         task.dim,

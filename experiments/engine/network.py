@@ -63,7 +63,7 @@ class NetworkOptions(Section):
         "The levels of the network that have an embedding and a loss each, some of L,M,H.",
         main=True,
     )
-    batch_norm: str = option(
+    batch_norm: embedding_net.BatchNormMode = option(
         "train",
         "The statistics of the backbone's batch norm: of the batch over all devices (train), of "
         "each device's share (local), or the running ones (frozen; frozen_affine holds scales "

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 import dataclasses
-from typing import Any, ClassVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 
 def option(
@@ -81,6 +81,8 @@ def from_text(name: str, kind: Any, text: str) -> Any:
     """
     if kind is bool:
         return _boolean(name, text)
+    if get_origin(kind) is Literal:
+        return text
     if get_origin(kind) is not tuple:
         return kind(text)
     item = get_args(kind)[0]

@@ -12,3 +12,9 @@ class Linear(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
         x = nn.Dense(8, use_bias=False)(images.reshape(len(images), -1) / 255 - 0.5)
         return {"H": x / jnp.linalg.norm(x, axis=-1, keepdims=True)}
+
+
+def variables_of(model, side=64):
+    """Variables of zeros: values that a test forgot to fill in would show."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
+    return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), dict(shapes))

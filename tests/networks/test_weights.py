@@ -1,22 +1,19 @@
 """Published weights: PyTorch's features, files of each kind, errors that say what is wrong."""
 
-import dataclasses
 import json
 import math
 import pathlib
 import re
 import sys
-import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.engine import build, config
 from rll_jax.data import views
 from rll_jax.networks import backbones, embedding_net, weights
 from tests.helpers import paths
+from tests.helpers.networks import variables_of
 
 SHARED = paths.SHARED / "data"
 CAFFE = SHARED / "resnet50_v1_imagenet_fp16.npz"
@@ -36,12 +33,6 @@ CASES = {
     ),
     "googlenet_v2": (backbones.GoogLeNetV2Config(0.25), dict(share=0.25)),
 }
-
-
-def variables_of(model, side=64):
-    """Variables of zeros: values that a test forgot to fill in would show."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
-    return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), dict(shapes))
 
 
 @pytest.fixture(scope="module")
@@ -226,54 +217,6 @@ def test_a_pth_without_torch_says_how_to_convert(tmp_path, monkeypatch):
         weights.read(tmp_path / "w.pth")
 
 
-def test_names_of_the_hub(tmp_path, monkeypatch):
-    """Its client is installed or not, and the hub answers or not; the client is the test's own."""
-    tiny = dict(backbone="resnet18", stage_sizes="1,1", width=4, embedding_dim=8, image_size=32)
-    options = config.Config(**tiny, pretrained="timm/resnet50.tv_in1k")
-
-    def refuse(text, options=options):
-        return pytest.raises(ValueError, match=f"--pretrained={options.pretrained}: {text}")
-
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with refuse("no such folder, and names of the hub need huggingface_hub"):
-        build.read_pretrained(options)
-    with refuse(
-        "expected a file .* or a hub name such as timm/",
-        mistyped := dataclasses.replace(options, pretrained="resnet50"),
-    ):
-        build.read_pretrained(mistyped)
-    model = build.make_model(options)
-    published = weights.to_named_arrays(variables_of(model, 32), model.backbone)
-    weights.write_safetensors(
-        tmp_path / "model.safetensors",
-        {k: v for k, v in published.items() if not k.startswith("H_")} | {"fc.bias": np.ones(1000)},
-    )
-    asked = []
-
-    def download(repository, file):
-        asked.append((repository, file))
-        return str(tmp_path / file)
-
-    client = types.ModuleType("huggingface_hub")
-    client.hf_hub_download = download
-    monkeypatch.setitem(sys.modules, "huggingface_hub", client)
-    assert build.read_pretrained(options)["fc.bias"].shape == (1000,)
-    assert asked == [("timm/resnet50.tv_in1k", "model.safetensors")]
-    with refuse(r"the weights are not of this network: .* unexpected \(layer2.0"):
-        build.read_pretrained(dataclasses.replace(options, stage_sizes="1"))
-    for words in ("404 Client Error.\n\nRepository Not Found", ""):
-
-        def fail(*_, words=words):
-            raise OSError(words)
-
-        client.hf_hub_download = fail
-        with refuse(
-            "no such folder, and model.safetensors of timm/.* cannot be had from the hub: "
-            ".*(404 Client Error. Repository Not|OSError)"
-        ):
-            build.read_pretrained(options)
-
-
 def test_networks_that_cannot_be():
     for wrong in (
         dict(stage_sizes=()),
@@ -296,29 +239,6 @@ def test_networks_that_cannot_be():
     ):
         with pytest.raises(ValueError, match=text):
             variables_of(embedding_net.EmbeddingNet(tiny, **wrong), 16)
-
-
-@pytest.mark.parametrize(
-    "options, expected",
-    [
-        (dict(backbone="resnet_small"), backbones.BACKBONES["resnet_small"]),
-        (
-            dict(backbone="resnet50", stem="3x3"),
-            backbones.ResNetConfig((3, 4, 6, 3), True, small_images=True),
-        ),
-        (
-            dict(backbone="resnet50", stem="3x3_pooled"),
-            backbones.ResNetConfig((3, 4, 6, 3), True, small_images=True, stem_pool=2),
-        ),
-        (dict(backbone="resnet_small", stem="7x7"), backbones.ResNetConfig((1, 1, 1), width=32)),
-        (
-            dict(backbone="resnet18", width=48, stage_sizes="1,2,1"),
-            backbones.ResNetConfig((1, 2, 1), width=48),
-        ),
-    ],
-)
-def test_stem_width_and_stages_are_free(options, expected):
-    assert build.make_model(config.Config(**options)).backbone == expected
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Cached features of frozen stages: the network that continues from them is the same network."""
 
 import dataclasses
-import types
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.engine import build, config, network_inputs
 from rll_jax import loss
 from rll_jax.data import benchmarks, image_dataset, images
 from rll_jax.networks import backbones, embedding_net
@@ -189,85 +187,8 @@ def test_each_view_of_each_image_is_cached_once(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
-def test_the_name_of_the_cache_depends_on_all_that_changes_it():
-    labels = np.arange(4)
-    data = image_dataset.EncodedImageDataset(None, labels, labels, labels.astype(str), labels)
-    usual = dict(
-        dataset="folder",
-        frozen_stages=1,
-        batch_norm="frozen",
-        backbone="resnet50",
-        stage_sizes="1,1",
-        image_size=32,
-    )
-
-    def name(data=data, views=2, weights="w", **changed):
-        options = config.Config(**usual | changed)
-        return network_inputs.kept_as(
-            options,
-            cached_features.trainable_part(build.make_model(options), options.image_size),
-            data,
-            views,
-            weights,
-        )
-
-    changes = [
-        {"backbone": "resnet50_v1"},
-        {"stem": "3x3"},
-        {"image_size": 40},
-        {"augment": "resize_crop"},
-        {"dtype": "bfloat16"},
-        {"cache": "memory"},
-        {"frozen_stages": 2},
-        {"views": 3},
-        {"weights": "v"},
-        {"data": data.take([0, 1, 3])},
-        {"data": dataclasses.replace(data, sizes=labels + 1)},
-    ]
-    assert len({name(), *(name(**change) for change in changes)}) == len(changes) + 1
-    for change in (
-        {"learning_rate": 1.0},
-        {"seed": 3},
-        {"loss": "sup_con"},
-        {"augment": "random_resized_crop"},
-        {"classes_per_batch": 7},
-    ):
-        assert name(**change) == name()
-
-
-def test_what_does_not_go_together():
+def test_a_network_without_frozen_stages_has_nothing_to_cache():
     with pytest.raises(ValueError, match="there is nothing to cache"):
         cached_features.trainable_part(
             dataclasses.replace(network("two_maps"), frozen_stages=0), SIDE
         )
-    with pytest.raises(ValueError, match="give --frozen_stages too"):
-        config.Config(frozen_views=2)
-    usual = dict(frozen_views=2, frozen_stages=1, batch_norm="frozen")
-    for name in ("class_augment", "multihost", "dry_run", "worker_processes"):
-        with pytest.raises(ValueError, match=f"--{name} do not go together"):
-            config.Config(**usual, **{name: 1})
-    with pytest.raises(ValueError, match="give --verify_images=full"):
-        config.Config(**usual, on_bad_image="skip")
-
-
-def test_room_is_looked_for_first(tmp_path, monkeypatch, capsys):
-    labels = np.zeros(1024)
-    splits = dict.fromkeys(
-        ("train", "test"), image_dataset.EncodedImageDataset(None, labels, labels, labels, labels)
-    )
-    options = config.Config(
-        data_dir=str(tmp_path),
-        frozen_views=3,
-        frozen_stages=1,
-        batch_norm="frozen",
-        backbone="resnet_tiny",
-        image_size=8,
-    )
-    monkeypatch.setattr(
-        network_inputs.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=2**21)
-    )
-    with pytest.raises(ValueError, match="--frozen_views=3 needs 0.00 GiB in"):
-        network_inputs.check_room(splits, options)
-    assert "takes 0.00 GiB" in capsys.readouterr().out
-    np.save(tmp_path / "frozen_train_0.npy", np.zeros((1024, 3, 512), np.float16))
-    network_inputs.check_room(splits, options)  # the test split alone is missing

@@ -7,7 +7,6 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.engine import build, config, train_loop
 from rll_jax import loss
 from rll_jax.training import devices, steps
 from tests.helpers.networks import Linear
@@ -112,67 +111,3 @@ def test_watched_distances(axis):
     for name, pairs in (("positive", same), ("negative", other)):
         expected, _ = np.histogram(distance[pairs], bins=40, range=(0, 2))
         np.testing.assert_allclose(found[f"{name}_distances"] * scale, expected, atol=2)
-
-
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"embed_chunk": 2, "batch_norm": "frozen", "memory_size": 2048, "dtype": "bfloat16"}],
-)
-def test_the_step_lowers_for_machines_that_are_not_here(platform, options):
-    """The whole train step, over a pod of 256 chips: nothing in it is for CPUs alone."""
-    options = (
-        dict(
-            backbone="resnet_tiny",
-            image_size=32,
-            embedding_dim=16,
-            levels="M,H",
-            optimizer="sgd",
-            ema=0.9,
-        )
-        | options
-    )
-    settings = config.Config(**options)
-    state = jax.eval_shape(functools.partial(build._create, settings))
-    images = {
-        "image": jax.ShapeDtypeStruct((1024, 32, 32, 3), np.uint8),
-        "label": jax.ShapeDtypeStruct((1024,), np.int32),
-    }
-    pod = jax.sharding.AbstractMesh(
-        (256,), (devices.AXIS,), axis_types=(jax.sharding.AxisType.Auto,)
-    )
-    whole, rows = jax.P(), jax.P(devices.AXIS)
-    step = functools.partial(train_loop._train_step(settings, np.arange(2)), axis_name=devices.AXIS)
-    mapped = jax.jit(
-        jax.shard_map(step, mesh=pod, in_specs=(whole, rows), out_specs=(whole, whole)),
-        donate_argnums=0,
-    )
-    text = mapped.trace(state, images).lower(lowering_platforms=(platform,)).as_text()
-    assert (
-        "all_gather" in text and "all_reduce" in text and "tensor<1024x16xf32>" in text
-    )  # a query's gallery is the pod's
-
-
-def test_chunks_take_the_memory_of_one():
-    """Eight times the images take little more memory in chunks, eight times as much at once."""
-
-    def taken(images, chunk):
-        settings = config.Config(
-            backbone="resnet_tiny", batch_norm="frozen", embed_chunk=chunk, optimizer="sgd"
-        )
-        state = jax.eval_shape(functools.partial(build._create, settings))
-        state = state.replace(apply_fn=build.make_model(settings).clone(axis_name=None).apply)
-        batch = {
-            "image": jax.ShapeDtypeStruct((images, 32, 32, 3), np.uint8),
-            "label": jax.ShapeDtypeStruct((images,), np.int32),
-        }
-        return (
-            jax.jit(train_loop._train_step(settings, np.arange(2)))
-            .lower(state, batch)
-            .compile()
-            .memory_analysis()
-            .temp_size_in_bytes
-        )
-
-    few, chunked, at_once = taken(64, 0), taken(512, 64), taken(512, 0)
-    assert at_once > 6 * few and chunked < 2 * few
