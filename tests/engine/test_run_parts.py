@@ -40,8 +40,6 @@ def test_the_step_lowers_for_machines_that_are_not_here(platform, options):
     whole, rows = jax.P(), jax.P(devices.AXIS)
     make_step = run_parts.make_train_step(settings, np.arange(2))
     step = functools.partial(make_step, axis_name=devices.AXIS)
-        run_parts.make_train_step(settings, np.arange(2)), axis_name=devices.AXIS
-    )
     mapped = jax.jit(
         jax.shard_map(step, mesh=pod, in_specs=(whole, rows), out_specs=(whole, whole)),
         donate_argnums=0,

@@ -3,6 +3,7 @@
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Linear(nn.Module):
