@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+__all__ = ["Backbone", "ImageDataset", "Loss", "Sampler", "View"]
+
 
 class Loss(Protocol):
     """A batch's loss, as `rll_jax.training.steps.train_step` calls it."""

@@ -151,3 +151,38 @@ def test_ls_is_the_list_of_commands():
     assert {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)} == commands
     for name in commands:
         assert 'if __name__ == "__main__":' in (ROOT / f"experiments/{name}.py").read_text()
+
+
+def test_rooms_are_imported_when_they_are_named():
+    code = """
+import sys
+import rll_jax
+assert "jax" not in sys.modules and {"loss", "metrics"} <= set(dir(rll_jax))
+rll_jax.loss.ranked_list_loss, rll_jax.metrics.retrieval_metrics
+assert "flax" not in sys.modules and "cv2" not in sys.modules
+from rll_jax import losses_baseline, memory  # the names of earlier commits
+assert losses_baseline.triplet_loss is rll_jax.loss.triplet_loss and memory is rll_jax.loss.memory
+for room in rll_jax.__all__:
+    module = getattr(rll_jax, room)
+    assert all(getattr(module, name) is not None for name in getattr(module, "__all__", ()))
+try:
+    rll_jax.no_room
+except AttributeError as error:
+    assert "no attribute 'no_room'" in str(error)
+else:
+    raise AssertionError
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_every_room_names_its_public_api():
+    for room in ("loss", "metrics", "networks", "data", "training"):
+        names = next(
+            ast.literal_eval(node.value)
+            for node in ast.parse((ROOT / f"rll_jax/{room}/__init__.py").read_text()).body
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+        )
+        assert names == sorted(names) and len(names) > 2
+        files = {path.stem for path in (ROOT / "rll_jax" / room).glob("[a-z]*.py")}
+        assert room in ("loss", "metrics") or set(names) == files

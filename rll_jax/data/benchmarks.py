@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 
 from etils import epath
 
-from rll_jax.data import matlab_annotations, paths, text_files
+from rll_jax.data import _matlab_annotations, _text_files, paths
 from rll_jax.data.listings import GALLERY, QUERY, TEST, TRAIN, Listing, Row
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz")
@@ -220,7 +220,7 @@ def _find_cars_test_labels(directory: epath.Path) -> epath.Path:
 def _read_annotations(file: epath.Path, column: str) -> Iterator[tuple[str, int]]:
     """Yields (path, class) of each annotation in a .mat file of CARS196, each of them checked."""
     try:
-        annotations = matlab_annotations.read(file.read_bytes(), column)
+        annotations = _matlab_annotations.read(file.read_bytes(), column)
     except ValueError as error:
         raise ValueError(
             f"{file}: expected MATLAB annotations with the columns {column} and class: {error}"
@@ -241,7 +241,7 @@ def _read_inshop(directory: epath.Path) -> Listing:
     folder = _find_folder(directory, "inshop", "list_eval_partition.txt")
     path = folder / "list_eval_partition.txt"
     header = ["image_name", "item_id", "evaluation_status"]
-    head = list(text_files.read_lines(path))[:2]
+    head = list(_text_files.read_lines(path))[:2]
     texts = [text for _, text in head]
     count = _positive_number(texts[0].strip()) if texts else None
     if len(head) < 2 or count is None or texts[1].split() != header:
@@ -308,7 +308,7 @@ def _read_table(
       expected: what a line should hold, in words.
       skipped_lines: the number of first lines that are left out.
     """
-    for line, text in list(text_files.read_lines(path))[skipped_lines:]:
+    for line, text in list(_text_files.read_lines(path))[skipped_lines:]:
         words = text.split(maxsplit=columns - 1)
         if len(words) != columns:
             raise ValueError(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from etils import epath
 import numpy as np
 
-from rll_jax.data import paths, text_files
+from rll_jax.data import _text_files, paths
 from rll_jax.data.listings import GALLERY, QUERY, SPLITS, TEST, TRAIN, Row
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -262,7 +262,7 @@ def _numbered(names: set[str]) -> dict[str, int]:
 def _read_csv(file: epath.Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Yields ("line 2", {column: text}) for each row of a .csv."""
     header = []
-    for line, text in text_files.read_lines(file):
+    for line, text in _text_files.read_lines(file):
         try:
             cells = [cell.strip() for cell in next(csv.reader([text], strict=True))]
         except csv.Error as error:  # also a quoted field that goes on in the next line
