@@ -10,6 +10,7 @@ stablehlo: `jax.export`ed function from (N, size, size, 3) uint8 images, any N, 
 """
 
 import pathlib
+from typing import cast
 
 from absl import app, flags
 import jax
@@ -29,7 +30,9 @@ def _stablehlo(trained) -> bytes:
     (batch,) = jax.export.symbolic_shape("N")
     images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8)
     function = jax.jit(
-        lambda images: embedding_net.concatenate_levels(model.apply(variables, images))
+        lambda images: embedding_net.concatenate_levels(
+            cast(dict[str, jax.Array], model.apply(variables, images))
+        )
     )
     return bytes(jax.export.export(function, platforms=("cpu", "cuda", "tpu"))(images).serialize())
 
@@ -44,7 +47,9 @@ def main(_):
             if options.format == "stablehlo":
                 aside.write_bytes(_stablehlo(trained))
             else:
-                weights.write_safetensors(aside, weights.to_named_arrays(trained.variables, trained.config.network))
+                weights.write_safetensors(
+                    aside, weights.to_named_arrays(trained.variables, trained.config.network)
+                )
     size = trained.config.image_size
     print(
         f"written: {out} ({out.stat().st_size / 2**20:.1f} MiB), step {trained.step}, for images of {size} x {size} pixels"

@@ -63,7 +63,8 @@ def feature_step(rest: embedding_net.EmbeddingNet) -> Callable:
         )
         return {
             "kept": jnp.concatenate(
-                [ends[stage - 1].reshape(len(images), -1) for stage, _ in rest.cached_stages], axis=1
+                [ends[stage - 1].reshape(len(images), -1) for stage, _ in rest.cached_stages],
+                axis=1,
             ).astype(np.float16)
         }
 
