@@ -1,13 +1,14 @@
 """Ranked List Loss (Wang et al., CVPR 2019; TPAMI 2021) in JAX.
 
-    loss      the loss in every published variant, eight others, a cross-batch memory: jax and numpy alone
+    loss      the loss in every published variant, eight others, a cross-batch memory
     metrics   Recall@K, MAP@R, R-precision, MRR, exactly; NMI, F1 and AMI of K-means
     networks  ResNets and GoogLeNet-V2 with embedding heads, and weights under their published names
-    data      datasets of labelled images, augmentation, samplers, and the pipeline from files to batches
+    data      datasets of labelled images, augmentation, samplers, and the pipeline to batches
     training  the train step, the devices it runs on, checkpoints, and the embeddings of a dataset
     typing    what a loss, a backbone, a dataset, a view and a sampler are to each other
 
-A room is imported when it is first named: `import rll_jax` alone imports nothing else.
+The loss needs jax and numpy alone. A room is imported when it is first named: `import rll_jax`
+alone imports nothing else.
 """
 
 import importlib
@@ -16,8 +17,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rll_jax import data, loss, metrics, networks, training, typing
-    from rll_jax.loss import baselines as losses_baseline
-    from rll_jax.loss import memory
+    from rll_jax.loss import baselines as _baselines
+    from rll_jax.loss import memory as memory
+
+    losses_baseline = _baselines
 
 __version__ = "0.1.0"
 __all__ = ["data", "loss", "metrics", "networks", "training", "typing"]

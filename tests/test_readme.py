@@ -1,23 +1,15 @@
 """What the README says is what happens."""
 
 import re
-import subprocess
-import sys
 
 from tests.helpers.paths import ROOT
+from tests.helpers.snippets import check_snippets
 
 TEXT = (ROOT / "README.md").read_text()
 
 
 def test_snippets_print_what_they_say():
-    snippets = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert snippets
-    for snippet in snippets:
-        result = subprocess.run(
-            [sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True, timeout=120
-        )
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.split() == re.findall(r"print\(.*\)  # (.*)", snippet)
+    check_snippets(TEXT)
 
 
 def test_files_it_names_are_there():

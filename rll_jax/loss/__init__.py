@@ -1,8 +1,11 @@
-"""Ranked List Loss, the losses it is compared with, and a cross-batch memory: pure functions of arrays.
+"""Ranked List Loss, the baselines it is compared with, and a cross-batch memory.
 
-Needs jax and numpy alone. Start with `ranked_list_loss`; its docstring is the manual.
+All are pure functions of arrays, and need jax and numpy alone. Start with `ranked_list_loss`. The
+README of this folder has the equations, the published variants, the recipe for several devices, and
+the names in other libraries.
 """
 
+from rll_jax.loss import baselines as baselines
 from rll_jax.loss import memory
 from rll_jax.loss.baselines import (
     contrastive_loss,

@@ -1,25 +1,46 @@
-"""The losses that Ranked List Loss is compared with, as pytorch-metric-learning (PML) 2.9 computes them: to 1e-6 in float64.
+"""The baselines of Ranked List Loss, equal to pytorch-metric-learning (PML) 2.9 to 1e-6 in float64.
 
-Each takes (embeddings (N, D) floating, labels (N,) integer) first and by keyword its own options, and
+Each loss takes embeddings (N, D) and labels (N,) first, its own options by keyword, and returns a
+scalar. All of them share this behaviour:
 
-    where: (N,) bool or None: rows with False are padding, whatever they hold.
-    axis_name: of `pmap`, `shard_map` or `vmap`, or None: the batch is that of all devices together, each passing its own rows. Each
-      device returns the loss of the whole batch; `lax.pmean` of values and gradients gives those of one device, as for `rll_jax.loss`,
-      from whose docstring the step can be taken. Every device works on all the pairs: a baseline, not for the largest batches.
-
-and returns a scalar. Embeddings are L2-normalised inside. float16 and bfloat16 are worked on in float32, float64
-in float64; products have Precision.HIGHEST. Gradients are finite, also at copies and in batches of one class. A loss without anything
-to sum is 0. The gradient flows to all rows, and by autodiff. TypeError and ValueError as `rll_jax.loss.ranked_list_loss` raises them for
-arrays of a wrong shape or dtype.
+- Embeddings are L2-normalised inside. float16 and bfloat16 are computed in float32, float64 in
+  float64. Products have Precision.HIGHEST.
+- The gradient is autodiff's and flows to all rows. It is finite, also at copies and in batches of
+  one class. A loss with nothing to sum is 0.
+- `where`: (N,) bool or None. Rows with False are padding, whatever their values.
+- `axis_name`: of `pmap`, `shard_map` or `vmap`, or None. The batch is that of all devices together,
+  and each device passes its own rows. Each device returns the loss of the whole batch. `lax.pmean`
+  of values and gradients gives those of one device, as in the recipe of this folder's README. Every
+  device computes all pairs, so the largest batches do not fit.
+- TypeError and ValueError for arrays of a wrong dtype or shape, as `ranked_list_loss` raises them.
 
 This module imports jax and numpy alone.
 """
 
+# jax's stubs leave some parameters of asarray and checkpoint without a type.
+# pyright: reportUnknownMemberType=false
+
+from collections.abc import Hashable
+import functools
+from typing import Any, Literal, NamedTuple, cast
+
 import jax
 from jax import lax
+from jax.core import Tracer
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+import numpy as np
 
-from rll_jax.loss import _pairs, _problem
+from rll_jax.loss._options import (
+    ALPHA,
+    BALANCE,
+    MARGIN,
+    TEMPERATURE_NEG,
+    TEMPERATURE_POS,
+    positive_boundary,
+)
+from rll_jax.loss._pairs import dot
+from rll_jax.loss._rows import checked_rows, gather, normalize_rows
 
 __all__ = [
     "contrastive_loss",
@@ -33,257 +54,459 @@ __all__ = [
     "triplet_loss",
 ]
 
+Mining = Literal["semihard", "hard", "all"]
+
 
 def contrastive_loss(
-    embeddings, labels, *, pos_margin=0.0, neg_margin=1.0, where=None, axis_name=None
-):
-    """Contrastive loss (Hadsell, Chopra, LeCun, CVPR 2006) with margins on the distance, not its square.
+    embeddings: jax.Array | np.ndarray,
+    labels: jax.Array | np.ndarray,
+    *,
+    pos_margin: ArrayLike = 0.0,
+    neg_margin: ArrayLike = 1.0,
+    where: jax.Array | np.ndarray | None = None,
+    axis_name: Hashable | None = None,
+) -> jax.Array:
+    """Computes the contrastive loss (Hadsell, Chopra, LeCun, CVPR 2006) on distances, not squares.
 
-    The mean of the positive pairs' [d - pos_margin]_+ and that of the negative pairs' [neg_margin - d]_+, each over those above 0, added.
+    The loss is a sum of two means: of [d - pos_margin]_+ over the positive pairs, and of
+    [neg_margin - d]_+ over the negative pairs. Each mean is over the terms above 0.
     PML: ContrastiveLoss.
-    """
-    x, same, other, _ = _batch(embeddings, labels, where, axis_name)
-    d = _distances(x)
-    return _mean_above_zero(d - pos_margin, same) + _mean_above_zero(neg_margin - d, other)
-
-
-def triplet_loss(embeddings, labels, *, margin=0.2, mining="semihard", where=None, axis_name=None):
-    """Triplet loss: the mean of [d_ap - d_an + margin]_+ over the chosen triplets for which it is above 0.
 
     Args:
-      mining: "semihard": triplets with d_ap < d_an (Schroff et al., FaceNet, CVPR 2015; all of them, not one for each positive). "hard":
-        for each anchor its farthest positive and its nearest negative (Hermans et al., arXiv 1703.07737, "batch hard"; ties share the
-        gradient). "all": all triplets.
+      embeddings: (N, D), floating.
+      labels: (N,), integer.
+      pos_margin: the distance up to which a positive pair costs nothing.
+      neg_margin: the distance from which a negative pair costs nothing.
+      where: (N,) bool mask, see the top of this file.
+      axis_name: see the top of this file.
+    """
+    batch = _make_batch(embeddings, labels, where, axis_name)
+    distance = _distances(batch.embeddings)
+    pulled = _mean_above_zero(distance - pos_margin, batch.positive)
+    return pulled + _mean_above_zero(neg_margin - distance, batch.negative)
 
-    PML: TripletMarginLoss(margin) after TripletMarginMiner(margin, "semihard"), after BatchHardMiner, or alone. Memory is that of N x N
-    matrices, time N^3 for "semihard" and "all".
+
+def triplet_loss(
+    embeddings: jax.Array | np.ndarray,
+    labels: jax.Array | np.ndarray,
+    *,
+    margin: ArrayLike = 0.2,
+    mining: Mining = "semihard",
+    where: jax.Array | np.ndarray | None = None,
+    axis_name: Hashable | None = None,
+) -> jax.Array:
+    """Computes the triplet loss: the mean of the mined [d_ap - d_an + margin]_+ that are above 0.
+
+    PML: TripletMarginLoss(margin) after TripletMarginMiner(margin, "semihard"), after
+    BatchHardMiner, or alone. Memory is that of N x N matrices. The time of "semihard" and "all" is
+    O(N^3).
+
+    Args:
+      embeddings: (N, D), floating.
+      labels: (N,), integer.
+      margin: added to d_ap - d_an.
+      mining: "semihard": the triplets with d_ap < d_an (Schroff et al., FaceNet, CVPR 2015); all of
+        them, not one for each positive. "hard": for each anchor its farthest positive and its
+        nearest negative (Hermans et al., arXiv 1703.07737, "batch hard"); ties share the gradient.
+        "all": all triplets.
+      where: (N,) bool mask, see the top of this file.
+      axis_name: see the top of this file.
+
+    Raises:
+      ValueError: an unknown `mining`.
     """
     if mining not in ("semihard", "hard", "all"):
         raise ValueError(f"mining: found {mining!r}, expected 'semihard', 'hard' or 'all'")
-    x, same, other, _ = _batch(embeddings, labels, where, axis_name)
-    d = _distances(x)
+    batch = _make_batch(embeddings, labels, where, axis_name)
+    distance = _distances(batch.embeddings)
     if mining == "hard":
-        far, near = (
-            jnp.max(d, axis=1, initial=0, where=same),
-            jnp.min(d, axis=1, initial=4, where=other),
-        )
-        return _mean_above_zero(far - near + margin, same.any(axis=1) & other.any(axis=1))
+        farthest = jnp.max(distance, axis=1, initial=0, where=batch.positive)
+        nearest = jnp.min(distance, axis=1, initial=4, where=batch.negative)
+        hinge = farthest - nearest + margin
+        return _mean_above_zero(hinge, batch.positive.any(axis=1) & batch.negative.any(axis=1))
+    # One (N, N) matrix at a time, computed again for the gradient.
+    sum_triplets = functools.partial(_sum_triplets, margin, mining)
+    sum_triplets = cast("Any", jax.checkpoint(sum_triplets))
+    anchors = (distance, batch.positive, batch.negative)
+    total, count = cast("tuple[jax.Array, jax.Array]", lax.map(sum_triplets, anchors))
+    return jnp.sum(total) / jnp.maximum(jnp.sum(count.astype(distance.dtype)), 1)
 
-    def of_anchor(row):  # one (N, N) matrix at a time, computed again for the gradient
-        d, same, other = row
-        pairs = d[:, None] - d[None, :]
-        chosen = same[:, None] & other[None, :] & (pairs + margin > 0)
-        chosen &= (pairs < 0) | (mining == "all")
-        return jnp.sum(jnp.where(chosen, pairs + margin, 0)), jnp.sum(chosen, dtype=jnp.int32)
 
-    total, count = lax.map(jax.checkpoint(of_anchor), (d, same, other))
-    return jnp.sum(total) / jnp.maximum(jnp.sum(count.astype(d.dtype)), 1)
+def _sum_triplets(
+    margin: ArrayLike, mining: Mining, anchor: tuple[jax.Array, jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the sum and the number of one anchor's mined triplets that are above 0.
+
+    Args:
+      margin: as in `triplet_loss`.
+      mining: "semihard" or "all".
+      anchor: (N,) distances to all rows, which are positives, and which are negatives.
+    """
+    distance, positive, negative = anchor
+    difference = distance[:, None] - distance[None, :]
+    chosen = positive[:, None] & negative[None, :] & (difference + margin > 0)
+    chosen &= (difference < 0) | (mining == "all")
+    total = jnp.sum(jnp.where(chosen, difference + margin, 0))
+    return total, jnp.sum(chosen, dtype=jnp.int32)
 
 
 def lifted_structure_loss(
-    embeddings, labels, *, pos_margin=0.0, neg_margin=1.0, where=None, axis_name=None
-):
-    """Lifted structured embedding (Song et al., CVPR 2016, equation 4).
+    embeddings: jax.Array | np.ndarray,
+    labels: jax.Array | np.ndarray,
+    *,
+    pos_margin: ArrayLike = 0.0,
+    neg_margin: ArrayLike = 1.0,
+    where: jax.Array | np.ndarray | None = None,
+    axis_name: Hashable | None = None,
+) -> jax.Array:
+    """Computes the lifted structured embedding loss (Song et al., CVPR 2016, equation 4).
 
-    The mean over the ordered positive pairs (i, j) of [log sum_k exp(neg_margin - d_ik) + sum_k exp(neg_margin - d_jk) + d_ij -
-    pos_margin]_+^2 / 2, k of the negatives of i and of j. PML: LiftedStructureLoss.
+    The loss is the mean over the ordered positive pairs (i, j) of
+
+        [log(sum_k exp(neg_margin - d_ik) + sum_k exp(neg_margin - d_jk)) + d_ij - pos_margin]_+^2
+
+    over 2, with k over the negatives of i and of j. PML: LiftedStructureLoss.
+
+    Args:
+      embeddings: (N, D), floating.
+      labels: (N,), integer.
+      pos_margin: subtracted from the distance of a positive pair.
+      neg_margin: the distance from which a negative is subtracted.
+      where: (N,) bool mask, see the top of this file.
+      axis_name: see the top of this file.
     """
-    x, same, other, _ = _batch(embeddings, labels, where, axis_name)
-    d = _distances(x)
-    of_row = _log_sum_exp(neg_margin - d, other)
-    pushed = jnp.logaddexp(of_row[:, None], of_row[None, :])
-    usable = same & other.any(axis=1)[:, None]
-    return _mean(jnp.maximum(jnp.where(usable, pushed, 0) + d - pos_margin, 0) ** 2 / 2, usable)
+    batch = _make_batch(embeddings, labels, where, axis_name)
+    distance = _distances(batch.embeddings)
+    log_sums = _log_sum_exp(neg_margin - distance, batch.negative)
+    pushed = jnp.logaddexp(log_sums[:, None], log_sums[None, :])
+    usable = batch.positive & batch.negative.any(axis=1)[:, None]
+    hinge = jnp.maximum(jnp.where(usable, pushed, 0) + distance - pos_margin, 0)
+    return _mean(hinge**2 / 2, usable)
 
 
-def n_pair_loss(embeddings, labels, *, scale=1.0, normalize=True, where=None, axis_name=None):
-    """Multi-class N-pair loss (Sohn, NIPS 2016, equation 7), without its penalty on the norms.
+def n_pair_loss(
+    embeddings: jax.Array | np.ndarray,
+    labels: jax.Array | np.ndarray,
+    *,
+    scale: ArrayLike = 1.0,
+    normalize: bool = True,
+    where: jax.Array | np.ndarray | None = None,
+    axis_name: Hashable | None = None,
+) -> jax.Array:
+    """Computes the multi-class N-pair loss (Sohn, NIPS 2016, equation 7), without its norm penalty.
 
-    The first two rows of each class are its pair; the mean over the classes of the cross entropy of the anchor's inner products with all
-    positives, times `scale`. The paper has it without `normalize`; unit vectors want a scale, as of a temperature. PML: NPairsLoss,
-    which normalises, at scale 1.
+    The first two rows of each class are its pair, anchor and positive. The loss is the mean over
+    the classes of the cross entropy of the anchor's inner products with all positives.
+    PML: NPairsLoss, which normalises, at scale 1.
+
+    Args:
+      embeddings: (N, D), floating.
+      labels: (N,), integer.
+      scale: multiplies the inner products. Unit vectors need one, like an inverse temperature.
+      normalize: L2-normalise the embeddings. The paper does not.
+      where: (N,) bool mask, see the top of this file.
+      axis_name: see the top of this file.
     """
-    x, same, _, valid = _batch(embeddings, labels, where, axis_name, normalize)
-    earlier = jnp.tril(same, -1).any(axis=1)
-    anchor = valid & ~earlier & same.any(axis=1)
+    batch = _make_batch(embeddings, labels, where, axis_name, normalize)
+    x, same = batch.embeddings, batch.positive
+    has_earlier = jnp.tril(same, -1).any(axis=1)
+    anchor = batch.valid & ~has_earlier & same.any(axis=1)
     positives = x[jnp.argmax(same, axis=1)]
-    logits = jnp.where(anchor[None, :], scale * _pairs.dot(x, positives, ((1,), (1,))), -jnp.inf)
-    logits = jnp.where(
-        anchor[:, None], logits, 0
-    )  # rows that are no anchors: finite, and masked below
-    return _mean(jax.nn.logsumexp(logits, axis=1) - jnp.diagonal(logits), anchor)
+    logits = jnp.where(anchor[None, :], scale * dot(x, positives, ((1,), (1,))), -jnp.inf)
+    # Rows that are no anchors: finite here, and masked below.
+    logits = jnp.where(anchor[:, None], logits, 0)
+    return _mean(jax.nn.logsumexp(logits, axis=1) - cast("jax.Array", jnp.diagonal(logits)), anchor)
 
 
 def multi_similarity_loss(
-    embeddings, labels, *, alpha=2.0, beta=50.0, base=0.5, epsilon=0.1, where=None, axis_name=None
-):
-    """Multi-similarity loss with its mining (Wang et al., CVPR 2019, equations 11 to 13), on cosine similarities.
+    embeddings: jax.Array | np.ndarray,
+    labels: jax.Array | np.ndarray,
+    *,
+    alpha: ArrayLike = 2.0,
+    beta: ArrayLike = 50.0,
+    base: ArrayLike = 0.5,
+    epsilon: ArrayLike | None = 0.1,
+    where: jax.Array | np.ndarray | None = None,
+    axis_name: Hashable | None = None,
+) -> jax.Array:
+    """Computes the multi-similarity loss with its mining (Wang et al., CVPR 2019, eq. 11 to 13).
+
+    It works on cosine similarities. The mean is over all rows. PML: MultiSimilarityLoss, with
+    MultiSimilarityMiner(epsilon) or, for epsilon=None, without.
 
     Args:
-      alpha, beta, base: of the positives, of the negatives, and the threshold (lambda in the paper).
-      epsilon: positives count that are less similar than the most similar negative plus epsilon, and negatives that are more similar
-        than the least similar positive less epsilon. None: all count.
+      embeddings: (N, D), floating.
+      labels: (N,), integer.
+      alpha: the scale of the positives, above 0.
+      beta: the scale of the negatives, above 0.
+      base: the similarity threshold, lambda in the paper.
+      epsilon: the mining margin. A positive counts if it is less similar than the most similar
+        negative plus epsilon. A negative counts if it is more similar than the least similar
+        positive less epsilon. None: all pairs count.
+      where: (N,) bool mask, see the top of this file.
+      axis_name: see the top of this file.
 
-    The mean is over all rows. PML: MultiSimilarityLoss, with MultiSimilarityMiner(epsilon) or without.
+    Raises:
+      ValueError: alpha or beta is not above 0.
     """
-    _positive(alpha=alpha, beta=beta)
-    x, same, other, valid = _batch(embeddings, labels, where, axis_name)
-    s = _pairs.dot(x, x, ((1,), (1,)))
+    _check_positive(alpha=alpha, beta=beta)
+    batch = _make_batch(embeddings, labels, where, axis_name)
+    positive, negative = batch.positive, batch.negative
+    similarity = dot(batch.embeddings, batch.embeddings, ((1,), (1,)))
     if epsilon is not None:
-        fixed = lax.stop_gradient(s)
-        nearest_other = jnp.max(fixed, axis=1, keepdims=True, initial=-jnp.inf, where=other)
-        farthest_same = jnp.min(fixed, axis=1, keepdims=True, initial=jnp.inf, where=same)
-        same, other = (
-            same & (fixed - epsilon < nearest_other),
-            other & (fixed + epsilon > farthest_same),
-        )
-    pulled = _log_one_plus_sum_exp(alpha * (base - s), same) / alpha
-    pushed = _log_one_plus_sum_exp(beta * (s - base), other) / beta
-    return _mean(pulled + pushed, valid)
+        fixed = lax.stop_gradient(similarity)
+        nearest = jnp.max(fixed, axis=1, keepdims=True, initial=-jnp.inf, where=negative)
+        farthest = jnp.min(fixed, axis=1, keepdims=True, initial=jnp.inf, where=positive)
+        positive = positive & (fixed - epsilon < nearest)
+        negative = negative & (fixed + epsilon > farthest)
+    pulled = _log_one_plus_sum_exp(alpha * (base - similarity), positive) / alpha
+    pushed = _log_one_plus_sum_exp(beta * (similarity - base), negative) / beta
+    return _mean(pulled + pushed, batch.valid)
 
 
 def proxy_anchor_loss(
-    embeddings, labels, proxies, *, margin=0.1, alpha=32.0, where=None, axis_name=None
-):
-    """Proxy anchor loss (Kim et al., CVPR 2020, equation 4), on cosine similarities.
-
-    Args:
-      labels: (N,) of 0 to C - 1; a row of any other is a negative of all proxies.
-      proxies: (C, D) floating, to be trained; the same on all devices. PML's and the authors' begin as normal with variance 2 / C.
-      margin, alpha: the paper's delta and alpha.
+    embeddings: jax.Array | np.ndarray,
+    labels: jax.Array | np.ndarray,
+    proxies: jax.Array | np.ndarray,
+    *,
+    margin: ArrayLike = 0.1,
+    alpha: ArrayLike = 32.0,
+    where: jax.Array | np.ndarray | None = None,
+    axis_name: Hashable | None = None,
+) -> jax.Array:
+    """Computes the proxy anchor loss (Kim et al., CVPR 2020, equation 4) on cosine similarities.
 
     PML: ProxyAnchorLoss.
+
+    Args:
+      embeddings: (N, D), floating.
+      labels: (N,), integer, 0 to C - 1. A row with another label is a negative of all proxies.
+      proxies: (C, D), floating, to be trained; the same on all devices. PML's and the authors'
+        start as normal numbers with variance 2 / C.
+      margin: delta in the paper.
+      alpha: the scale, alpha in the paper.
+      where: (N,) bool mask, see the top of this file.
+      axis_name: see the top of this file.
+
+    Raises:
+      TypeError: proxies that are not a floating array.
+      ValueError: proxies of a wrong shape.
     """
-    x, _, _, valid = _batch(embeddings, labels, where, axis_name)
-    if not hasattr(proxies, "dtype") or not jnp.issubdtype(proxies.dtype, jnp.floating):
-        raise TypeError(
-            f"proxies must be a floating array: found {getattr(proxies, 'dtype', type(proxies).__name__)}"
-        )
-    if proxies.ndim != 2 or proxies.shape[1] != x.shape[1] or not proxies.shape[0]:
-        raise ValueError(
-            f"proxies must go with embeddings: found shape {proxies.shape}, expected (C, {x.shape[1]})"
-        )
-    labels = _gathered(jnp.asarray(labels), axis_name)
-    s = _pairs.dot(x, _problem.normalize_rows(proxies.astype(x.dtype)), ((1,), (1,)))
-    own = labels[:, None] == jnp.arange(proxies.shape[0])
-    same, other = own & valid[:, None], ~own & valid[:, None]
-    pulled = _log_one_plus_sum_exp(alpha * (margin - s), same, axis=0)
-    pushed = _log_one_plus_sum_exp(alpha * (s + margin), other, axis=0)
-    return _mean(pulled, same.any(axis=0)) + jnp.mean(pushed)
+    batch = _make_batch(embeddings, labels, where, axis_name)
+    x = batch.embeddings
+    _check_proxies(proxies, x.shape[1])
+    similarity = dot(x, normalize_rows(jnp.asarray(proxies).astype(x.dtype)), ((1,), (1,)))
+    own = batch.labels[:, None] == jnp.arange(proxies.shape[0])
+    positive, negative = own & batch.valid[:, None], ~own & batch.valid[:, None]
+    pulled = _log_one_plus_sum_exp(alpha * (margin - similarity), positive, axis=0)
+    pushed = _log_one_plus_sum_exp(alpha * (similarity + margin), negative, axis=0)
+    return _mean(pulled, positive.any(axis=0)) + jnp.mean(pushed)
 
 
-def nt_xent_loss(embeddings, labels, *, temperature=0.07, where=None, axis_name=None):
-    """NT-Xent (Sohn 2016; SimCLR, Chen et al., ICML 2020, equation 1), for any number of positives.
+def nt_xent_loss(
+    embeddings: jax.Array | np.ndarray,
+    labels: jax.Array | np.ndarray,
+    *,
+    temperature: ArrayLike = 0.07,
+    where: jax.Array | np.ndarray | None = None,
+    axis_name: Hashable | None = None,
+) -> jax.Array:
+    """Computes NT-Xent (Sohn 2016; SimCLR, Chen et al., ICML 2020, equation 1), many positives.
 
-    The mean over the ordered positive pairs of the cross entropy of that positive among it and the query's negatives. PML: NTXentLoss.
+    The loss is the mean over the ordered positive pairs of a cross entropy: that of the positive
+    among itself and the query's negatives. PML: NTXentLoss.
+
+    Args:
+      embeddings: (N, D), floating.
+      labels: (N,), integer.
+      temperature: divides the cosine similarities, above 0.
+      where: (N,) bool mask, see the top of this file.
+      axis_name: see the top of this file.
+
+    Raises:
+      ValueError: temperature is not above 0.
     """
-    _positive(temperature=temperature)
-    x, same, other, _ = _batch(embeddings, labels, where, axis_name)
-    s = _pairs.dot(x, x, ((1,), (1,))) / temperature
-    usable = same & other.any(axis=1)[:, None]
-    return _mean(jax.nn.softplus(_log_sum_exp(s, other)[:, None] - s), usable)
+    _check_positive(temperature=temperature)
+    batch = _make_batch(embeddings, labels, where, axis_name)
+    similarity = dot(batch.embeddings, batch.embeddings, ((1,), (1,))) / temperature
+    usable = batch.positive & batch.negative.any(axis=1)[:, None]
+    log_negatives = _log_sum_exp(similarity, batch.negative)[:, None]
+    return _mean(jax.nn.softplus(log_negatives - similarity), usable)
 
 
-def sup_con_loss(embeddings, labels, *, temperature=0.1, where=None, axis_name=None):
-    """Supervised contrastive loss (Khosla et al., NeurIPS 2020, equation 2, L_out).
+def sup_con_loss(
+    embeddings: jax.Array | np.ndarray,
+    labels: jax.Array | np.ndarray,
+    *,
+    temperature: ArrayLike = 0.1,
+    where: jax.Array | np.ndarray | None = None,
+    axis_name: Hashable | None = None,
+) -> jax.Array:
+    """Computes the supervised contrastive loss (Khosla et al., NeurIPS 2020, equation 2, L_out).
 
-    Per query the mean over its positives of -log softmax over all others; the mean over the queries for which that is above 0. A batch
-    of one class is 0. PML: SupConLoss.
+    The loss of a query is the mean over its positives of -log softmax over all other rows. The
+    result is the mean over the queries whose loss is above 0. A batch of one class gives 0.
+    PML: SupConLoss.
+
+    Args:
+      embeddings: (N, D), floating.
+      labels: (N,), integer.
+      temperature: divides the cosine similarities, above 0.
+      where: (N,) bool mask, see the top of this file.
+      axis_name: see the top of this file.
+
+    Raises:
+      ValueError: temperature is not above 0.
     """
-    _positive(temperature=temperature)
-    x, same, other, _ = _batch(embeddings, labels, where, axis_name)
-    s = _pairs.dot(x, x, ((1,), (1,))) / temperature
-    log_total = _log_sum_exp(s, same | other)[:, None]
-    count = jnp.sum(same, axis=1).astype(s.dtype)
-    of_query = jnp.sum(jnp.where(same, log_total - s, 0), axis=1) / jnp.maximum(count, 1)
-    return _mean_above_zero(of_query, same.any(axis=1) & other.any())
+    _check_positive(temperature=temperature)
+    batch = _make_batch(embeddings, labels, where, axis_name)
+    positive, negative = batch.positive, batch.negative
+    similarity = dot(batch.embeddings, batch.embeddings, ((1,), (1,))) / temperature
+    log_total = _log_sum_exp(similarity, positive | negative)[:, None]
+    count = jnp.sum(positive, axis=1).astype(similarity.dtype)
+    total = jnp.sum(jnp.where(positive, log_total - similarity, 0), axis=1)
+    return _mean_above_zero(total / jnp.maximum(count, 1), positive.any(axis=1) & negative.any())
 
 
 def pml_ranked_list_loss(
-    embeddings,
-    labels,
+    embeddings: jax.Array | np.ndarray,
+    labels: jax.Array | np.ndarray,
     *,
-    alpha=1.2,
-    margin=0.4,
-    temperature_pos=0.0,
-    temperature_neg=10.0,
-    balance=0.5,
-    where=None,
-    axis_name=None,
-):
-    """What pytorch-metric-learning 2.9 calls RankedListLoss, its differences from the paper included, to compare with.
+    alpha: ArrayLike = ALPHA,
+    margin: ArrayLike = MARGIN,
+    temperature_pos: ArrayLike = TEMPERATURE_POS,
+    temperature_neg: ArrayLike = TEMPERATURE_NEG,
+    balance: ArrayLike = BALANCE,
+    where: jax.Array | np.ndarray | None = None,
+    axis_name: Hashable | None = None,
+) -> jax.Array:
+    """Computes what PML 2.9 calls RankedListLoss, to compare with `ranked_list_loss`.
 
-    The weights are differentiated, both ends of a pair move, 1e-5 is added to each of a query's weights before they are summed, and pairs
-    at distance 0 are left out. Its names: Tp, Tn, imbalance. For the paper's loss see `rll_jax.loss.ranked_list_loss`.
+    It keeps PML's differences from the paper: the weights are differentiated, both ends of a pair
+    move, 1e-5 is added to each of a query's weights before they are summed, and pairs at distance 0
+    are left out.
+
+    Args:
+      embeddings: (N, D), floating.
+      labels: (N,), integer.
+      alpha: the boundary of negatives.
+      margin: between the boundaries. Positives count beyond alpha - margin.
+      temperature_pos: of the positives' weights, PML's Tp.
+      temperature_neg: of the negatives' weights, PML's Tn.
+      balance: the share of the negative term, PML's imbalance.
+      where: (N,) bool mask, see the top of this file.
+      axis_name: see the top of this file.
     """
-    x, same, other, valid = _batch(embeddings, labels, where, axis_name)
-    d = _distances(x)
-
-    def term(listed, hinge, exponent):
-        weight = jnp.where(listed, jnp.exp(jnp.where(listed, exponent, 0)), 0)
-        epsilon = 1e-5 * jnp.sum(valid, dtype=d.dtype)
-        return jnp.sum(weight * jnp.where(listed, hinge, 0), axis=1) / (
-            jnp.sum(weight, axis=1) + epsilon
-        )
-
-    alpha_pos = alpha - margin
-    positive = term(
-        same & (d > alpha_pos) & (d > 0), d - alpha_pos, temperature_pos * (d - alpha_pos)
+    batch = _make_batch(embeddings, labels, where, axis_name)
+    distance = _distances(batch.embeddings)
+    alpha_pos = positive_boundary(alpha, margin)
+    alpha_neg, t_pos, t_neg, share = (
+        cast("Any", number) for number in (alpha, temperature_pos, temperature_neg, balance)
     )
-    negative = term(other & (d < alpha) & (d > 0), alpha - d, temperature_neg * (alpha - d))
-    return _mean((1 - balance) * positive + balance * negative, valid)
+    positive = _pml_term(
+        batch.positive & (distance > alpha_pos) & (distance > 0),
+        distance - alpha_pos,
+        t_pos * (distance - alpha_pos),
+        batch.valid,
+    )
+    negative = _pml_term(
+        batch.negative & (distance < alpha_neg) & (distance > 0),
+        alpha_neg - distance,
+        t_neg * (alpha_neg - distance),
+        batch.valid,
+    )
+    return _mean((1 - share) * positive + share * negative, batch.valid)
 
 
-def _positive(**values):
+def _pml_term(
+    listed: jax.Array, hinge: jax.Array, exponent: jax.Array, valid: jax.Array
+) -> jax.Array:
+    """Returns PML's weighted mean of the listed hinges (N, N) of each query, (N,)."""
+    weight = jnp.where(listed, jnp.exp(jnp.where(listed, exponent, 0)), 0)
+    epsilon = 1e-5 * jnp.sum(valid, dtype=hinge.dtype)
+    total = jnp.sum(weight * jnp.where(listed, hinge, 0), axis=1)
+    return total / (jnp.sum(weight, axis=1) + epsilon)
+
+
+def _check_positive(**values: Any) -> None:
+    """Checks that options are above 0. Traced ones are not checked."""
     for name, value in values.items():
-        if not isinstance(value, jax.core.Tracer) and not value > 0:
+        if not isinstance(value, Tracer) and not value > 0:
             raise ValueError(f"{name} out of range: found {value}, expected {name} > 0")
 
 
-def _batch(embeddings, labels, where, axis_name, normalize=True):
-    """All devices' rows; which pairs are positive (not a row with itself) and negative, (N, N); which rows are valid, (N,)."""
-    _problem.check_rows("embeddings", embeddings, "labels", labels, "where", where)
-    embeddings, labels = jnp.asarray(embeddings), jnp.asarray(labels)
-    x = embeddings.astype(jnp.promote_types(embeddings.dtype, jnp.float32))
-    valid = jnp.ones(labels.shape, bool) if where is None else jnp.asarray(where)
+def _check_proxies(proxies: jax.Array | np.ndarray, dim: int) -> None:
+    """Checks that proxies are a floating matrix (C, dim) with C >= 1."""
+    if not hasattr(proxies, "dtype") or not jnp.issubdtype(proxies.dtype, jnp.floating):
+        kind = getattr(proxies, "dtype", type(proxies).__name__)
+        raise TypeError(f"proxies must be a floating array: found {kind}")
+    if proxies.ndim != 2 or proxies.shape[1] != dim or not proxies.shape[0]:
+        raise ValueError(
+            f"proxies must go with embeddings: found shape {proxies.shape}, expected (C, {dim})"
+        )
+
+
+class _Batch(NamedTuple):
+    """The rows of all devices, and which pairs of them count."""
+
+    embeddings: jax.Array  # (N, D), of the computing dtype, padding as 0
+    labels: jax.Array  # (N,)
+    positive: jax.Array  # (N, N) bool: two valid rows of one class, never a row with itself
+    negative: jax.Array  # (N, N) bool: two valid rows of different classes
+    valid: jax.Array  # (N,) bool
+
+
+def _make_batch(
+    embeddings: jax.Array | np.ndarray,
+    labels: jax.Array | np.ndarray,
+    where: jax.Array | np.ndarray | None,
+    axis_name: Hashable | None,
+    normalize: bool = True,
+) -> _Batch:
+    """Checks, masks, normalises and gathers the rows, and finds their pairs."""
+    rows = checked_rows(embeddings, labels, where)
+    x = rows.embeddings.astype(jnp.promote_types(rows.embeddings.dtype, jnp.float32))
+    valid = jnp.ones(rows.labels.shape, bool) if rows.where is None else rows.where
     x = jnp.where(valid[:, None], x, 0)
-    x = _problem.normalize_rows(x) if normalize else x
-    x, labels, valid = (_gathered(a, axis_name) for a in (x, labels, valid))
+    x = normalize_rows(x) if normalize else x
+    x, gathered_labels = gather(x, axis_name), gather(rows.labels, axis_name)
+    valid = gather(valid, axis_name)
     both = valid[:, None] & valid[None, :]
-    match = labels[:, None] == labels[None, :]
-    return x, both & match & ~jnp.eye(len(labels), dtype=bool), both & ~match, valid
+    match = gathered_labels[:, None] == gathered_labels[None, :]
+    positive = both & match & ~jnp.eye(len(gathered_labels), dtype=bool)
+    return _Batch(x, gathered_labels, positive, both & ~match, valid)
 
 
-def _gathered(x, axis_name):
-    return x if axis_name is None else lax.all_gather(x, axis_name, tiled=True)
-
-
-def _distances(x):
-    x = x - lax.stop_gradient(
-        jnp.mean(x, axis=0)
-    )  # rows that are near each other keep their digits
+def _distances(x: jax.Array) -> jax.Array:
+    """Returns the distances (N, N) of all pairs. One that is within rounding of 0 is 0."""
+    # Without their mean, rows that are near each other keep their digits.
+    x = x - lax.stop_gradient(jnp.mean(x, axis=0))
     size = jnp.sum(x * x, axis=1)
     both = size[:, None] + size[None, :]
-    d2 = jnp.maximum(both - 2 * _pairs.dot(x, x, ((1,), (1,))), 0)
-    apart = d2 > 4 * jnp.finfo(x.dtype).eps * both  # nearer ones are rounding: no direction
-    return jnp.where(apart, jnp.sqrt(jnp.where(apart, d2, 1)), 0)
+    squared = jnp.maximum(both - 2 * dot(x, x, ((1,), (1,))), 0)
+    # A nearer pair is rounding, without a direction.
+    apart = squared > 4 * np.finfo(x.dtype).eps * both
+    return jnp.where(apart, jnp.sqrt(jnp.where(apart, squared, 1)), 0)
 
 
-def _mean(values, chosen):
+def _mean(values: jax.Array | np.ndarray, chosen: jax.Array) -> jax.Array:
+    """Returns the mean of the chosen values, 0 without any."""
     count = jnp.sum(chosen, dtype=jnp.int32).astype(values.dtype)
     return jnp.sum(jnp.where(chosen, values, 0)) / jnp.maximum(count, 1)
 
 
-def _mean_above_zero(values, chosen):
+def _mean_above_zero(values: jax.Array | np.ndarray, chosen: jax.Array) -> jax.Array:
+    """Returns the mean of the chosen values that are above 0, 0 without any."""
     return _mean(values, chosen & (values > 0))
 
 
-def _log_sum_exp(x, chosen, axis=1):
-    """-inf where none is chosen, with gradient 0."""
-    some = chosen.any(axis=axis)
-    x = jnp.where(jnp.expand_dims(some, axis), jnp.where(chosen, x, -jnp.inf), 0)
-    return jnp.where(some, jax.nn.logsumexp(x, axis=axis), -jnp.inf)
+def _log_sum_exp(x: jax.Array | np.ndarray, chosen: jax.Array, axis: int = 1) -> jax.Array:
+    """Returns log sum exp over the chosen; without any -inf, with gradient 0."""
+    any_chosen = chosen.any(axis=axis)
+    x = jnp.where(jnp.expand_dims(any_chosen, axis), jnp.where(chosen, x, -jnp.inf), 0)
+    return jnp.where(any_chosen, jax.nn.logsumexp(x, axis=axis), -jnp.inf)
 
 
-def _log_one_plus_sum_exp(x, chosen, axis=1):
+def _log_one_plus_sum_exp(x: jax.Array | np.ndarray, chosen: jax.Array, axis: int = 1) -> jax.Array:
+    """Returns log(1 + sum exp) over the chosen, 0 without any."""
     return jax.nn.softplus(_log_sum_exp(x, chosen, axis))

@@ -1,36 +1,61 @@
-"""Cross-batch memory (Wang et al., CVPR 2020, arXiv 1912.06798): the last embeddings, as a larger gallery to rank.
+"""Cross-batch memory (Wang et al., CVPR 2020, arXiv 1912.06798): the last rows, as a gallery.
 
     bank = memory.init(8192, 512)
     bank = memory.push(bank, embeddings, labels)
-    loss.ranked_list_loss(embeddings, labels, gallery=bank.embeddings, gallery_labels=bank.labels, gallery_where=bank.valid)
+    loss.ranked_list_loss(
+        embeddings,
+        labels,
+        gallery=bank.embeddings,
+        gallery_labels=bank.labels,
+        gallery_where=bank.valid,
+    )
 
-A plain pytree of arrays: carry it through jit, scan and checkpoints, donate it to the step. One per device: `axis_name` of the
-loss gathers them.
+A memory is a plain pytree of arrays: carry it through jit, scan and checkpoints, and donate it to
+the step. Keep one on each device: `axis_name` of the loss gathers them.
 """
+
+# jax's stubs leave some parameters of asarray without a type.
+# pyright: reportUnknownMemberType=false
 
 from typing import NamedTuple
 
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 import numpy as np
 
-from rll_jax.loss import _problem
+from rll_jax.loss._rows import check_rows
 
 __all__ = ["CrossBatchMemory", "init", "push"]
 
 
 class CrossBatchMemory(NamedTuple):
-    """`capacity` rows in ring order."""
+    """A ring of `capacity` rows."""
 
     embeddings: jax.Array  # (capacity, dim)
     labels: jax.Array  # (capacity,) integer
-    valid: jax.Array  # (capacity,) bool: False where nothing was stored yet
-    cursor: jax.Array  # () int32: where the next row goes, the oldest once the ring is full
+    valid: jax.Array  # (capacity,) bool: False where no row is stored yet
+    cursor: (
+        jax.Array
+    )  # () int32: the place of the next row, which is the oldest row's in a full ring
 
 
-def init(capacity, dim, dtype=jnp.float32, label_dtype=jnp.int32):
-    """An empty memory. ValueError unless capacity and dim are at least 1; TypeError unless label_dtype is an integer's."""
+def init(
+    capacity: int, dim: int, dtype: DTypeLike = jnp.float32, label_dtype: DTypeLike = jnp.int32
+) -> CrossBatchMemory:
+    """Returns an empty memory.
+
+    Args:
+      capacity: the number of rows that it keeps.
+      dim: the dimension of the embeddings.
+      dtype: of the stored embeddings.
+      label_dtype: of the stored labels, an integer dtype.
+
+    Raises:
+      TypeError: label_dtype is not an integer dtype.
+      ValueError: capacity or dim is less than 1.
+    """
     if not jnp.issubdtype(label_dtype, jnp.integer):
         raise TypeError(f"label_dtype must be an integer dtype: found {jnp.dtype(label_dtype)}")
     if capacity < 1 or dim < 1:
@@ -43,23 +68,28 @@ def init(capacity, dim, dtype=jnp.float32, label_dtype=jnp.int32):
     )
 
 
-def push(memory, embeddings, labels, where=None):
-    """Stores rows, in their order, over the oldest ones.
+def push(
+    memory: CrossBatchMemory,
+    embeddings: jax.Array | np.ndarray,
+    labels: jax.Array | np.ndarray,
+    where: jax.Array | np.ndarray | None = None,
+) -> CrossBatchMemory:
+    """Returns the memory with rows stored, in their order, over the oldest ones.
 
     Args:
-      memory: a `CrossBatchMemory`.
-      embeddings: (N, dim), stored as constants in the memory's dtype. More rows than the capacity: the last ones stay.
+      memory: the memory so far.
+      embeddings: (N, dim), floating. They are stored as constants in the memory's dtype. Of more
+        rows than the capacity, the last ones stay.
       labels: (N,), integer.
       where: (N,) bool: False rows are not stored.
 
-    Returns:
-      The new memory.
-
     Raises:
-      TypeError, ValueError: as `loss.ranked_list_loss` does for these rows, another dim, or labels that don't fit.
+      TypeError: as `loss.ranked_list_loss` raises it for these rows.
+      ValueError: likewise; or another dim than the memory's, or labels that do not fit its dtype.
+        Labels on a device are not checked for that.
     """
     capacity, dim = memory.embeddings.shape
-    _problem.check_rows("embeddings", embeddings, "labels", labels, "where", where)
+    check_rows(embeddings, labels, where)
     n = embeddings.shape[0]
     if embeddings.shape != (n, dim):
         raise ValueError(
@@ -67,16 +97,17 @@ def push(memory, embeddings, labels, where=None):
         )
     if isinstance(labels, np.ndarray) and np.any(labels.astype(memory.labels.dtype) != labels):
         raise ValueError(
-            f"labels must fit the memory's {memory.labels.dtype}: found {labels.min()} to {labels.max()}"
+            f"labels must fit the memory's {memory.labels.dtype}: "
+            f"found {labels.min()} to {labels.max()}"
         )
     stored = jnp.ones(n, bool) if where is None else jnp.asarray(where)
     rank = jnp.cumsum(stored, dtype=jnp.int32)
     count = rank[-1]
-    # Two rows for one place would race: of more rows than there are places, only the last are written.
+    # Of more rows than places only the last are written: two rows for one place would race.
     stored = stored & (rank > count - capacity)
     place = jnp.where(stored, (memory.cursor + rank - 1) % capacity, capacity)
 
-    def write(ring, rows):
+    def write(ring: jax.Array, rows: jax.Array) -> jax.Array:
         return ring.at[place].set(rows.astype(ring.dtype), mode="drop")
 
     return CrossBatchMemory(

@@ -1,22 +1,51 @@
-"""Ranked List Loss (Wang et al., CVPR 2019, arXiv 1903.03238; TPAMI 2021): every published variant, any batch size.
+"""Ranked List Loss (Wang et al., CVPR 2019, arXiv 1903.03238; TPAMI 2021), all published variants.
 
-Each example is once the query q_i; the others, f_j, are its gallery. With d_ij = ||q_i - f_j||, only those of its class
-beyond alpha_P = alpha - margin count (P*_i), and those of the other classes within alpha (N*_i):
+Each example of the batch is the query q_i once, and the other examples f_j are its gallery. With
+d_ij = ||q_i - f_j||, only the non-trivial examples count: those of the query's class beyond
+alpha_P = alpha - margin (the list P*_i), and those of other classes within alpha (the list N*_i).
 
-    h_ij = d_ij - alpha_P  or  alpha - d_ij                          ("squared": half the difference of the squares)
-    w_ij = exp(T_p (d_ij - alpha_P))  or  exp(T_n (alpha - d_ij))    constants, unless weight_gradient
-    L_P(i) = sum_{P*} w h / sum_{P*} w,   L_N(i) likewise,   L_i = (1 - balance) L_P(i) + balance L_N(i)
+    h_ij = d_ij - alpha_P                in P*, or alpha - d_ij                in N*
+    w_ij = exp(T_p (d_ij - alpha_P))     in P*, or exp(T_n (alpha - d_ij))     in N*
+    L_P(i) = sum_{P*} w h / sum_{P*} w,  and L_N(i) likewise over N*
+    L_i = (1 - balance) L_P(i) + balance L_N(i)
 
-This module imports jax and numpy alone.
+The README of this folder has the variants, the recipe for several devices and the cost.
 """
 
-from typing import NamedTuple
+# jax's stubs leave some parameters of asarray, psum and pmax without a type.
+# pyright: reportUnknownMemberType=false
+
+from collections.abc import Hashable
+from typing import Any, NamedTuple, Unpack, cast
 
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+import numpy as np
 
-from rll_jax.loss import _blocks, _problem
+from rll_jax.loss import _blocks
+from rll_jax.loss._options import (
+    ALPHA,
+    BALANCE,
+    GALLERY_GRADIENT,
+    MARGIN,
+    NORMALIZE,
+    PAIR_TERM,
+    QUERY_WEIGHTING,
+    TEMPERATURE_NEG,
+    TEMPERATURE_POS,
+    WEIGHT_GRADIENT,
+    HyperParameters,
+    Overrides,
+    OverridesExceptMargin,
+    PairTerm,
+    QueryWeighting,
+    Variant,
+    positive_boundary,
+)
+from rll_jax.loss._problem import GalleryArguments, QueryArguments, make_problem
+from rll_jax.loss._rows import computing_dtype, normalize_rows
 
 __all__ = [
     "RankedListLossTerms",
@@ -30,257 +59,337 @@ __all__ = [
 
 
 class RankedListLossTerms(NamedTuple):
-    """Per query, each (N,); 0 for rows with `where` False."""
+    """Numbers of each query, (N,). They are 0 for rows with `where` False."""
 
     positive: jax.Array  # L_P(i), 0 for an empty list
     negative: jax.Array  # L_N(i), 0 for an empty list
     num_positives: jax.Array  # |P*_i|, int32
     num_negatives: jax.Array  # |N*_i|, int32
-    weight: jax.Array  # what multiplies L_i in the (global) loss: 1 / queries, or q_i
+    weight: jax.Array  # weight_i, the factor of L_i in the loss of the whole batch
 
 
 def ranked_list_loss(
-    embeddings,
-    labels,
+    embeddings: jax.Array | np.ndarray,
+    labels: jax.Array | np.ndarray,
     *,
-    alpha=1.2,
-    margin=0.4,
-    temperature_pos=0.0,
-    temperature_neg=10.0,
-    balance=0.5,
-    pair_term="distance",
-    query_weighting="uniform",
-    gallery_gradient=False,
-    weight_gradient=False,
-    normalize=True,
-    where=None,
-    gallery=None,
-    gallery_labels=None,
-    gallery_where=None,
-    axis_name=None,
-    block_size=None,
-):
-    """Ranked List Loss of a batch: sum_i weight_i L_i, with the L_i at the top of this module.
+    alpha: ArrayLike = ALPHA,
+    margin: ArrayLike = MARGIN,
+    temperature_pos: ArrayLike = TEMPERATURE_POS,
+    temperature_neg: ArrayLike = TEMPERATURE_NEG,
+    balance: ArrayLike = BALANCE,
+    pair_term: PairTerm = PAIR_TERM,
+    query_weighting: QueryWeighting = QUERY_WEIGHTING,
+    gallery_gradient: bool = GALLERY_GRADIENT,
+    weight_gradient: bool = WEIGHT_GRADIENT,
+    normalize: bool = NORMALIZE,
+    where: jax.Array | np.ndarray | None = None,
+    gallery: jax.Array | np.ndarray | None = None,
+    gallery_labels: jax.Array | np.ndarray | None = None,
+    gallery_where: jax.Array | np.ndarray | None = None,
+    axis_name: Hashable | None = None,
+    block_size: int | None = None,
+) -> jax.Array:
+    """Computes sum_i weight_i L_i over the queries of a batch, with L_i as at the top of this file.
+
+    Numbers may be traced, so that a schedule does not recompile. They are never differentiated. The
+    derivative is written by hand (`jax.custom_vjp`): reverse mode, first order. Products of
+    matrices have Precision.HIGHEST, in the value and in the gradient.
 
     Args:
-      embeddings: (N, D), floating: the queries, and the gallery too unless one is given. float16 and bfloat16 are
-        worked on in float32, float64 in float64; the loss has that dtype, the gradient that of the embeddings.
+      embeddings: (N, D), floating: the queries, and the gallery too unless one is given. float16
+        and bfloat16 are computed in float32, float64 in float64. The loss has that dtype; the
+        gradient has the dtype of the embeddings.
       labels: (N,), integer: the classes.
-      alpha: the negatives' boundary (paper: alpha; PML: `alpha`, whose None is 1 + margin / 2), 0 < alpha <= 2.
-      margin: between the two boundaries (paper: m; PML: `margin`), 0 <= margin <= alpha: positives count beyond alpha_P
-        = alpha - margin.
-      temperature_pos: T_p >= 0 of the positives' weights (PML: `Tp`). 0 treats all non-trivial ones alike.
-      temperature_neg: T_n >= 0 of the negatives' weights (PML: `Tn`). The larger, the more the hardest ones count.
-      balance: lambda in [0, 1] (PML: `imbalance`).
-      pair_term: "distance", or "squared", the 2019 layer's: h is (d^2 - alpha_P^2) / 2 or (alpha^2 - d^2) / 2. The
-        weights are exp(T d) in both.
-      query_weighting: "uniform": weight_i = 1 / number of queries; those without non-trivial examples count, as 0.
-        "mass": weight_i = S_i / sum_k S_k, S_i the sum of both lists' weights w, as in the released layers; 0 where no
-        pair is active.
-      gallery_gradient: False, as published: in the loss of query i every f_j is a constant. True: a pair moves both its
-        ends, and a given `gallery` gets a gradient.
-      weight_gradient: False, as published: w and "mass" are constants, so that a pair's gradient at its query is a unit
-        vector times its normalised weight (times d_ij for "squared"). True differentiates them, as most ports do
-        without saying; with gallery_gradient=True as well, the gradient is the true derivative of the value.
-      normalize: L2-normalise embeddings and gallery first. Rows no longer than 1e-12 become 0, with gradient 0.
-      where: (N,) bool: False rows are padding, neither query nor gallery, whatever they hold.
-      gallery, gallery_labels, gallery_where: (M, D), (M,), (M,) bool: rank these for each query instead of the batch (a
-        memory bank, `rll_jax.loss.memory`). No pair is left out then: a query's own copy is a positive at distance 0, which
-        is trivial.
-      axis_name: of `pmap`, `shard_map` or `vmap`: the gallery is that of all devices together, each passing its own
-        rows (of the batch, or of `gallery`: shards of a memory, not copies). See below.
-      block_size: rows of queries worked on at a time; None chooses from M. Memory is O(M * block_size).
+      alpha: the boundary of negatives, 0 < alpha <= 2.
+      margin: between the boundaries, 0 <= margin <= alpha. Positives count beyond alpha - margin.
+      temperature_pos: T_p >= 0 of the positives' weights. 0 weights them alike.
+      temperature_neg: T_n >= 0 of the negatives' weights. The larger, the more the hardest count.
+      balance: lambda in [0, 1], the share of L_N.
+      pair_term: "distance"; or "squared", where h is (d^2 - alpha_P^2) / 2 or (alpha^2 - d^2) / 2.
+        The weights w are the same in both.
+      query_weighting: "uniform": weight_i is 1 / number of queries, and a query with two empty
+        lists counts as 0. "mass": weight_i is S_i / sum_k S_k, where S_i is the sum of w over both
+        lists of query i; 0 where no pair is active.
+      gallery_gradient: False, as published: f_j is a constant in the loss of query i. True: a pair
+        moves both its ends, and a given `gallery` gets a gradient.
+      weight_gradient: False, as published: w and "mass" are constants, so a pair's gradient at its
+        query is a unit vector times its normalised weight (times d_ij for "squared"). True: they
+        are differentiated. Both flags True give the true derivative of the value.
+      normalize: L2-normalise embeddings and gallery first. Rows no longer than 1e-12 become 0, with
+        gradient 0.
+      where: (N,) bool: False rows are padding, neither query nor gallery, whatever their values.
+      gallery: (M, D): rank these rows for each query instead of the batch, such as a memory
+        (`rll_jax.loss.memory`). No pair is left out: a query's own copy is a positive at distance
+        0, which is trivial.
+      gallery_labels: (M,), integer; needed with a gallery.
+      gallery_where: (M,) bool: False rows are padding.
+      axis_name: of `pmap`, `shard_map` or `vmap`: the gallery is that of all devices together. Each
+        device passes its own rows of the batch, or of `gallery` (shards, not copies). It returns
+        its share times the number of devices, so that `lax.pmean` of values and gradients gives
+        those of the whole batch. The README has the recipe.
+      block_size: queries computed at a time; None chooses from M. Memory is O(M * block_size).
 
     Returns:
-      A scalar; 0 where all rows are padding.
+      A scalar; 0 where all rows are padding. The term of an empty list is 0. An example exactly on
+      its boundary is trivial. A pair at distance 0 counts in the value and has gradient 0, as it
+      has no direction. NaN in a valid row gives NaN.
 
     Raises:
-      TypeError: embeddings not floating, labels not integer, masks not bool, lists instead of arrays.
-      ValueError: wrong rank, length or dimension; an empty batch; labels that don't fit int32 without jax_enable_x64; a
-        hyper-parameter out of range; an unknown name; a gallery without labels or the reverse. Values that are traced
-        are not checked.
-
-    Empty lists and ties: an empty list's term is 0. Examples exactly on a boundary are trivial. A pair at distance 0
-    counts in the value and has gradient 0, as it has no direction. So a collapsed batch (all rows equal, several
-    classes) has a loss above 0, balance * alpha for "distance", and gradient 0: no direction is better than another.
-    The first difference between rows gives every pair its full push. NaN in a valid row comes out as NaN.
-
-    Hyper-parameters may be traced (a schedule on `margin` does not recompile) and are never differentiated. The
-    derivative is written by hand (`jax.custom_vjp`): reverse mode, first order. Both products of matrices are computed
-    with Precision.HIGHEST, in the value and in the gradient: TF32 on GPUs and bfloat16 on TPUs would move distances by
-    1e-2. Pairs so near that |q|^2 + |f|^2 - 2 q.f loses their digits are computed from their difference, one round of a
-    loop for each such pair of a query: a batch in which hundreds are that near to one of another class (a few tight
-    clusters of mixed classes, say) takes up to a hundred times as long; a wholly collapsed one does not.
-
-    Several devices: each returns its share, times the number of devices, so that `lax.pmean` of values and gradients
-    over the axis gives those of the whole batch, also with masks and mass weighting, whose normalisers are global. No
-    other collective on the loss inside `value_and_grad`:
-
-        def step(params, images, labels):  # under pmap or shard_map over the axis "batch"
-            varying = jax.tree.map(lambda p: lax.pcast(p, "batch", to="varying"), params)  # for check_vma=True
-            of = lambda p: ranked_list_loss(model(p, images), labels, axis_name="batch")
-            value, gradient = lax.pmean(jax.value_and_grad(of)(varying), "batch")
-            return jax.tree.map(lambda p, g: p - rate * g, params, gradient), value
-
-    (Without `pcast` under `vmap`, which does not know such types.)
-
-    Moving from pytorch-metric-learning 2.9: its RankedListLoss is this with gallery_gradient=True and
-    weight_gradient=True, but adds 1e-5 per example inside the sums of weights (2 % of L_P at N = 2048), drops pairs at
-    distance 0 (so a wrong-class copy, the hardest negative, is ignored), and gives NaN in float16 at T_n = 10. Its
-    differentiated weights pull many active negatives nearer.
-
-    Source: arXiv 1903.03238 and the authors' layers of 2019-07 and 2020-06; `cvpr2019`, `caffe2019`, `tpami2020` are
-    the settings.
+      TypeError: embeddings not floating, labels not integer, a mask not bool, a list instead of an
+        array, a number that is not real, a block_size that is not an integer.
+      ValueError: a wrong rank, length or dimension; an empty batch; labels that do not fit int32
+        without jax_enable_x64; a number out of range; an unknown choice; a gallery without labels
+        or the reverse. Traced numbers are not checked.
     """
-    problem = _problem.make_problem(**locals())
-    spec, valid = problem.spec, problem.valid
+    problem = make_problem(
+        QueryArguments(embeddings, labels, where),
+        GalleryArguments(gallery, gallery_labels, gallery_where),
+        HyperParameters(alpha, margin, temperature_pos, temperature_neg, balance),
+        Variant(pair_term, query_weighting, gallery_gradient, weight_gradient),
+        normalize=normalize,
+        axis_name=axis_name,
+        block_size=block_size,
+    )
     if gallery_gradient or (weight_gradient and query_weighting == "mass"):
-        t = _blocks.list_terms(spec, *problem.args)
-        balance = problem.args[-1].balance
-        loss, log_mass = (1 - balance) * t.positive + balance * t.negative, t.log_mass
+        terms = _blocks.list_terms(problem.spec, problem.arrays)
+        loss = _blocks.balanced(problem.arrays.constants.balance, terms)
+        log_mass = terms.log_mass
     else:
-        loss, log_mass = _blocks.fixed_gallery_loss(spec, *problem.args)
+        loss, log_mass = _blocks.fixed_gallery_loss(problem.spec, problem.arrays)
     if not weight_gradient:
         log_mass = lax.stop_gradient(log_mass)
-    weight = _query_weight(query_weighting, log_mass, valid, axis_name)
-    share = jnp.sum(weight * jnp.where(valid, loss, 0))
+    weight = _query_weights(query_weighting, log_mass, problem.valid, axis_name)
+    share = jnp.sum(weight * jnp.where(problem.valid, loss, 0))
     return share if axis_name is None else share * lax.axis_size(axis_name)
 
 
 def ranked_list_loss_terms(
-    embeddings,
-    labels,
+    embeddings: jax.Array | np.ndarray,
+    labels: jax.Array | np.ndarray,
     *,
-    alpha=1.2,
-    margin=0.4,
-    temperature_pos=0.0,
-    temperature_neg=10.0,
-    balance=0.5,
-    pair_term="distance",
-    query_weighting="uniform",
-    gallery_gradient=False,
-    weight_gradient=False,
-    normalize=True,
-    where=None,
-    gallery=None,
-    gallery_labels=None,
-    gallery_where=None,
-    axis_name=None,
-    block_size=None,
-):
-    """Per query what `ranked_list_loss` sums, for logs, tests and other reductions; the same arguments and errors.
+    alpha: ArrayLike = ALPHA,
+    margin: ArrayLike = MARGIN,
+    temperature_pos: ArrayLike = TEMPERATURE_POS,
+    temperature_neg: ArrayLike = TEMPERATURE_NEG,
+    balance: ArrayLike = BALANCE,
+    pair_term: PairTerm = PAIR_TERM,
+    query_weighting: QueryWeighting = QUERY_WEIGHTING,
+    gallery_gradient: bool = GALLERY_GRADIENT,
+    weight_gradient: bool = WEIGHT_GRADIENT,
+    normalize: bool = NORMALIZE,
+    where: jax.Array | np.ndarray | None = None,
+    gallery: jax.Array | np.ndarray | None = None,
+    gallery_labels: jax.Array | np.ndarray | None = None,
+    gallery_where: jax.Array | np.ndarray | None = None,
+    axis_name: Hashable | None = None,
+    block_size: int | None = None,
+) -> RankedListLossTerms:
+    """Computes for each query what `ranked_list_loss` sums, for logs, tests and other reductions.
+
+    The arguments and the errors are those of `ranked_list_loss`.
 
     Returns:
-      `RankedListLossTerms`, each (N,). The loss is sum(weight * ((1 - balance) * positive + balance * negative)); with
-        `axis_name` each device returns its own queries' and the sum runs over the devices too, weights being of the
-        whole batch and nothing scaled. Differentiable as the loss is: `positive` and `negative` by their query alone,
-        unless gallery_gradient; `weight` not at all, unless weight_gradient with query_weighting="mass".
+      `RankedListLossTerms`, each (N,). The loss is
+      sum(weight * ((1 - balance) * positive + balance * negative)). With `axis_name` each device
+      returns the terms of its own queries, and the sum runs over the devices too: the weights are
+      those of the whole batch, and nothing is scaled. `positive` and `negative` are differentiable
+      by their query alone, unless gallery_gradient. `weight` is a constant, unless weight_gradient
+      with query_weighting="mass".
     """
-    problem = _problem.make_problem(**locals())
-    t, valid = _blocks.list_terms(problem.spec, *problem.args), problem.valid
-    log_mass = t.log_mass if weight_gradient else lax.stop_gradient(t.log_mass)
-    weight = _query_weight(query_weighting, log_mass, valid, axis_name)
-    masked = (
-        jnp.where(valid, x, 0) for x in (t.positive, t.negative, t.num_positives, t.num_negatives)
+    problem = make_problem(
+        QueryArguments(embeddings, labels, where),
+        GalleryArguments(gallery, gallery_labels, gallery_where),
+        HyperParameters(alpha, margin, temperature_pos, temperature_neg, balance),
+        Variant(pair_term, query_weighting, gallery_gradient, weight_gradient),
+        normalize=normalize,
+        axis_name=axis_name,
+        block_size=block_size,
     )
-    return RankedListLossTerms(*(x[:, 0] for x in (*masked, weight)))
+    terms, valid = _blocks.list_terms(problem.spec, problem.arrays), problem.valid
+    log_mass = terms.log_mass if weight_gradient else lax.stop_gradient(terms.log_mass)
+    weight = _query_weights(query_weighting, log_mass, valid, axis_name)
+    return RankedListLossTerms(
+        positive=jnp.where(valid, terms.positive, 0)[:, 0],
+        negative=jnp.where(valid, terms.negative, 0)[:, 0],
+        num_positives=jnp.where(valid, terms.num_positives, 0)[:, 0],
+        num_negatives=jnp.where(valid, terms.num_negatives, 0)[:, 0],
+        weight=weight[:, 0],
+    )
 
 
 def ranked_list_loss_of_query(
-    query,
-    label,
-    gallery,
-    gallery_labels,
+    query: jax.Array | np.ndarray,
+    label: ArrayLike,
+    gallery: jax.Array | np.ndarray,
+    gallery_labels: jax.Array | np.ndarray,
     *,
-    alpha=1.2,
-    margin=0.4,
-    temperature_pos=0.0,
-    temperature_neg=10.0,
-    balance=0.5,
-    pair_term="distance",
-    gallery_gradient=False,
-    weight_gradient=False,
-    normalize=True,
-    where=None,
-):
-    """The loss L_i of one query (D,) against a gallery (M, D): the definition, to read and to test by.
+    alpha: ArrayLike = ALPHA,
+    margin: ArrayLike = MARGIN,
+    temperature_pos: ArrayLike = TEMPERATURE_POS,
+    temperature_neg: ArrayLike = TEMPERATURE_NEG,
+    balance: ArrayLike = BALANCE,
+    pair_term: PairTerm = PAIR_TERM,
+    gallery_gradient: bool = GALLERY_GRADIENT,
+    weight_gradient: bool = WEIGHT_GRADIENT,
+    normalize: bool = NORMALIZE,
+    where: jax.Array | np.ndarray | None = None,
+) -> jax.Array:
+    """Computes the loss L_i of one query against a gallery: the definition, to read and to test by.
 
-    Plain jax.numpy and autodiff. `label` is an integer scalar; `where` (M,) says which of the gallery count: leave the
-    query itself out there. The other arguments are those of `ranked_list_loss`; nothing is checked. For a batch,
+    Plain jax.numpy and autodiff. `ranked_list_loss` equals the mean of this function over the rows
+    of a batch, each with the other rows as its gallery (`jax.vmap`, and a `where` that is False for
+    the query itself). It takes half the time and needs no N x N matrix.
 
-        one = lambda q, label, others: ranked_list_loss_of_query(q, label, embeddings, labels, where=others)
-        jax.vmap(one)(embeddings, labels, ~jnp.eye(n, dtype=bool)).mean()
+    Args:
+      query: (D,), floating.
+      label: an integer scalar, the query's class.
+      gallery: (M, D), floating.
+      gallery_labels: (M,), integer.
+      alpha: the boundary of negatives.
+      margin: between the boundaries. alpha_P = alpha - margin.
+      temperature_pos: T_p of the positives' weights.
+      temperature_neg: T_n of the negatives' weights.
+      balance: lambda, the share of L_N.
+      pair_term: "distance" or "squared".
+      gallery_gradient: False: the gallery is a constant.
+      weight_gradient: False: the weights are constants.
+      normalize: divide query and gallery by their L2 norms first.
+      where: (M,) bool: False rows do not count. Leave the query itself out.
 
-    equals `ranked_list_loss(embeddings, labels)`, which takes half the time and needs no N x N matrix.
+    Returns:
+      A scalar. Nothing is checked.
     """
-    dtype = query.dtype if jnp.finfo(query.dtype).bits > 32 else jnp.float32
+    query, gallery = jnp.asarray(query), jnp.asarray(gallery)
+    dtype = computing_dtype(query.dtype)
     q, g = query.astype(dtype), gallery.astype(dtype)
     if normalize:
-        q, g = _problem.normalize_rows(q[None])[0], _problem.normalize_rows(g)
+        q, g = normalize_rows(q[None])[0], normalize_rows(g)
     if not gallery_gradient:
         g = lax.stop_gradient(g)
-    d2 = jnp.sum((q[None, :] - g) ** 2, axis=1)
-    apart = d2 > 0
-    d = jnp.where(apart, jnp.sqrt(jnp.where(apart, d2, 1)), 0)  # sqrt has no derivative at 0
-    listed = jnp.ones(d.shape, bool) if where is None else where
-    alpha_pos = alpha - margin
+    squared = jnp.sum((q[None, :] - g) ** 2, axis=1)
+    apart = squared > 0
+    # The square root has no derivative at 0.
+    distance = jnp.where(apart, jnp.sqrt(jnp.where(apart, squared, 1)), 0)
+    valid = jnp.ones(distance.shape, bool) if where is None else where
 
-    def term(listed, hinge, exponent):
-        exponent = exponent if weight_gradient else lax.stop_gradient(exponent)
-        largest = lax.stop_gradient(jnp.max(exponent, initial=-jnp.inf, where=listed))
-        weight = jnp.where(listed, jnp.exp(jnp.where(listed, exponent - largest, 0)), 0)
-        return jnp.sum(weight * jnp.where(listed, hinge, 0)) / jnp.where(
-            jnp.any(listed), jnp.sum(weight), 1
-        )
-
-    size, size_pos, size_neg = d, alpha_pos, alpha
-    if pair_term == "squared":
-        size, size_pos, size_neg = d2 / 2, alpha_pos**2 / 2, alpha**2 / 2
-    same = gallery_labels == label
-    positive = term(
-        listed & same & ~(d <= alpha_pos), size - size_pos, temperature_pos * (d - alpha_pos)
+    alpha_pos = positive_boundary(alpha, margin)
+    alpha_neg, t_pos, t_neg, share = (
+        cast("Any", number) for number in (alpha, temperature_pos, temperature_neg, balance)
     )
-    negative = term(listed & ~same & ~(d >= alpha), size_neg - size, temperature_neg * (alpha - d))
-    return (1 - balance) * positive + balance * negative
+    size, size_pos, size_neg = distance, alpha_pos, alpha_neg
+    if pair_term == "squared":
+        size, size_pos, size_neg = squared / 2, alpha_pos**2 / 2, alpha_neg**2 / 2
+    same = gallery_labels == label
+    positive = _list_term(
+        valid & same & ~(distance <= alpha_pos),
+        size - size_pos,
+        t_pos * (distance - alpha_pos),
+        weight_gradient,
+    )
+    negative = _list_term(
+        valid & ~same & ~(distance >= alpha_neg),
+        size_neg - size,
+        t_neg * (alpha_neg - distance),
+        weight_gradient,
+    )
+    return (1 - share) * positive + share * negative
 
 
-def cvpr2019(embeddings, labels, **overrides):
-    """The CVPR 2019 paper's: distances, T_p = 0, T_n = 10, alpha = 1.2, margin = 0.4, the mean over the queries.
+def _list_term(
+    listed: jax.Array, hinge: jax.Array, exponent: jax.Array, weight_gradient: bool
+) -> jax.Array:
+    """Returns the mean hinge of the listed rows, weighted by exp(exponent); 0 without any row."""
+    exponent = exponent if weight_gradient else lax.stop_gradient(exponent)
+    largest = lax.stop_gradient(jnp.max(exponent, initial=-jnp.inf, where=listed))
+    weight = jnp.where(listed, jnp.exp(jnp.where(listed, exponent - largest, 0)), 0)
+    total = jnp.sum(weight * jnp.where(listed, hinge, 0))
+    return total / jnp.where(jnp.any(listed), jnp.sum(weight), 1)
 
-    The paper writes L_P + lambda L_N with lambda = 1: twice this value and gradient (balance = 0.5). Keywords override.
+
+def cvpr2019(
+    embeddings: jax.Array | np.ndarray,
+    labels: jax.Array | np.ndarray,
+    **overrides: Unpack[Overrides],
+) -> jax.Array:
+    """Computes the loss of the CVPR 2019 paper: distances, the mean over the queries.
+
+    These are the defaults of `ranked_list_loss`. The paper writes L_P + lambda L_N with lambda = 1,
+    which is twice this value and gradient.
+
+    Args:
+      embeddings: (N, D), floating.
+      labels: (N,), integer.
+      **overrides: keyword arguments of `ranked_list_loss`, which take precedence.
     """
     return ranked_list_loss(embeddings, labels, **overrides)
 
 
-def caffe2019(embeddings, labels, **overrides):
-    """The released layer of 2019-07: squared pair term, queries weighted by mass; otherwise `cvpr2019`. Keywords override."""
-    return ranked_list_loss(
-        embeddings, labels, **{"pair_term": "squared", "query_weighting": "mass", **overrides}
-    )
+def caffe2019(
+    embeddings: jax.Array | np.ndarray,
+    labels: jax.Array | np.ndarray,
+    **overrides: Unpack[Overrides],
+) -> jax.Array:
+    """Computes the loss of the layer released in 2019-07: squared pair term, queries by mass.
 
-
-def tpami2020(embeddings, labels, *, margin=0.4, **overrides):
-    """The released layer of 2020-06 (TPAMI): distances, queries weighted by mass, alpha = 1 + margin / 2.
-
-    The boundaries are centred at 1: alpha follows margin unless given. Keywords override.
+    Args:
+      embeddings: (N, D), floating.
+      labels: (N,), integer.
+      **overrides: keyword arguments of `ranked_list_loss`, which take precedence.
     """
-    centred = {"alpha": 1 + margin / 2, "margin": margin, "query_weighting": "mass"}
-    return ranked_list_loss(embeddings, labels, **{**centred, **overrides})
+    options: Overrides = {"pair_term": "squared", "query_weighting": "mass"}
+    options.update(overrides)
+    return ranked_list_loss(embeddings, labels, **options)
 
 
-def _query_weight(query_weighting, log_mass, valid, axis_name):
-    def total(x):
-        return x if axis_name is None else lax.psum(x, axis_name)
+def tpami2020(
+    embeddings: jax.Array | np.ndarray,
+    labels: jax.Array | np.ndarray,
+    *,
+    margin: ArrayLike = MARGIN,
+    **overrides: Unpack[OverridesExceptMargin],
+) -> jax.Array:
+    """Computes the loss of the layer released in 2020-06 (TPAMI): distances, queries by mass.
 
+    The boundaries are centred at 1.
+
+    Args:
+      embeddings: (N, D), floating.
+      labels: (N,), integer.
+      margin: between the boundaries. alpha is 1 + margin / 2 unless it is among the overrides.
+      **overrides: keyword arguments of `ranked_list_loss`, which take precedence.
+    """
+    options: OverridesExceptMargin = {"alpha": _centred_alpha(margin), "query_weighting": "mass"}
+    options.update(overrides)
+    return ranked_list_loss(embeddings, labels, margin=margin, **options)
+
+
+def _centred_alpha(margin: Any) -> Any:
+    """Returns the boundary of negatives of the 2020 layer."""
+    return 1 + margin / 2
+
+
+def _query_weights(
+    query_weighting: QueryWeighting,
+    log_mass: jax.Array,
+    valid: jax.Array,
+    axis_name: Hashable | None,
+) -> jax.Array:
+    """Returns weight_i, (N, 1). The weights of all devices sum to 1, or to 0 where none count."""
     if query_weighting == "uniform":
-        count = total(jnp.sum(valid, dtype=jnp.int32))
+        count = _sum_over_devices(jnp.sum(valid, dtype=jnp.int32), axis_name)
         return valid.astype(log_mass.dtype) / jnp.maximum(count, 1).astype(log_mass.dtype)
     active = valid & ~(log_mass == -jnp.inf)
     largest = lax.stop_gradient(jnp.max(jnp.where(active, log_mass, -jnp.inf)))
-    largest = largest if axis_name is None else lax.pmax(largest, axis_name)
-    mass = jnp.where(
-        active,
-        jnp.exp(jnp.where(active, log_mass, 0) - jnp.where(largest == -jnp.inf, 0, largest)),
-        0,
-    )
-    return mass / jnp.where(largest == -jnp.inf, 1, total(jnp.sum(mass)))
+    if axis_name is not None:
+        largest = cast("jax.Array", lax.pmax(largest, axis_name))
+    # The largest mass becomes 1, so that no mass overflows. It is -inf where no query is active.
+    log_mass = jnp.where(active, log_mass, 0)
+    shift = jnp.where(largest == -jnp.inf, 0, largest)
+    mass = jnp.where(active, jnp.exp(log_mass - shift), 0)
+    none_active = largest == -jnp.inf
+    return mass / jnp.where(none_active, 1, _sum_over_devices(jnp.sum(mass), axis_name))
+
+
+def _sum_over_devices(x: jax.Array, axis_name: Hashable | None) -> jax.Array:
+    """Returns the sum over the devices of the axis, or `x` itself without an axis."""
+    return x if axis_name is None else cast("jax.Array", lax.psum(x, axis_name))

@@ -63,18 +63,20 @@ def batch(kind, seed=0, n=N, dim=D):
 
 @functools.cache
 def compiled(block_size=None, **options):
-    """value_and_grad of the loss with traced hyper-parameters; labels, masks and gallery traced as well."""
+    """value_and_grad of the loss; hyper-parameters, labels, masks and gallery are traced too."""
 
-    def of(x, gallery, hyper, rest):
+    def batch_loss(x, gallery, hyper, arrays):
         extra = {} if gallery is None else {"gallery": gallery}
-        return loss.ranked_list_loss(x, block_size=block_size, **extra, **rest, **hyper, **options)
+        return loss.ranked_list_loss(
+            x, block_size=block_size, **extra, **arrays, **hyper, **options
+        )
 
-    return jax.jit(jax.value_and_grad(of, argnums=(0, 1)))
+    return jax.jit(jax.value_and_grad(batch_loss, argnums=(0, 1)))
 
 
-def close(found, expected, rtol, scale=None):
+def close(actual, expected, rtol, scale=None):
     expected = np.asarray(expected)
     scale = np.abs(expected).max() if scale is None else scale
     np.testing.assert_allclose(
-        np.asarray(found, np.float64), expected, rtol=rtol, atol=rtol * scale + 1e-14
+        np.asarray(actual, np.float64), expected, rtol=rtol, atol=rtol * scale + 1e-14
     )

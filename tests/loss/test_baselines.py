@@ -1,4 +1,4 @@
-"""The baselines next to pytorch-metric-learning's, value and gradient; and what holds for each of them without it."""
+"""The baselines next to pytorch-metric-learning's, value and gradient; and what each does alone."""
 
 import functools
 import warnings
@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 import numpy as np
 import pytest
 
-from rll_jax.loss import baselines as baselines
+from rll_jax.loss import baselines
 
 CLASSES = 9
 
@@ -56,7 +56,7 @@ LOSSES = {
         balance=0.3,
     ),
 }
-of_each = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+for_each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
 
 def peers():
@@ -103,7 +103,7 @@ def peers():
 
 
 def batch(kind, seed=0, dtype=np.float64):
-    """Rows of 8 dimensions and their labels: even classes, ragged ones with single rows, or near each other by class."""
+    """Rows of 8 dimensions and labels: even classes, ragged ones with single rows, or clusters."""
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.repeat(np.arange(CLASSES), 4))
     if kind == "ragged":
@@ -126,12 +126,12 @@ def jitted(loss):
 
 
 def value_and_gradient(loss, x, labels, **options):
-    of = (
+    compiled_loss = (
         jitted(loss)
         if not options
         else quickly_compiled(jax.value_and_grad(functools.partial(loss, **options)))
     )
-    return jax.device_get(of(x, labels))
+    return jax.device_get(compiled_loss(x, labels))
 
 
 @pytest.mark.parametrize("kind", ["even", "ragged", "clustered"])
@@ -170,15 +170,15 @@ def test_the_gradient_of_proxies_is_the_peers():
     np.testing.assert_allclose(gradient, peer.proxies.grad.numpy(), atol=1e-6)
 
 
-@of_each
+@for_each_loss
 def test_finite_at_copies_and_in_one_class(loss):
     x, labels = batch("even", dtype=np.float32)
     copies = x.copy()
     copies[::2] = copies[0]
     collapsed, zero = np.tile(x[:1], (36, 1)), np.zeros_like(x)
     for rows in (x, copies, collapsed, zero):
-        for of_rows in (labels, np.zeros(36, int), np.arange(36)):
-            value, gradient = value_and_gradient(loss, rows, of_rows)
+        for row_labels in (labels, np.zeros(36, int), np.arange(36)):
+            value, gradient = value_and_gradient(loss, rows, row_labels)
             assert np.isfinite(value) and np.isfinite(gradient).all()
     assert value_and_gradient(loss, copies, labels)[0] > 0
     value, gradient = value_and_gradient(loss, x[:1], labels[:1])
@@ -194,12 +194,14 @@ def test_rows_near_each_other_keep_their_digits(name):
     x = (x[:1] + 3e-3 * x).astype(np.float32)
     value, gradient = value_and_gradient(LOSSES[name], x, labels)
     with jax.enable_x64(True):
-        expected, of_expected = value_and_gradient(LOSSES[name], x.astype(np.float64), labels)
+        expected, expected_gradient = value_and_gradient(LOSSES[name], x.astype(np.float64), labels)
     np.testing.assert_allclose(value, expected, rtol=1e-3)
-    np.testing.assert_allclose(gradient, of_expected, atol=1e-2 * np.abs(of_expected).max())
+    np.testing.assert_allclose(
+        gradient, expected_gradient, atol=1e-2 * np.abs(expected_gradient).max()
+    )
 
 
-@of_each
+@for_each_loss
 def test_low_precision_is_worked_on_in_float32(loss):
     x, labels = batch("clustered", dtype=np.float32)
     low = jnp.asarray(x, jnp.float16)
@@ -210,15 +212,17 @@ def test_low_precision_is_worked_on_in_float32(loss):
     assert np.isfinite(np.asarray(gradient, np.float32)).all()
 
 
-@of_each
+@for_each_loss
 def test_masked_rows_are_not_there(loss):
     x, labels = batch("ragged", dtype=np.float32)
     kept = np.random.default_rng(1).random(36) < 0.7
     padded = np.where(kept[:, None], x, np.nan).astype(np.float32)
     value, gradient = value_and_gradient(loss, padded, labels, where=kept)
-    expected, of_kept = value_and_gradient(loss, x[kept], labels[kept])
+    expected, kept_gradient = value_and_gradient(loss, x[kept], labels[kept])
     np.testing.assert_allclose(value, expected, rtol=1e-5)
-    np.testing.assert_allclose(gradient[kept], of_kept, atol=1e-5 * np.abs(of_kept).max())
+    np.testing.assert_allclose(
+        gradient[kept], kept_gradient, atol=1e-5 * np.abs(kept_gradient).max()
+    )
     assert (gradient[~kept] == 0).all()
 
 
@@ -230,9 +234,9 @@ def test_order_of_the_rows_does_not_matter(name):
     x, labels = batch("ragged", dtype=np.float32)
     order = np.random.default_rng(2).permutation(36)
     value, gradient = value_and_gradient(loss, x, labels)
-    moved, of_moved = value_and_gradient(loss, x[order], labels[order])
+    moved, moved_gradient = value_and_gradient(loss, x[order], labels[order])
     np.testing.assert_allclose(moved, value, rtol=1e-5)
-    np.testing.assert_allclose(of_moved, gradient[order], atol=2e-5 * np.abs(gradient).max())
+    np.testing.assert_allclose(moved_gradient, gradient[order], atol=2e-5 * np.abs(gradient).max())
 
 
 ON_DEVICES = [(name, "vmap") for name in LOSSES] + [
@@ -260,28 +264,30 @@ def test_devices_together_are_one(name, runner):
 
     split = [a.reshape(4, 8, *a.shape[1:]) for a in (x, labels, where)]
     if runner == "shard_map":
-        mesh, rows, whole = (
+        mesh, rows, everywhere = (
             Mesh(np.array(jax.devices()[:4]), ("batch",)),
             PartitionSpec("batch"),
             PartitionSpec(),
         )
-        of = jax.jit(
-            jax.shard_map(step, mesh=mesh, in_specs=(whole, rows, rows, rows), out_specs=whole)
+        on_devices = jax.jit(
+            jax.shard_map(
+                step, mesh=mesh, in_specs=(everywhere, rows, rows, rows), out_specs=everywhere
+            )
         )
-        found = of(matrix, x, labels, where)
+        actual = on_devices(matrix, x, labels, where)
     elif runner == "pmap":
-        found = jax.pmap(
+        actual = jax.pmap(
             step, "batch", in_axes=(None, 0, 0, 0), out_axes=None, devices=jax.devices()[:4]
         )(matrix, *split)
     else:
-        found = jax.tree.map(
+        actual = jax.tree.map(
             lambda a: a[0],
             quickly_compiled(jax.vmap(step, axis_name="batch", in_axes=(None, 0, 0, 0)))(
                 matrix, *split
             ),
         )
-    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
-    np.testing.assert_allclose(found[1], expected[1], atol=1e-4 * np.abs(expected[1]).max())
+    np.testing.assert_allclose(actual[0], expected[0], rtol=1e-5)
+    np.testing.assert_allclose(actual[1], expected[1], atol=1e-4 * np.abs(expected[1]).max())
 
 
 def test_triplets_do_not_take_a_cube_of_memory():

@@ -1,4 +1,4 @@
-"""Values and gradients of `rll_jax.loss` against the float64 loops of `oracle.py`, the authors' layers, and hand arithmetic."""
+"""Values and gradients against float64 loops, the authors' layers and hand arithmetic."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ VARIANTS = list(
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_equals_the_loops_in_float64(variant):
     names = ("pair_term", "query_weighting", "gallery_gradient", "weight_gradient")
-    options = dict(zip(names, variant))
+    options = dict(zip(names, variant, strict=True))
     with jax.enable_x64(True):
         run = compiled(block_size=8, **options)  # three blocks, the last one padded
         for kind, hyper in itertools.product(KINDS, HYPERS):
@@ -37,7 +37,8 @@ def test_equals_the_loops_in_float64(variant):
             )
             value, (gradient, _) = run(x, None, hyper, {"labels": labels, "where": where})
             assert value.dtype == gradient.dtype == jnp.float64
-            # A scale for gradients that cancel: each query's is a sum of unit vectors of total weight 1, over its raw length.
+            # A scale for gradients that cancel: each query's is a sum of unit vectors of total
+            # weight 1, over its raw length.
             close(value, expected.loss, 1e-9)
             scale = np.abs(expected.gradient).max() + 1e-4
             assert np.abs(gradient - expected.gradient).max() <= 1e-9 * scale, (kind, hyper)
@@ -45,9 +46,8 @@ def test_equals_the_loops_in_float64(variant):
 
 @pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[7], VARIANTS[10]], ids=str)
 def test_gallery_equals_the_loops(variant):
-    options = dict(
-        zip(("pair_term", "query_weighting", "gallery_gradient", "weight_gradient"), variant)
-    )
+    names = ("pair_term", "query_weighting", "gallery_gradient", "weight_gradient")
+    options = dict(zip(names, variant, strict=True))
     x, labels, where = batch("masked")
     gallery, gallery_labels, gallery_where = batch("masked", seed=1, n=M)
     gallery[3], gallery_labels[3], gallery_where[3] = (
@@ -55,10 +55,10 @@ def test_gallery_equals_the_loops(variant):
         99,
         True,
     )  # a query's copy of another class
-    rest = {"where": where, "gallery_labels": gallery_labels, "gallery_where": gallery_where}
-    expected = oracle.ranked_list_loss(x, labels, gallery=gallery, **rest, **HYPER, **options)
+    arrays = {"where": where, "gallery_labels": gallery_labels, "gallery_where": gallery_where}
+    expected = oracle.ranked_list_loss(x, labels, gallery=gallery, **arrays, **HYPER, **options)
     with jax.enable_x64(True):
-        value, gradients = compiled(**options)(x, gallery, HYPER, {"labels": labels, **rest})
+        value, gradients = compiled(**options)(x, gallery, HYPER, {"labels": labels, **arrays})
     close(value, expected.loss, 1e-9)
     close(gradients[0], expected.gradient, 1e-9)
     close(gradients[1], expected.gallery_gradient, 1e-9)
@@ -90,17 +90,19 @@ def test_terms_are_differentiable_one_by_one():
         pull = jax.vjp(lambda x: loss.ranked_list_loss_terms(x, labels)[:2], jnp.asarray(x))[1]
         rng = np.random.default_rng(0)
         a, b = rng.normal(size=(2, N))
-        found = pull((a, b))[0]
+        actual = pull((a, b))[0]
 
         @jax.vmap
         @jax.grad
         def one(q, label, others, a, b):
-            term = lambda lam: loss.ranked_list_loss_of_query(
-                q, label, x, labels, balance=lam, where=others
-            )
+            def term(balance):
+                return loss.ranked_list_loss_of_query(
+                    q, label, x, labels, balance=balance, where=others
+                )
+
             return a * term(0.0) + b * term(1.0)
 
-        close(found, jax.jit(one)(x, labels, ~np.eye(N, dtype=bool), a, b), 1e-9)
+        close(actual, jax.jit(one)(x, labels, ~np.eye(N, dtype=bool), a, b), 1e-9)
 
 
 def test_true_derivative_equals_finite_differences():
@@ -112,15 +114,16 @@ def test_true_derivative_equals_finite_differences():
         "temperature_pos": 3.0,
     }
     with jax.enable_x64(True):
-        of = jax.jit(lambda x: loss.ranked_list_loss(x, labels, **options))
-        gradient = jax.grad(of)(jnp.asarray(x))
+        batch_loss = jax.jit(lambda x: loss.ranked_list_loss(x, labels, **options))
+        gradient = jax.grad(batch_loss)(jnp.asarray(x))
         step = np.random.default_rng(1).normal(size=x.shape)
-        slope = (of(x + 1e-6 * step) - of(x - 1e-6 * step)) / 2e-6
+        slope = (batch_loss(x + 1e-6 * step) - batch_loss(x - 1e-6 * step)) / 2e-6
     np.testing.assert_allclose(np.sum(np.asarray(gradient) * step), np.asarray(slope), rtol=1e-6)
 
 
 def test_hand_arithmetic():
-    # On the axes every distance is sqrt(2): beyond alpha = 1.2 for negatives, beyond 0.8 for positives.
+    # On the axes every distance is sqrt(2): beyond alpha = 1.2 for negatives, and beyond 0.8 for
+    # positives.
     x, labels = jnp.eye(4), np.array([0, 0, 1, 1])
     np.testing.assert_allclose(loss.cvpr2019(x, labels), (2**0.5 - 0.8) / 2, rtol=1e-6)
     np.testing.assert_allclose(loss.caffe2019(x, labels), (2 - 0.8**2) / 4, rtol=1e-6)
@@ -153,12 +156,12 @@ def test_golden_gradients_of_the_authors_layers(layer):
             padded = np.pad(x, [(0, 90 - n), (0, 64 - dim)])
             alpha = case["alpha"] if layer == "grad_2019" else 1 + case["margin"] / 2
             hyper = {name: case[name] for name in ("margin", "temperature_pos", "temperature_neg")}
-            rest = {"labels": np.pad(labels, (0, 90 - n)), "where": np.arange(90) < n}
-            _, (found, _) = run(padded, None, {**hyper, "alpha": alpha, "balance": 0.5}, rest)
-            assert np.abs(found[:n, :dim] - expected).max() <= tolerance * np.abs(expected).max(), (
-                case
-            )
-            assert not found[n:].any() and not found[:, dim:].any()
+            arrays = {"labels": np.pad(labels, (0, 90 - n)), "where": np.arange(90) < n}
+            _, (actual, _) = run(padded, None, {**hyper, "alpha": alpha, "balance": 0.5}, arrays)
+            assert (
+                np.abs(actual[:n, :dim] - expected).max() <= tolerance * np.abs(expected).max()
+            ), case
+            assert not actual[n:].any() and not actual[:, dim:].any()
 
 
 @pytest.mark.parametrize(
@@ -173,9 +176,9 @@ def test_one_query_under_vmap_equals_the_fast_path(options):
         @jax.jit
         @jax.value_and_grad
         def readable(x):
-            one = lambda q, label, w: loss.ranked_list_loss_of_query(
-                q, label, x, labels, where=w, **options
-            )
+            def one(q, label, w):
+                return loss.ranked_list_loss_of_query(q, label, x, labels, where=w, **options)
+
             return jnp.mean(jax.vmap(one)(x, labels, ~np.eye(N, dtype=bool)))
 
         value, gradient = readable(x)

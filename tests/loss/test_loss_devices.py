@@ -1,4 +1,7 @@
-"""Eight devices give the global batch's loss and gradients, under pmap, shard_map and vmap, and not the mean of local losses."""
+"""Eight devices give the loss and gradients of the global batch, not the mean of local losses.
+
+Under pmap, shard_map and vmap.
+"""
 
 import jax
 from jax import lax
@@ -21,7 +24,10 @@ CASES = {
 
 
 def data():
-    """(DEVICES * LOCAL rows): classes of 1 to 13 rows, uneven over the devices, one device all padding; near and equal rows."""
+    """DEVICES * LOCAL rows with classes of 1 to 13, uneven over the devices, and a matrix.
+
+    One device has padding alone. Some rows are near each other or equal.
+    """
     rng = np.random.default_rng(0)
     n = DEVICES * LOCAL
     x = rng.normal(size=(n, D))
@@ -36,7 +42,7 @@ def data():
 def step(weights, x, labels, where, axis_name=None, gallery=False, **options):
     """Value and gradient of a linear model's loss, averaged over the axis after differentiation."""
 
-    def of(w):
+    def batch_loss(w):
         z = x @ w
         extra = {}
         if gallery:  # the rows reversed on each device, as its shard of a memory
@@ -50,8 +56,8 @@ def step(weights, x, labels, where, axis_name=None, gallery=False, **options):
         )
 
     if axis_name is None:
-        return jax.value_and_grad(of)(weights)
-    return lax.pmean(jax.value_and_grad(of)(weights), axis_name)
+        return jax.value_and_grad(batch_loss)(weights)
+    return lax.pmean(jax.value_and_grad(batch_loss)(weights), axis_name)
 
 
 def everywhere(backend, function, weights, *batch):
@@ -59,7 +65,10 @@ def everywhere(backend, function, weights, *batch):
     if backend == "vmap":
         out = jax.jit(jax.vmap(function, in_axes=(None, 0, 0, 0), axis_name="batch"))(weights, *cut)
         return jax.tree.map(lambda a: a[0], out)
-    varying = lambda w, *b: function(lax.pcast(w, "batch", to="varying"), *b)
+
+    def varying(w, *b):
+        return function(lax.pcast(w, "batch", to="varying"), *b)
+
     if backend == "pmap":
         return jax.pmap(varying, "batch", in_axes=(None, 0, 0, 0), out_axes=None)(weights, *cut)
     mesh = Mesh(np.array(jax.devices()[:DEVICES]), ("batch",))
@@ -87,11 +96,11 @@ def test_equals_one_device(case, backend):
     x, labels, where, weights = data()
     with jax.enable_x64(True):
         value, gradient = jax.jit(lambda *a: step(*a, **options))(weights, x, labels, where)
-        found = everywhere(
+        actual = everywhere(
             backend, lambda *a: step(*a, axis_name="batch", **options), weights, x, labels, where
         )
-    np.testing.assert_allclose(found[0], value, rtol=1e-9)
-    np.testing.assert_allclose(found[1], gradient, rtol=0, atol=1e-9 * np.abs(gradient).max())
+    np.testing.assert_allclose(actual[0], value, rtol=1e-9)
+    np.testing.assert_allclose(actual[1], gradient, rtol=0, atol=1e-9 * np.abs(gradient).max())
 
 
 @pytest.mark.parametrize("backend", ["pmap", "shard_map vma"])
@@ -99,9 +108,9 @@ def test_equals_one_device_in_float32(backend):
     x, labels, where, weights = data()
     x, weights = x.astype(np.float32), weights.astype(np.float32)
     value, gradient = jax.jit(step)(weights, x, labels, where)
-    found = everywhere(backend, lambda *a: step(*a, axis_name="batch"), weights, x, labels, where)
-    np.testing.assert_allclose(found[0], value, rtol=1e-6)
-    np.testing.assert_allclose(found[1], gradient, rtol=0, atol=2e-6 * np.abs(gradient).max())
+    actual = everywhere(backend, lambda *a: step(*a, axis_name="batch"), weights, x, labels, where)
+    np.testing.assert_allclose(actual[0], value, rtol=1e-6)
+    np.testing.assert_allclose(actual[1], gradient, rtol=0, atol=2e-6 * np.abs(gradient).max())
 
 
 def test_differs_from_the_mean_of_local_losses():
@@ -110,13 +119,15 @@ def test_differs_from_the_mean_of_local_losses():
         value, gradient = jax.jit(step)(weights, x, labels, where)
 
         def local(weights, x, labels, where):
-            of = lambda w: loss.ranked_list_loss(x @ w, labels, where=where)
-            return lax.pmean(jax.value_and_grad(of)(weights), "batch")
+            def batch_loss(w):
+                return loss.ranked_list_loss(x @ w, labels, where=where)
+
+            return lax.pmean(jax.value_and_grad(batch_loss)(weights), "batch")
 
         for backend in ("pmap", "shard_map vma"):  # the loss without axis_name inside them, too
-            found = everywhere(backend, local, weights, x, labels, where)
-            assert abs(found[0] - value) > 0.1 * value
-            assert np.abs(found[1] - gradient).max() > 0.1 * np.abs(gradient).max()
+            actual = everywhere(backend, local, weights, x, labels, where)
+            assert abs(actual[0] - value) > 0.1 * value
+            assert np.abs(actual[1] - gradient).max() > 0.1 * np.abs(gradient).max()
 
 
 def test_equal_rows_on_two_devices_are_at_distance_0():
@@ -125,8 +136,10 @@ def test_equal_rows_on_two_devices_are_at_distance_0():
     labels = np.arange(len(x))  # of other classes: the hardest negatives, and without a direction
 
     def local(weights, x, labels, where):
-        of = lambda x: loss.ranked_list_loss(x, labels, axis_name="batch", temperature_neg=200.0)
-        value, gradient = jax.value_and_grad(of)(x)
+        def batch_loss(x):
+            return loss.ranked_list_loss(x, labels, axis_name="batch", temperature_neg=200.0)
+
+        value, gradient = jax.value_and_grad(batch_loss)(x)
         return lax.pmean(value, "batch"), lax.pmean(jnp.abs(gradient).max(), "batch")
 
     for backend in ("shard_map vma", "vmap"):

@@ -100,7 +100,8 @@ def test_gradients_are_finite_and_below_their_weights(kind):
             _, gradient = run(
                 clean, labels, where=where, pair_term=pair_term, normalize=False, **hyper
             )
-            # At most balance for each of the two lists, times 2 (the largest distance) for the squared term, over the queries.
+            # At most balance for each of the two lists, times 2 (the largest distance) for the
+            # squared term, over the queries.
             limit = (1 if pair_term == "distance" else 2) / max(where.sum(), 1)
             assert np.linalg.norm(gradient, axis=1).max() <= limit * (1 + 1e-5)
 
@@ -163,10 +164,14 @@ def test_nan_is_not_hidden_by_a_maximum_over_many():
     x = np.random.default_rng(0).normal(size=(300, 16)).astype(np.float32)
     x[7, 3] = np.nan
     labels = np.arange(300) // 3
-    for of in (loss.ranked_list_loss, lambda x, y: jnp.sum(loss.ranked_list_loss_terms(x, y)[1])):
-        value, gradient = jax.jit(jax.value_and_grad(of))(x, labels)
+
+    def sum_of_negative_terms(x, labels):
+        return jnp.sum(loss.ranked_list_loss_terms(x, labels).negative)
+
+    for function in (loss.ranked_list_loss, sum_of_negative_terms):
+        value, gradient = jax.jit(jax.value_and_grad(function))(x, labels)
         assert np.isnan(value) and np.isnan(gradient).any()
-        assert np.isnan(jax.jit(of)(x, labels))
+        assert np.isnan(jax.jit(function)(x, labels))
 
 
 @functools.cache
@@ -179,28 +184,29 @@ def clustered():
 def test_constant_weights_push_every_active_negative_away():
     x, labels = clustered()
     x = oracle.unit(x)[0]
+
+    def loss_of_first(gallery, weight_gradient):
+        return loss.ranked_list_loss_of_query(
+            jnp.asarray(x[0]),
+            0,
+            gallery,
+            labels,
+            balance=1.0,
+            gallery_gradient=True,
+            weight_gradient=weight_gradient,
+            normalize=False,
+            where=np.arange(60) != 0,
+        )
+
     with jax.enable_x64(True):
         for differentiated, pulled in ((False, False), (True, True)):
             _, gradient = run(
                 x, labels, jnp.float64, balance=1.0, normalize=False, weight_gradient=differentiated
             )
             # One query against one far active negative: the sign of dL/dd.
-            one = jax.grad(
-                lambda g: loss.ranked_list_loss_of_query(
-                    jnp.asarray(x[0]),
-                    0,
-                    g,
-                    labels,
-                    balance=1.0,
-                    gallery_gradient=True,
-                    weight_gradient=differentiated,
-                    normalize=False,
-                    where=np.arange(60) != 0,
-                )
-            )(jnp.asarray(x))
+            one = jax.grad(loss_of_first)(jnp.asarray(x), differentiated)
             active = (np.linalg.norm(x - x[0], axis=1) < 1.2) & (labels != 0)
-            outward = (
-                np.sum(np.asarray(one) * (x - x[0]), axis=1)[active] < 0
-            )  # descent moves the negative away
+            # Descent moves the negative away.
+            outward = np.sum(np.asarray(one) * (x - x[0]), axis=1)[active] < 0
             assert outward.all() != pulled
             assert np.isfinite(gradient).all()

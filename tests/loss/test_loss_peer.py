@@ -1,7 +1,7 @@
-"""pytorch-metric-learning 2.9 next to ours: where it agrees, and each known difference, for those who move from it.
+"""pytorch-metric-learning 2.9 next to ours: where it agrees, and each known difference.
 
-PML's `RankedListLoss(margin, Tn, imbalance, alpha, Tp)` is our `margin`, `temperature_neg`, `balance`, `alpha`, `temperature_pos`, with
-gallery_gradient=True and weight_gradient=True.
+PML's `RankedListLoss(margin, Tn, imbalance, alpha, Tp)` is our `margin`, `temperature_neg`,
+`balance`, `alpha`, `temperature_pos`, with gallery_gradient=True and weight_gradient=True.
 """
 
 import functools
@@ -40,11 +40,11 @@ def pml(
 ):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns of the paper's T_n
-        of = losses.RankedListLoss(
+        their_loss = losses.RankedListLoss(
             margin=margin, Tn=temperature_neg, imbalance=balance, alpha=alpha, Tp=temperature_pos
         )
     x = torch.tensor(np.asarray(x), dtype=dtype, requires_grad=True)
-    value = of(x, torch.as_tensor(np.asarray(labels)))
+    value = their_loss(x, torch.as_tensor(np.asarray(labels)))
     value.backward()
     return value.item(), x.grad.double().numpy()
 
@@ -86,41 +86,42 @@ def test_it_is_the_formula_with_its_two_changes(hyper):
 def test_ours_agrees_but_for_its_epsilon(hyper):
     x, labels = embeddings()
     value, gradient = pml(x, labels, **hyper)
-    found, found_gradient = ours(x, labels, hyper, **SAME)
-    assert 0 < found - value < 1e-3 * found  # epsilon makes its sums of weights larger
-    np.testing.assert_allclose(found_gradient, gradient, atol=1e-3 * np.abs(gradient).max())
+    actual, actual_gradient = ours(x, labels, hyper, **SAME)
+    assert 0 < actual - value < 1e-3 * actual  # epsilon makes its sums of weights larger
+    np.testing.assert_allclose(actual_gradient, gradient, atol=1e-3 * np.abs(gradient).max())
     clean = oracle.ranked_list_loss(x, labels, **hyper, **SAME)
-    np.testing.assert_allclose(found, clean.loss, rtol=1e-9)
+    np.testing.assert_allclose(actual, clean.loss, rtol=1e-9)
     np.testing.assert_allclose(
-        found_gradient, clean.gradient, atol=1e-9 * np.abs(clean.gradient).max()
+        actual_gradient, clean.gradient, atol=1e-9 * np.abs(clean.gradient).max()
     )
 
 
 def test_difference_its_epsilon_grows_with_the_batch():
     for n, low, high in ((180, 5e-4, 1.2e-3), (2048, 5e-3, 1.5e-2)):
         x, labels = embeddings(n, 128)
-        found, value = ours(x, labels)[0], pml(x, labels)[0]
-        assert low < (found - value) / found < high
+        actual, value = ours(x, labels)[0], pml(x, labels)[0]
+        assert low < (actual - value) / actual < high
         # One positive per query and T_p = 0: L_P is too small by N * 1e-5, 2 % at N = 2048.
         x, labels = embeddings(n, 128, per_class=2)
-        found, value = ours(x, labels, {"balance": 0.0})[0], pml(x, labels, balance=0.0)[0]
-        np.testing.assert_allclose((found - value) / found, n * 1e-5 / (1 + n * 1e-5), rtol=1e-6)
+        actual, value = ours(x, labels, {"balance": 0.0})[0], pml(x, labels, balance=0.0)[0]
+        np.testing.assert_allclose((actual - value) / actual, n * 1e-5 / (1 + n * 1e-5), rtol=1e-6)
 
 
 def test_difference_it_ignores_the_hardest_negative():
-    # A copy in another class, at distance 0. Few rows: torch.cdist works by products for more than 25, and misses the 0.
+    # A copy in another class, at distance 0. Few rows: torch.cdist works by products for more than
+    # 25, and misses the 0.
     x, labels = embeddings(12, 16)
     x[11] = x[0]
     with_copy, moved = pml(x, labels)[0], pml(x + 1e-6 * np.eye(12, 16)[::-1], labels)[0]
-    found, found_moved = ours(x, labels)[0], ours(x + 1e-6 * np.eye(12, 16)[::-1], labels)[0]
+    actual, actual_moved = ours(x, labels)[0], ours(x + 1e-6 * np.eye(12, 16)[::-1], labels)[0]
     assert moved > 1.2 * with_copy
-    np.testing.assert_allclose(found, found_moved, rtol=1e-4)
+    np.testing.assert_allclose(actual, actual_moved, rtol=1e-4)
     collapsed = np.tile(x[:1], (12, 1))
     assert pml(collapsed, labels)[0] == 0 and ours(collapsed, labels)[0] == pytest.approx(0.6)
 
 
 def test_difference_its_weights_are_differentiated():
-    """At T = 10 in 8 dimensions it pulls most of the active negatives nearer; the published gradient pushes all away."""
+    """At T = 10 in 8 dimensions it pulls most active negatives nearer; the published pushes all."""
     x, labels = embeddings(180, 8)
     x = oracle.unit(x)[0]
     d = np.linalg.norm(x[:, None] - x[None], axis=2)
@@ -149,11 +150,11 @@ def test_difference_float16_overflows_at_the_papers_temperature():
     x[29] = x[0] + 1e-2  # exp(10 * 1.2) is beyond 65504
     value, gradient = pml(x, labels, torch.float16)
     assert not np.isfinite(value) or not np.isfinite(gradient).all()
-    found, found_gradient = jax.value_and_grad(loss.ranked_list_loss)(
+    actual, actual_gradient = jax.value_and_grad(loss.ranked_list_loss)(
         jnp.asarray(x, jnp.float16), labels
     )
-    assert np.isfinite(found) and np.isfinite(found_gradient).all()
-    np.testing.assert_allclose(found, ours(x, labels)[0], rtol=1e-2)
+    assert np.isfinite(actual) and np.isfinite(actual_gradient).all()
+    np.testing.assert_allclose(actual, ours(x, labels)[0], rtol=1e-2)
 
 
 def test_difference_it_warns_of_the_papers_temperature():

@@ -1,6 +1,7 @@
 """What holds for any batch, and under JAX's transformations."""
 
 import functools
+import itertools
 import subprocess
 import sys
 
@@ -62,8 +63,10 @@ def test_order_names_and_rotation_do_not_matter(seed, hyper, weighting):
 @given(seeds, hypers, weightings)
 def test_balance_is_linear_and_the_loss_not_negative(seed, hyper, weighting):
     x, labels, where = batch("ragged", seed)
-    of = lambda lam: run(x, labels, where, {**hyper, "balance": lam}, query_weighting=weighting)
-    (positive, _), (negative, _), (mixed, _) = of(0.0), of(1.0), of(hyper["balance"])
+    positive, negative, mixed = (
+        run(x, labels, where, {**hyper, "balance": balance}, query_weighting=weighting)[0]
+        for balance in (0.0, 1.0, hyper["balance"])
+    )
     assert positive >= 0 and negative >= 0
     close(mixed, (1 - hyper["balance"]) * positive + hyper["balance"] * negative, 1e-9, scale=1e-3)
 
@@ -105,13 +108,13 @@ def test_the_batch_as_its_own_gallery():
     # Pairs with oneself are at distance 0 of the own class: trivial.
     x, labels, _ = batch("ragged")
     with jax.enable_x64(True):
-        rest = {"labels": labels, "gallery_labels": labels}
-        value, (on_query, on_gallery) = compiled(gallery_gradient=True)(x, x, HYPER, rest)
+        arrays = {"labels": labels, "gallery_labels": labels}
+        value, (on_query, on_gallery) = compiled(gallery_gradient=True)(x, x, HYPER, arrays)
     expected, gradient = run(x, labels, gallery_gradient=True)
     close(value, expected, 1e-12)
     close(on_query + on_gallery, gradient, 1e-9)
     with jax.enable_x64(True):
-        fixed = compiled()(x, x, HYPER, rest)[1]
+        fixed = compiled()(x, x, HYPER, arrays)[1]
     close(fixed[0], on_query, 1e-12)
     assert not fixed[1].any()
 
@@ -126,15 +129,17 @@ def test_vmap_over_a_stack_and_scan(options):
     labels = batch("ragged")[1]
     each = [run(x, labels, block_size=8, **options) for x in stack]
     with jax.enable_x64(True):
-        of = jax.value_and_grad(lambda x: loss.ranked_list_loss(x, labels, block_size=8, **options))
-        mapped = jax.jit(jax.vmap(of))(stack)
-        scanned = jax.lax.scan(lambda c, x: (c, of(x)), 0, stack)[1]
+        batch_loss = jax.value_and_grad(
+            lambda x: loss.ranked_list_loss(x, labels, block_size=8, **options)
+        )
+        mapped = jax.jit(jax.vmap(batch_loss))(stack)
+        scanned = jax.lax.scan(lambda c, x: (c, batch_loss(x)), 0, stack)[1]
         temperatures = jax.vmap(
             lambda t: loss.ranked_list_loss(stack[0], labels, temperature_neg=t)
         )(jnp.array([0.0, 10.0]))
-    for found in (mapped, scanned):
-        close(found[0], [v for v, _ in each], 1e-12)
-        close(found[1], [g for _, g in each], 1e-9)
+    for actual in (mapped, scanned):
+        close(actual[0], [v for v, _ in each], 1e-12)
+        close(actual[1], [g for _, g in each], 1e-9)
     close(temperatures[1], run(stack[0], labels)[0], 1e-12)
     assert temperatures[0] != temperatures[1]
 
@@ -149,20 +154,20 @@ def test_a_schedule_does_not_recompile():
         return loss.ranked_list_loss(x, batch("ragged")[1], **hyper)
 
     x = jnp.asarray(batch("ragged")[0], jnp.float32)
-    found = [
+    actual = [
         gradient(x, {**HYPER, name: value})
         for name, value in (("margin", 0.1), ("margin", 0.3), ("alpha", 1.0), ("balance", 0.9))
     ]
     assert len(traces) == 1
-    assert all((a != b).any() for a, b in zip(found, found[1:]))
+    assert all((a != b).any() for a, b in itertools.pairwise(actual))
 
 
 def test_no_matrix_of_all_pairs_with_blocks():
     n = 2048
-    of = jax.jit(
+    batch_loss = jax.jit(
         jax.value_and_grad(lambda x: loss.ranked_list_loss(x, np.arange(n) // 3, block_size=64))
     )
-    memory = of.lower(jax.ShapeDtypeStruct((n, 8), jnp.float32)).compile().memory_analysis()
+    memory = batch_loss.lower(jax.ShapeDtypeStruct((n, 8), jnp.float32)).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * n * n / 2
 
 

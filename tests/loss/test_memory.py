@@ -34,7 +34,7 @@ def test_keeps_the_last_rows_in_ring_order(n):
     for k in range(6):
         x, labels = rows(k, n)
         bank = push(bank, x, labels)
-        kept = (kept + list(zip(x, labels)))[-CAPACITY:]
+        kept = (kept + list(zip(x, labels, strict=True)))[-CAPACITY:]
         same(bank, kept)
     assert push._cache_size() == 1
 
@@ -45,7 +45,7 @@ def test_masked_rows_are_not_stored():
         x, labels = rows(k, 10)
         where = np.random.default_rng(k).random(10) < (0.0, 0.3, 1.0)[k % 3]
         bank = push(bank, np.where(where[:, None], x, np.nan), labels, where)
-        kept = (kept + [(a, b) for a, b, w in zip(x, labels, where) if w])[-CAPACITY:]
+        kept = (kept + [(a, b) for a, b, w in zip(x, labels, where, strict=True) if w])[-CAPACITY:]
         same(bank, kept)
 
 
@@ -56,13 +56,13 @@ def test_is_a_gallery():
 
     @jax.jit
     @jax.value_and_grad
-    def of(x, bank):
+    def batch_loss(x, bank):
         bank = bank._replace(labels=bank.labels % 4)
         return loss.ranked_list_loss(
             x, labels, gallery=bank.embeddings, gallery_labels=bank.labels, gallery_where=bank.valid
         )
 
-    value, gradient = of(jnp.asarray(x), bank)
+    value, gradient = batch_loss(jnp.asarray(x), bank)
     expected = oracle.ranked_list_loss(
         x, labels, gallery=rows(0, 4)[0], gallery_labels=rows(0, 4)[1] % 4
     )
@@ -70,30 +70,35 @@ def test_is_a_gallery():
     np.testing.assert_allclose(gradient, expected.gradient, atol=1e-5)
 
 
-def test_empty_memory_gives_no_loss():
+@pytest.mark.parametrize("weighting", ["uniform", "mass"])
+def test_empty_memory_gives_no_loss(weighting):
     bank = memory.init(CAPACITY, DIM)
-    rest = {"gallery": bank.embeddings, "gallery_labels": bank.labels, "gallery_where": bank.valid}
-    for weighting in ("uniform", "mass"):
-        of = jax.jit(
-            jax.value_and_grad(
-                lambda x: loss.ranked_list_loss(x, np.arange(4), query_weighting=weighting, **rest)
-            )
-        )
-        value, gradient = of(rows(0, 4)[0])
-        assert value == 0 and not gradient.any()
+    gallery = {
+        "gallery": bank.embeddings,
+        "gallery_labels": bank.labels,
+        "gallery_where": bank.valid,
+    }
+
+    @jax.jit
+    @jax.value_and_grad
+    def batch_loss(x):
+        return loss.ranked_list_loss(x, np.arange(4), query_weighting=weighting, **gallery)
+
+    value, gradient = batch_loss(rows(0, 4)[0])
+    assert value == 0 and not gradient.any()
 
 
 def test_under_scan_without_gradient():
-    xs, labels = (np.stack(a) for a in zip(*(rows(k, 4) for k in range(5))))
+    xs, labels = (np.stack(a) for a in zip(*(rows(k, 4) for k in range(5)), strict=True))
 
-    def of(scale):
+    def batch_loss(scale):
         def step(bank, batch):
             bank = memory.push(bank, batch[0] * scale, batch[1])
             return bank, jnp.sum(bank.embeddings)
 
         return jnp.sum(jax.lax.scan(step, memory.init(CAPACITY, DIM), (xs, labels))[1])
 
-    assert jax.grad(of)(2.0) == 0  # what is stored is a constant
+    assert jax.grad(batch_loss)(2.0) == 0  # what is stored is a constant
 
 
 def test_dtypes_are_kept():

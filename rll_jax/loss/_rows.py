@@ -1,0 +1,192 @@
+"""Rows of embeddings with their labels: checks, unit length, and the rows of other devices.
+
+Private to `rll_jax.loss`. Imports jax and numpy alone.
+"""
+
+# jax's stubs leave some parameters of asarray, cond and all_gather without a type.
+# pyright: reportUnknownMemberType=false
+
+from collections.abc import Hashable
+from typing import Any, NamedTuple, cast
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+import numpy as np
+
+
+class LabelledRows(NamedTuple):
+    """Rows that passed `check_rows`, as jax arrays."""
+
+    embeddings: jax.Array  # (N, D) floating
+    labels: jax.Array  # (N,) integer
+    where: jax.Array | None  # (N,) bool: False for padding; None where every row is valid
+
+
+class ArgumentNames(NamedTuple):
+    """What the messages of `check_rows` call the three arrays."""
+
+    embeddings: str
+    labels: str
+    where: str
+
+
+QUERY_NAMES = ArgumentNames("embeddings", "labels", "where")
+GALLERY_NAMES = ArgumentNames("gallery", "gallery_labels", "gallery_where")
+
+
+def checked_rows(
+    embeddings: jax.Array | np.ndarray,
+    labels: jax.Array | np.ndarray,
+    where: jax.Array | np.ndarray | None,
+    names: ArgumentNames = QUERY_NAMES,
+) -> LabelledRows:
+    """Returns the rows as jax arrays, in their dtypes, after `check_rows`."""
+    check_rows(embeddings, labels, where, names)
+    mask = None if where is None else jnp.asarray(where)
+    return LabelledRows(jnp.asarray(embeddings), jnp.asarray(labels), mask)
+
+
+def check_rows(
+    embeddings: jax.Array | np.ndarray,
+    labels: jax.Array | np.ndarray,
+    where: jax.Array | np.ndarray | None,
+    names: ArgumentNames = QUERY_NAMES,
+) -> None:
+    """Checks the shapes and dtypes of embeddings (N, D), labels (N,) and a mask (N,) or None.
+
+    Raises:
+      TypeError: not an array, embeddings not floating, labels not integer, or a mask not bool.
+      ValueError: a wrong rank or length, no rows or columns, or labels that do not fit the integer
+        dtype in use.
+    """
+    for name, value in ((names.embeddings, embeddings), (names.labels, labels)):
+        if not hasattr(value, "shape"):
+            raise TypeError(f"{name} must be an array: found {type(value).__name__}")
+    _check_embeddings(embeddings, names.embeddings)
+    expected = embeddings.shape[:1]
+    _check_label_dtype(labels, names.labels)
+    if labels.shape != expected:
+        raise ValueError(
+            f"{names.labels} must go with {names.embeddings}: found shape {labels.shape}, "
+            f"expected {expected}"
+        )
+    if where is None:
+        return
+    mask_type = getattr(where, "dtype", type(where).__name__)
+    if mask_type != jnp.bool_:
+        raise TypeError(f"{names.where} must be bool: found {mask_type}, expected bool")
+    if where.shape != expected:
+        raise ValueError(
+            f"{names.where} must go with {names.embeddings}: found shape {where.shape}, "
+            f"expected {expected}"
+        )
+
+
+def _check_embeddings(embeddings: jax.Array | np.ndarray, name: str) -> None:
+    """Checks that embeddings are a floating matrix that is not empty."""
+    if not jnp.issubdtype(embeddings.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must be floating: found {embeddings.dtype}, "
+            "expected float16, bfloat16, float32 or float64"
+        )
+    if embeddings.ndim != 2:
+        raise ValueError(
+            f"{name} must be 2-dimensional: found shape {embeddings.shape}, expected (N, D)"
+        )
+    if 0 in embeddings.shape:
+        raise ValueError(
+            f"{name} must not be empty: found shape {embeddings.shape}, expected N >= 1 and D >= 1"
+        )
+
+
+def _check_label_dtype(labels: jax.Array | np.ndarray, name: str) -> None:
+    """Checks that labels are integers, and that jax keeps their values."""
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"{name} must be integers: found {labels.dtype}, expected an integer dtype")
+    dtype = jax.dtypes.canonicalize_dtype(labels.dtype)
+    if not isinstance(labels, np.ndarray) or dtype == labels.dtype:
+        return
+    # Labels of int64 that are cut to int32 could make one class of two.
+    if np.any(labels.astype(dtype) != labels):
+        raise ValueError(
+            f"{name} must fit {dtype} (jax_enable_x64 is off): "
+            f"found {labels.min()} to {labels.max()}"
+        )
+
+
+def computing_dtype(dtype: np.dtype) -> DTypeLike:
+    """Returns the dtype in which embeddings of `dtype` are computed: float64, or else float32."""
+    return dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
+
+
+def clean_embeddings(rows: LabelledRows, normalize: bool, dtype: DTypeLike) -> jax.Array:
+    """Returns the embeddings in `dtype`, padding as 0, of unit length where `normalize`."""
+    x = rows.embeddings.astype(dtype)
+    x = x if rows.where is None else jnp.where(rows.where[:, None], x, 0)
+    return normalize_rows(x) if normalize else x
+
+
+def gather(x: jax.Array, axis_name: Hashable | None) -> jax.Array:
+    """Returns the rows of all devices of the axis, or `x` itself without an axis."""
+    if axis_name is None:
+        return x
+    return cast("jax.Array", lax.all_gather(x, axis_name, tiled=True))
+
+
+def normalize_rows(x: jax.Array) -> jax.Array:
+    """Returns rows (N, D) of unit length.
+
+    Rows no longer than 1e-12 become 0, with gradient 0.
+    """
+    return _normalize(x)
+
+
+def _normalize_value(x: jax.Array) -> jax.Array:
+    """Returns the value alone, where no derivative is asked for."""
+    rows, _ = _normalize_forward(x)
+    return rows
+
+
+def _normalize_forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Returns the unit rows; and, for the derivative, the same rows with their inverse lengths."""
+    square, inverse = _inverse_lengths(x)
+
+    def keep() -> tuple[jax.Array, jax.Array]:
+        return jnp.ones_like(inverse), inverse
+
+    def rescale_long_rows() -> tuple[jax.Array, jax.Array]:
+        # The square of the largest component overflows, and 1 / the largest number would underflow:
+        # rows are divided by a quarter of their largest component.
+        largest = jnp.max(jnp.abs(x), axis=1, keepdims=True) / 4
+        scale = jnp.where(square < 1e30, 1, 1 / largest)
+        _, inverse = _inverse_lengths(x * scale)
+        return scale, inverse
+
+    scale, inverse = cast(
+        "tuple[jax.Array, jax.Array]",
+        lax.cond(jnp.all(square < 1e30), keep, rescale_long_rows),
+    )
+    # The product is within [-1, 1] already. The clip keeps the compiler from contracting it with a
+    # later difference (FMA), which would make equal rows differ.
+    y = jnp.clip(x * scale * inverse, -1, 1)
+    return y, (y, scale * inverse)
+
+
+def _inverse_lengths(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the squared lengths (N, 1), and 1 / length, 0 for a row no longer than 1e-12."""
+    square = jnp.sum(x * x, axis=1, keepdims=True)
+    return square, jnp.where(square <= 1e-24, 0, 1 / jnp.sqrt(square))
+
+
+def _normalize_backward(
+    residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array]:
+    """Returns the gradient: what is tangent to the unit sphere, over the length."""
+    y, inverse = residuals
+    return ((cotangent - y * jnp.sum(cotangent * y, axis=1, keepdims=True)) * inverse,)
+
+
+_normalize = cast("Any", jax.custom_vjp(_normalize_value))
+_normalize.defvjp(_normalize_forward, _normalize_backward)
