@@ -17,7 +17,7 @@ import numpy as np
 
 from rll_jax.loss._options import HyperParameters, Variant, check_options, positive_boundary
 from rll_jax.loss._pairs import Arrays, Columns, Constants, Rows, Spec, dot
-from rll_jax.loss._rows import (
+from rll_jax.loss.rows import (
     GALLERY_NAMES,
     LabelledRows,
     checked_rows,

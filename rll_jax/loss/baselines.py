@@ -40,7 +40,7 @@ from rll_jax.loss._options import (
     positive_boundary,
 )
 from rll_jax.loss._pairs import dot
-from rll_jax.loss._rows import checked_rows, gather, normalize_rows
+from rll_jax.loss.rows import checked_rows, gather, normalize_rows
 
 __all__ = [
     "contrastive_loss",

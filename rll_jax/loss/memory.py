@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
-from rll_jax.loss._rows import check_rows
+from rll_jax.loss.rows import check_rows
 
 __all__ = ["CrossBatchMemory", "init", "push"]
 

@@ -45,7 +45,7 @@ from rll_jax.loss._options import (
     positive_boundary,
 )
 from rll_jax.loss._problem import GalleryArguments, QueryArguments, make_problem
-from rll_jax.loss._rows import computing_dtype, normalize_rows
+from rll_jax.loss.rows import computing_dtype, normalize_rows
 
 __all__ = [
     "RankedListLossTerms",

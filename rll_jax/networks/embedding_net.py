@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
-from rll_jax.loss._problem import normalize_rows
+from rll_jax.loss.rows import normalize_rows
 from rll_jax.networks._stages import ModuleMaker
 from rll_jax.typing import Backbone
 

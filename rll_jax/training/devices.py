@@ -13,6 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Wrapped
 import numpy as np
 
+from rll_jax.loss import rows
+
 AXIS = "batch"
 
 _Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm] jax assigns this name
@@ -203,7 +205,7 @@ def gather_rows(x: jax.Array, axis_name: str, *, replicated: bool = False) -> ja
       (n * devices, ...) the rows in the order of the devices.
     """
     if not replicated:
-        return lax.all_gather(x, axis_name, tiled=True)
+        return rows.gather(x, axis_name)
     n, devices = len(x), lax.axis_size(axis_name)
     zeros = jnp.zeros((n * devices, *x.shape[1:]), x.dtype)
     own = lax.dynamic_update_slice_in_dim(zeros, x, lax.axis_index(axis_name) * n, 0)
@@ -223,15 +225,15 @@ def gather_over_processes(tree: Any, counts: Sequence[int]) -> Any:
     if jax.process_count() == 1:
         return tree
     most = max(counts)  # processes exchange arrays of one shape: padded, and cut again
-    padded = jax.tree.map(functools.partial(_pad_rows, rows=most), tree)
+    padded = jax.tree.map(functools.partial(_pad_rows, most=most), tree)
     gathered = multihost_utils.process_allgather(padded, tiled=True)
     wanted = np.concatenate([most * i + np.arange(count) for i, count in enumerate(counts)])
     return jax.tree.map(lambda x: x[wanted], gathered)
 
 
-def _pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
-    """Returns (rows, ...) with zeros after the rows of `x`."""
-    return np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1))
+def _pad_rows(x: np.ndarray, most: int) -> np.ndarray:
+    """Returns (most, ...) with zeros after the rows of `x`."""
+    return np.pad(x, [(0, most - len(x))] + [(0, 0)] * (x.ndim - 1))
 
 
 def _local_copy(x: Any) -> Any:

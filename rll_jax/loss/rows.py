@@ -1,6 +1,6 @@
 """Rows of embeddings with their labels: checks, unit length, and the rows of other devices.
 
-Private to `rll_jax.loss`. Imports jax and numpy alone.
+The losses, the networks and the train step use these. Imports jax and numpy alone.
 """
 
 # jax's stubs leave some parameters of asarray, cond and all_gather without a type.
