@@ -68,7 +68,7 @@ def main(_: Any) -> None:
     """Runs the command."""
     options = absl_flags.FLAGS
     with command.user_errors(), datasets.store_errors(options.source, options.index):
-        names = [name for name in datasets.DATASETS if name != "emoji"]
+        names = [*benchmarks.BENCHMARKS, "folder"]
         if options.dataset not in names:
             raise ValueError(f"--dataset={options.dataset}: expected one of {', '.join(names)}")
         _check_places(options)

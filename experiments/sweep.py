@@ -1,7 +1,6 @@
-r"""Runs an experiment for each value of some options and for some seeds, and makes one table.
+"""Runs an experiment for each value of some options and for some seeds, and makes one table.
 
-    python -m experiments.sweep --flagfile=experiments/flagfiles/emoji.flags \\
-        --sweep=margin=0.2,0.4,0.6 --seeds=3 --workdir=runs/margins
+    python -m experiments.sweep --sweep=margin=0.2,0.4,0.6 --seeds=3 --workdir=runs/margins
 
 Takes all options of an experiment, on the dataset that --dataset names. --sweep may be given again:
 all combinations are run. Values that contain commas are separated by semicolons:

@@ -1,6 +1,7 @@
 """Which room may use which: a pure core, one direction, experiments on top."""
 
 import ast
+import importlib
 import pathlib
 import re
 import subprocess
@@ -185,4 +186,18 @@ def test_every_room_names_its_public_api():
         )
         assert names == sorted(names) and len(names) > 2
         files = {path.stem for path in (ROOT / "rll_jax" / room).glob("[a-z]*.py")}
-        assert room in ("loss", "metrics") or set(names) == files
+        assert room in ("loss", "metrics") or set(names) <= files
+
+
+def test_what_docstrings_refer_to_is_there():
+    """Full names in backticks, `rll_jax.room.module.name`, in docstrings and comments."""
+    for path in FILES:
+        for name in re.findall(r"`((?:rll_jax|experiments\.engine)(?:\.\w+)+)`", path.read_text()):
+            module, attributes = name, []
+            while module not in MODULES:
+                module, _, attribute = module.rpartition(".")
+                attributes.insert(0, attribute)
+            found = importlib.import_module(module)
+            for attribute in attributes:
+                found = getattr(found, attribute, None) or found.__dataclass_fields__[attribute]
+            assert found is not None, f"{path}: {name}"

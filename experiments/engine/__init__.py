@@ -1,1 +1,22 @@
-"""What the commands are made of: options, datasets, the training loop, reports."""
+"""What the commands are made of.
+
+options           how a section of options is declared; config has the sections of a run
+datasets batches losses network optimizer schedule processes runtime
+each a section of options, beside what uses it
+flags help_text command
+the options as flags, --help, and a user's mistake in one line
+checks            all that can be refused before a run begins
+build pretrained run_parts network_inputs
+the state, the weights it starts from, the step and the batches
+train_loop        the run from its last checkpoint to its end
+evaluation step_metrics logs bad_images scoring summary report html_page
+what a run measures, writes and shows
+resume workdir errors environment dry_run
+how a run ends early and resumes, its folder, what ran, what it would take
+trained_network embedding_index
+a checkpoint put to use: evaluate, embed, search, export
+many_runs comparison_table
+sweeps and comparisons
+augmentation measuring
+views by name; what the benchmarks share
+"""

@@ -1,4 +1,4 @@
-"""Checks a run before it begins. Nothing is written before, but a benchmark's prepared files."""
+"""Checks a run before it begins. Before the checks pass, a run writes into --data_dir only."""
 
 import hashlib
 import json
@@ -96,7 +96,7 @@ def _open_in_turn(config: Config) -> tuple[Splits, list[str]]:
             print(f"{split}: {len(data)} images of {classes} classes", flush=True)
         if skipped_images:
             print(
-                f"{len(skipped_images)} images are left out, such as {skipped_images[0]}",
+                f"{len(skipped_images)} images are skipped, such as {skipped_images[0]}",
                 flush=True,
             )
     return splits, skipped_images

@@ -91,7 +91,7 @@ class Option:
       part: the field of `Config` that holds its section.
       section: the class of its section.
       kind: the type of its value.
-      default: its value where nothing is said.
+      default: its default.
       metadata: what `options.option` was told: help, low, high, choices, main.
     """
 

@@ -50,7 +50,8 @@ class DataOptions(Section):
     index: str = option(
         "",
         "A table of the images of --dataset=folder, .csv or .parquet, with the columns path, "
-        "label and optionally split and super_label. Empty: the folder's layout says it all.",
+        "label and optionally split and super_label. Empty: the classes come from the folder's "
+        "layout.",
     )
     test_share: float = option(
         0.5,

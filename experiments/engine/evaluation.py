@@ -48,6 +48,7 @@ class Evaluator:
         self,
         checked: CheckedRun,
         test_input: Input,
+        *,
         bad_images: BadImagesFile,
         log: MetricsLog,
         best: checkpoint.Checkpoints | None,

@@ -57,7 +57,9 @@ def _group(title: str, group: Flags) -> str:
 
 
 def _entry(flag: flags.Flag) -> str:
-    default = "" if flag.default in (None, "") else f" Default: {flag.default}."
-    text = textwrap.fill(f"{flag.help}{default}", _WIDTH - 6)
+    # absl appends a remark to the help of a flag that may be repeated.
+    help = flag.help.partition(";\n")[0].rstrip(".") + "."
+    default = "" if flag.default in (None, "", []) else f" Default: {flag.default}."
+    text = textwrap.fill(f"{help}{default}", _WIDTH - 6)
     name = f"[no]{flag.name}" if flag.boolean else flag.name
     return f"  --{name}\n{textwrap.indent(text, '      ')}"

@@ -128,8 +128,8 @@ class LossOptions(Section):
     )
     memory_size: int = option(
         0,
-        "The number of past embeddings of each level that are ranked besides the batch's own "
-        "(cross-batch memory; the batch's own are among them). 0: no memory.",
+        "The number of most recent embeddings of each level, this batch's included, that the loss "
+        "ranks instead of the batch alone (cross-batch memory). 0: no memory.",
         low=0,
     )
 
@@ -164,10 +164,10 @@ class LossOptions(Section):
 
 def make_loss(options: LossOptions, train_labels: np.ndarray) -> typing.Loss:
     """Returns the loss for `train_step`, which passes `proxies` too where the loss learns some."""
-    function, names, proxies_wanted = options.entry
-    arguments = {name: getattr(options, name) for name in names}
+    function = options.entry.function
+    arguments = {name: getattr(options, name) for name in options.entry.flags}
     arguments |= read_loss_options(options.loss, options.loss_options)
-    if not proxies_wanted:
+    if not options.entry.proxies:
         return functools.partial(function, **arguments)
     classes = np.unique(train_labels)
 

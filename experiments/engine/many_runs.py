@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent import futures
 import contextlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -16,7 +17,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments.engine import datasets, options
+from experiments.engine import options
 from experiments.engine.config import OPTIONS, Config
 from rll_jax.data import files
 
@@ -109,7 +110,8 @@ def _differences(path: pathlib.Path, now: Mapping[str, str]) -> list[str]:
 
 def command(run: Config) -> list[str]:
     """Returns the command line of a run."""
-    module = run.data.dataset if run.data.dataset in datasets.DATASETS else "folder"
+    own = importlib.util.find_spec(f"experiments.{run.data.dataset}")
+    module = run.data.dataset if own else "folder"
     given = [
         f"--{name}={options.to_text(value)}"
         for name, value in run.flat().items()

@@ -15,6 +15,7 @@ from experiments.engine.datasets import Splits
 from rll_jax import typing
 from rll_jax.data import cache
 from rll_jax.data.image_dataset import EncodedImageDataset
+from rll_jax.data.random_streams import Stream
 from rll_jax.networks import embedding_net
 from rll_jax.training import cached_features, devices, embedding, steps
 
@@ -110,6 +111,7 @@ def cache_name(
     """Returns a digest of all that changes the cached features of a dataset."""
     parts: tuple[Any, ...] = (
         cache.digest(data),
+        int(Stream.CACHED_VIEW),
         num_views,
         frozen_digest,
         config.network.backbone_config,

@@ -34,7 +34,9 @@ class OptimizerOptions(Section):
         False, "Decay the scales and biases too, not the kernels alone."
     )
     clip_gradient: float = option(
-        0.0, "The largest norm of the gradient; a larger gradient is scaled down. 0: any.", low=0
+        0.0,
+        "The largest norm of the gradient; a larger gradient is scaled down. 0: no limit.",
+        low=0,
     )
     ema: float = option(
         0.0,

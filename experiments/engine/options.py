@@ -17,7 +17,7 @@ def option(
     """Declares a field of a `Section`.
 
     Args:
-      default: the value where nothing is said.
+      default: the default.
       help: a full sentence that can be understood alone, with the unit.
       low: the lowest value allowed, or None.
       high: the highest value allowed, or None.
@@ -58,11 +58,10 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
         raise ValueError(f"--{field.name}={value}: expected {expected}")
 
 
-def fields(section: type[Section] | Section) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
+def fields(section: type[Section]) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
     """Yields each field of a section with its type."""
-    section_type = section if isinstance(section, type) else type(section)
-    hints = get_type_hints(section_type)
-    for field in dataclasses.fields(section_type):
+    hints = get_type_hints(section)
+    for field in dataclasses.fields(section):
         yield field, hints[field.name]
 
 

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from experiments.engine import processes
-from experiments.engine.errors import RunError
+from experiments.engine.errors import RunError, first_line
 from rll_jax.training import checkpoint, devices, steps
 
 # The exit code of a run that can be resumed by the same command (EX_TEMPFAIL).
@@ -100,8 +100,7 @@ def _last_readable(
             state = runner.replicate(saved.restore(step, runner.to_global(fresh)))
             best_score = saved.metadata(step).get("best_score", -1.0)
         except Exception as error:  # orbax, tensorstore and json have their own kinds
-            reason = str(error).splitlines()[0] if str(error) else repr(error)
-            damaged.append((step, reason))
+            damaged.append((step, first_line(error)))
         else:
             return Restored(state, step, best_score), damaged
     return Restored(fresh), damaged
@@ -121,7 +120,7 @@ def _move_damaged(workdir: pathlib.Path, step: int, reason: str) -> None:
 def exit_on_sigterm() -> None:
     """Has SIGTERM remove half-written files and exit with `RUN_AGAIN`.
 
-    For the time in which there is nothing to save yet, or all is saved.
+    Use it before the first step and after the last save.
     """
 
     def end(*_: Any) -> None:

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import optax
 
-from experiments.engine import logs
 from experiments.engine.errors import RunError
 from experiments.engine.runtime import RuntimeOptions
 from rll_jax.training import checkpoint
@@ -71,11 +70,6 @@ class StepMetrics:
             values["skipped_steps"] = total_skipped
         self.restart(step)
         return values
-
-    @staticmethod
-    def board_only() -> dict[str, float]:
-        """Returns the numbers that TensorBoard alone gets."""
-        return {"device_mib": logs.device_mib()}
 
     def check_finite(
         self,

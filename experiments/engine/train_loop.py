@@ -15,8 +15,8 @@ from experiments.engine import (
     checks,
     command,
     dry_run,
-    environment,
     flags,
+    logs,
     network_inputs,
     optimizer,
     processes,
@@ -122,16 +122,17 @@ class TrainingRun:
             best = stack.enter_context(checkpoint.Checkpoints(folder / "best", keep=1))
         self._log = stack.enter_context(MetricsLog(folder, self._start))
         self._log.write_text("options", config.as_flagfile())
-        self._log.write_text("environment", environment.environment())
+        if processes.is_first():
+            self._log.write_text("environment", (folder / "environment.json").read_text())
         self._stop_requested = stack.enter_context(resume.stop_requests(config.runtime.log_every))
         self._evaluator = Evaluator(
             checked,
             self._inputs["test"],
-            self._bad_images,
-            self._log,
-            best,
-            restored.best_score,
-            self._stop_requested,
+            bad_images=self._bad_images,
+            log=self._log,
+            best=best,
+            best_score=restored.best_score,
+            stop_requested=self._stop_requested,
         )
         labels = checked.splits["train"].labels
         self._train_step = checked.runner.train(run_parts.make_train_step(config, labels))
@@ -186,7 +187,7 @@ class TrainingRun:
             jax.profiler.stop_trace()
         if step % runtime.log_every == 0 or step == schedule.steps:
             values = self._metrics.values(step, measured, self._state.skipped)
-            self._log.write(step, values, self._metrics.board_only())
+            self._log.write(step, values, {"device_mib": logs.device_mib()})
             self._metrics.check_finite(step, values, self._state.skipped, self._saved)
             text = f"loss {values['loss']:.4f}, {values['images_per_second']:.0f} images/s"
             self._progress.set_postfix_str(text, refresh=False)

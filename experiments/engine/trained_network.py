@@ -13,6 +13,7 @@ import optax
 from experiments.engine import augmentation, build, network
 from experiments.engine import config as config_lib
 from experiments.engine.config import Config
+from experiments.engine.errors import first_line
 from rll_jax import typing
 from rll_jax.training import checkpoint, devices, embedding, steps
 
@@ -127,6 +128,6 @@ def _restore(
         except Exception as error:  # orbax, tensorstore and json have their own kinds
             raise ValueError(
                 f"--workdir={workdir}: the checkpoint of step {step} cannot be read: "
-                f"{str(error).splitlines()[0]}"
+                f"{first_line(error)}"
             ) from error
     return step, {"params": restored[params], "batch_stats": restored["batch_stats"]}

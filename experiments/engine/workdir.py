@@ -1,4 +1,4 @@
-"""The folder of a run: one process has it, and what is written before the first step."""
+"""The folder of a run: its lock, and the files written before the first step."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from rll_jax.data import files
 
 
 def claim(stack: contextlib.ExitStack, checked: CheckedRun) -> None:
-    """Locks the workdir until the stack closes, and writes flags.txt and its kind.
+    """Locks the workdir until the stack closes; writes flags.txt, data.json, environment.json.
 
     Raises:
       RunError: another run has the workdir.

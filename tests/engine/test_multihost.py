@@ -59,7 +59,7 @@ def weights(workdir):
 
 
 @pytest.fixture(scope="module")
-def of_one(tmp_path_factory, pictures):  # noqa: F811
+def of_one(tmp_path_factory, pictures):
     workdir = tmp_path_factory.mktemp("one") / "run"
     result = run(*RUN, "--steps=5", f"--workdir={workdir}", devices=8)
     assert result.returncode == 0, result.stderr

@@ -32,7 +32,7 @@ STEPS = [
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, pictures):  # noqa: F811
+def finished(tmp_path_factory, pictures):
     workdir = tmp_path_factory.mktemp("small") / "run"
     return run(*TINY, f"--workdir={workdir}"), workdir
 

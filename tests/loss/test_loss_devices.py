@@ -14,7 +14,6 @@ import pytest
 from rll_jax import loss
 
 DEVICES, LOCAL, D = 8, 6, 5
-BACKENDS = ["pmap", "shard_map vma", "shard_map", "vmap"]
 CASES = {
     "default": {},
     "mass": {"query_weighting": "mass", "pair_term": "squared"},
