@@ -1,30 +1,17 @@
 """What the README of the data room says is what happens."""
 
 import re
-import subprocess
-import sys
-
-import pytest
 
 import rll_jax.data
 from tests.helpers.paths import ROOT
+from tests.helpers.snippets import check_snippets
 
 FOLDER = ROOT / "rll_jax/data"
 TEXT = (FOLDER / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
-def test_there_is_a_snippet():
-    assert SNIPPETS
-
-
-@pytest.mark.parametrize("snippet", SNIPPETS)
-def test_snippets_print_what_they_say(snippet):
-    result = subprocess.run(
-        [sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == re.findall(r"print\(.*\)  # (.*)", snippet)
+def test_snippets_print_what_they_say():
+    check_snippets(TEXT)
 
 
 def test_the_files_of_its_table_are_there():

@@ -54,6 +54,7 @@ def test_in_shop_searches_a_gallery(tmp_path):
     assert found["recall@1"] == pytest.approx(last["recall@1"])
 
 
+@pytest.mark.slow
 def test_sop_on_eight_devices_with_its_categories(tmp_path):
     make_sop(tmp_path / "data")
     result = run(
@@ -236,6 +237,7 @@ def test_border_crop_does_not_go_with_a_cache(folder, tmp_path):
     assert told.returncode == 2 and "leave one of them out" in told.stderr
 
 
+@pytest.mark.slow
 def test_frozen_stages_stay(folder, tmp_path):
     """A run keeps the weights that it began with, and its features are cached and used again."""
 
