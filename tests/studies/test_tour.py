@@ -52,6 +52,7 @@ def test_shows_that_training_helps(committed):
     assert float(after[1]) > 1.5 * float(before[1])
 
 
+@pytest.mark.slow
 def test_its_cells_make_what_it_shows(committed):
     """The whole notebook in three training steps: what does not depend on them is as committed."""
     pytest.importorskip("ipykernel", reason="pip install -r requirements-dev.txt")
