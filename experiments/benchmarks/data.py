@@ -263,7 +263,7 @@ def _our_batch_sizes(folder: pathlib.Path, processes: int, *, cached: bool) -> I
 
 def _peer_stages(folder: pathlib.Path) -> _Stages:
     from PIL import Image
-    import torch
+    import torch  # pyright: ignore[reportMissingImports] (optional)
 
     from experiments.benchmarks import data_torch
 
@@ -280,7 +280,7 @@ def _peer_stages(folder: pathlib.Path) -> _Stages:
 
 
 def _peer_batch_sizes(folder: pathlib.Path, processes: int) -> Iterator[int]:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports] (optional)
 
     from experiments.benchmarks import data_torch
 

@@ -10,7 +10,7 @@ from typing import IO
 
 import numpy as np
 from PIL import Image
-import torch
+import torch  # pyright: ignore[reportMissingImports] (optional)
 
 
 class Files(torch.utils.data.Dataset):

@@ -107,8 +107,8 @@ def _faiss(x: np.ndarray, labels: np.ndarray) -> _Call:
 
 
 def _peer(x: np.ndarray, labels: np.ndarray) -> _Call:
-    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-    import torch
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator  # pyright: ignore[reportMissingImports] (optional)
+    import torch  # pyright: ignore[reportMissingImports] (optional)
 
     importlib.import_module("faiss")  # without it the calculator fails with a NameError
     torch.set_num_threads(len(os.sched_getaffinity(0)))

@@ -94,8 +94,8 @@ def _products(n: int, dim: int) -> tuple[_Call, float]:
 def _peer(n: int, dim: int) -> tuple[_Call, float]:
     import warnings
 
-    from pytorch_metric_learning.losses import RankedListLoss
-    import torch
+    from pytorch_metric_learning.losses import RankedListLoss  # pyright: ignore[reportMissingImports] (optional)
+    import torch  # pyright: ignore[reportMissingImports] (optional)
 
     warnings.simplefilter("ignore")  # it warns of the paper's T_n
     torch.set_num_threads(len(os.sched_getaffinity(0)))

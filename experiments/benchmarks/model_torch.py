@@ -8,9 +8,9 @@ import contextlib
 import os
 
 import numpy as np
-import torch
-from torch import nn
-import torch.nn.functional as F
+import torch  # pyright: ignore[reportMissingImports] (optional)
+from torch import nn  # pyright: ignore[reportMissingImports] (optional)
+import torch.nn.functional as F  # pyright: ignore[reportMissingImports] (optional)
 
 from rll_jax.networks import backbones
 

@@ -141,7 +141,7 @@ def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports] (optional)
 
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
