@@ -314,9 +314,10 @@ def test_killed_while_it_wrote_its_first_files(tmp_path):
 
 def test_two_runs_in_one_workdir(tmp_path):
     workdir = tmp_path / "run"
-    process = begin(*STEPS, f"--workdir={workdir}")
+    endless = [*STEPS, "--steps=1000000", f"--workdir={workdir}"]
+    process = begin(*endless)
     wait_for_step(process, workdir, 3)
-    told = run(*STEPS, f"--workdir={workdir}")
+    told = run(*endless)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert told.returncode == 2 and "is in use by another run" in told.stderr, told.stderr
