@@ -257,9 +257,11 @@ def build(npm: str, out: pathlib.Path) -> None:
 def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags of the command."""
     flags.DEFINE_string(
-        "npm", ".", "folder in which the npm packages are installed", flag_values=flag_values
+        "npm", ".", "The folder in which the npm packages are installed.", flag_values=flag_values
     )
-    flags.DEFINE_string("out", "experiments/data/emoji", "folder to make", flag_values=flag_values)
+    flags.DEFINE_string(
+        "out", "experiments/data/emoji", "The folder to make.", flag_values=flag_values
+    )
 
 
 def main(_: Sequence[str]) -> None:

@@ -367,32 +367,38 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_string(
         "out",
         None,
-        "existing folder for the table, its numbers and the plot",
+        "The existing folder for the table, its numbers and the plot.",
         required=True,
         flag_values=flag_values,
     )
     flags.DEFINE_bool(
-        "overwrite", False, "replace the files of an earlier run", flag_values=flag_values
+        "overwrite", False, "Replace the files of an earlier run.", flag_values=flag_values
     )
-    define_list("workdir", [], "folders of runs whose test embeddings are measured too")
+    define_list("workdir", [], "The folders of runs whose test embeddings are measured too.")
     define_list(
         "ranks",
         ["4", "8", "16", "32", "64", "128"],
-        "numbers of directions in which the simulated embeddings vary",
+        "The numbers of directions in which the simulated embeddings vary.",
     )
-    define_list("temperatures", ["1", "5", "10", "20"], "T_n of the negatives' weights")
-    define("batches", 20, "number of batches of each kind of embeddings", lower_bound=1)
-    define("classes", 60, "classes of a batch", lower_bound=2)
-    define("images_per_class", 3, "examples of each class of a batch", lower_bound=1)
-    define("embedding_dim", 512, "dimension of the simulated embeddings", lower_bound=2)
+    define_list(
+        "temperatures",
+        ["1", "5", "10", "20"],
+        "The values of T_n, the temperature of the negatives' weights.",
+    )
+    define("batches", 20, "The number of batches of each kind of embeddings.", lower_bound=1)
+    define("classes", 60, "The number of classes in a batch.", lower_bound=2)
+    define("images_per_class", 3, "The number of examples of each class in a batch.", lower_bound=1)
+    define("embedding_dim", 512, "The dimension of the simulated embeddings.", lower_bound=2)
     define_float(
         "spread",
         0.5,
-        "standard deviation of a class's simulated examples, relative to that of the centres",
+        "The standard deviation of a class's examples, relative to that of the centres.",
         lower_bound=0.0,
     )
-    define_float("alpha", 1.2, "the negatives' boundary", lower_bound=1e-6, upper_bound=2.0)
-    define("seed", 0, "seed of the simulation and of the drawn batches", lower_bound=0)
+    define_float(
+        "alpha", 1.2, "The negatives' boundary, a distance.", lower_bound=1e-6, upper_bound=2.0
+    )
+    define("seed", 0, "The seed of the simulation and of the drawn batches.", lower_bound=0)
 
 
 if __name__ == "__main__":

@@ -293,33 +293,33 @@ def tables(
 def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags of the command."""
     flags.DEFINE_integer(
-        "dim", 512, "embedding dimension of each level", lower_bound=1, flag_values=flag_values
+        "dim", 512, "The embedding dimension of each level.", lower_bound=1, flag_values=flag_values
     )
     flags.DEFINE_integer(
         "levels",
         3,
-        "number of levels, each with a gather and a loss",
+        "The number of levels, each with a gather and a loss.",
         lower_bound=1,
         flag_values=flag_values,
     )
     flags.DEFINE_float(
         "gflop",
         23.8,
-        "forward and backward pass of the network for one image, 1e9 FLOPs",
+        "The work of a forward and backward pass for one image, in 1e9 operations.",
         lower_bound=0.0,
         flag_values=flag_values,
     )
     flags.DEFINE_float(
         "params",
         36_292_160,
-        "number of parameters; by default those of a ResNet-50 with three heads",
+        "The number of parameters. The default is a ResNet-50 with three heads.",
         lower_bound=0.0,
         flag_values=flag_values,
     )
     flags.DEFINE_float(
         "efficiency",
         0.4,
-        "share of the peak rate that matrix products reach, an assumption",
+        "The share of the peak rate that matrix products are assumed to reach.",
         lower_bound=0.01,
         flag_values=flag_values,
     )
