@@ -1,1 +1,5 @@
 """The commands of the project: `python -m experiments.NAME`."""
+
+from experiments.engine import startup
+
+startup.settle()

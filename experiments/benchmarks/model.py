@@ -1,7 +1,9 @@
 """Images a second of the networks, embedding and training, beside the same networks in PyTorch.
 
-    python -m experiments.benchmarks.model                               # 8 minutes on 2 busy cores
-    python -m experiments.benchmarks.model --models=resnet18 --sizes=96  # a minute
+    python -m experiments.benchmarks.model                               # 10 minutes on 2 cores
+    python -m experiments.benchmarks.model --models=resnet18 --sizes=96  # 3 minutes
+    python -m experiments.benchmarks.model --models=googlenet_v2 --sizes=224 --batch=32
+    python -m experiments.benchmarks.model --models=resnet_small --sizes=32 --batch=160
     python -m experiments.benchmarks.model --models=resnet50 --sizes=224 --batch=256 \
         --dtype=bfloat16                                                 # on a GPU
 
@@ -11,6 +13,7 @@
 from collections.abc import Callable, Mapping, Sequence
 import functools
 import os
+import statistics
 import tempfile
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -40,16 +43,17 @@ _DTYPE = flags.DEFINE_enum(
 )
 _COMPILE = flags.DEFINE_bool("torch_compile", False, "Let PyTorch compile its network.")
 _ROUNDS = flags.DEFINE_integer(
-    "rounds", 2, "Processes for each measurement; the first of ours fills the cache.", lower_bound=2
+    "rounds", 5, "Processes for each measurement; the first of ours fills the cache.", lower_bound=2
 )
 _SECONDS = flags.DEFINE_float(
     "seconds",
-    1.0,
+    2.0,
     "Time to measure each thing in each process; at least one call.",
     lower_bound=0.0,
 )
 _TABLE = flags.DEFINE_string("table", "", "File to write the tables to; empty: none.")
 
+_MISSING = "not installed"
 _PEERS = ("torch", "torch_channels_last")  # the two layouts of PyTorch's images
 
 
@@ -101,14 +105,15 @@ class _Compared(NamedTuple):
     Attributes:
       ours: the best of each value over our processes.
       cold: our first process, which compiles into an empty cache.
-      torch: the best of each value over PyTorch's processes and layouts; None: not measured.
-      missing: what the tables show for `torch` if it is None.
+      torch: the best of each value over PyTorch's processes and layouts; None: not installed.
+      ratios: {"train", "forward": PyTorch's seconds divided by ours in each round}, empty lists if
+        PyTorch is not installed. PyTorch's are those of its faster layout in the round.
     """
 
     ours: dict[str, Any]
     cold: dict[str, Any]
     torch: dict[str, Any] | None
-    missing: str
+    ratios: dict[str, list[float]]
 
 
 def _data(size: int, batch: int) -> "tuple[np.ndarray, np.ndarray]":
@@ -190,11 +195,8 @@ def _torch(task: _Task, images: "np.ndarray", labels: "np.ndarray") -> _Measurab
     from experiments.benchmarks import model_torch
     from rll_jax.networks import backbones
 
-    config = backbones.BACKBONES[task.model]
-    if not isinstance(config, backbones.ResNetConfig):
-        raise ValueError(f"--models={task.model}: PyTorch's side has ResNets alone")
     calls, memory = model_torch.calls(
-        config,
+        backbones.BACKBONES[task.model],
         images,
         labels,
         task.dim,
@@ -241,9 +243,8 @@ def _best_seconds(call: Callable[[], object], seconds: float) -> float:
 
 def _compared(model: str, size: int) -> _Compared:
     """Measures one network and size: one process for each kind in turn, in rounds."""
-    has_peer = "resnet" in model  # model_torch has ResNets alone
-    kinds = ("ours", *_PEERS) if has_peer else ("ours",)
-    measured: dict[str, list[dict[str, Any]]] = {kind: [] for kind in ("ours", *_PEERS)}
+    kinds = ("ours", *_PEERS)
+    measured: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as cache:
         for _ in range(_ROUNDS.value):
             for kind in kinds:
@@ -269,8 +270,14 @@ def _compared(model: str, size: int) -> _Compared:
         ours=_best(measured["ours"]),
         cold=measured["ours"][0],
         torch=_best(peers) if peers else None,
-        missing="not installed" if has_peer else "-",
+        ratios={name: _ratios(measured, name) for name in ("train", "forward")},
     )
+
+
+def _ratios(measured: Mapping[str, Sequence[Mapping[str, Any]]], name: str) -> list[float]:
+    """Returns how many times as fast as PyTorch ours was in each round."""
+    rounds = zip(*measured.values(), strict=False)  # none where PyTorch is missing
+    return [min(a[name], b[name]) / ours[name] for ours, a, b in rounds]
 
 
 def _best(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -284,14 +291,15 @@ def _best(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _speed_table(compared: Mapping[tuple[str, int], _Compared]) -> str:
     """Returns the table of images per second."""
-    head = ["model", "pixels", "images/s", "rll_jax", "PyTorch", "rll_jax / PyTorch"]
+    head = ["model", "pixels", "images/s", "rll_jax", "PyTorch", "rll_jax / PyTorch", "least, most"]
     lines = []
     for (model, size), row in compared.items():
         for name, text in (("forward", "forward"), ("train", "train step")):
-            peer = [row.missing, ""]
+            peer = [_MISSING, "", ""]
             if row.torch:
-                rate, ratio = _BATCH.value / row.torch[name], row.torch[name] / row.ours[name]
-                peer = [f"{rate:.1f}", f"{ratio:.2f}"]
+                rate, ratios = _BATCH.value / row.torch[name], row.ratios[name]
+                spread = f"{min(ratios):.2f}, {max(ratios):.2f}"
+                peer = [f"{rate:.1f}", f"{statistics.median(ratios):.2f}", spread]
             lines.append([model, size, text, f"{_BATCH.value / row.ours[name]:.1f}", *peer])
     return measuring.markdown_table(head, lines)
 
@@ -306,9 +314,9 @@ def _step_table(compared: Mapping[tuple[str, int], _Compared]) -> str:
         seconds = [cold["compile"], ours["compile"], cold["first"], ours["first"]]
         cells = [f"{x:.1f}" for x in seconds]
         for side in (ours, row.torch):
-            cells.append(f"{100 * side['loss'] / side['train']:.2g}" if side else row.missing)
+            cells.append(f"{100 * side['loss'] / side['train']:.2g}" if side else _MISSING)
         for side in (ours, row.torch):
-            cells.append(f"{side.get('memory', float('nan')):.0f}" if side else row.missing)
+            cells.append(f"{side.get('memory', float('nan')):.0f}" if side else _MISSING)
         flops = [ours["flops"] / 1e9, ours["flops"] / ours["train"] / 1e9]
         lines.append([model, size, *cells, *(f"{x:.3g}" for x in flops)])
     return measuring.markdown_table(head, lines)
@@ -326,7 +334,7 @@ def main() -> None:
         for size in sizes:
             compared[model, size] = row = _compared(model, size)
             ours, peer = (
-                f"{_BATCH.value / side['train']:.1f}" if side else row.missing
+                f"{_BATCH.value / side['train']:.1f}" if side else _MISSING
                 for side in (row.ours, row.torch)
             )
             measuring.tell(f"{model} {size}: {ours} images/s in training, PyTorch {peer}")

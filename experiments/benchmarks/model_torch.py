@@ -1,6 +1,6 @@
 """PyTorch's side of `experiments.benchmarks.model`.
 
-torchvision's ResNet, with its structure and names, with an embedding; and the loss.
+torchvision's ResNet, with its structure and names, with an embedding; the loss; what is measured.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,9 @@ import torch  # pyright: ignore[reportMissingImports] (optional)
 from torch import nn  # pyright: ignore[reportMissingImports] (optional)
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports] (optional)
 
+from experiments.benchmarks import googlenet_torch
 from rll_jax.networks import backbones
+from rll_jax.typing import Backbone
 
 
 class Block(nn.Module):
@@ -120,7 +122,7 @@ class _Measured:
 
     def __init__(
         self,
-        network: EmbeddingResNet,
+        network: nn.Module,
         images: torch.Tensor,
         labels: torch.Tensor,
         dtype: str,
@@ -168,7 +170,7 @@ class _Measured:
 
 
 def calls(
-    config: backbones.ResNetConfig,
+    config: Backbone,
     images: np.ndarray,
     labels: np.ndarray,
     dim: int,
@@ -204,7 +206,7 @@ def calls(
     torch.backends.cudnn.benchmark = True  # XLA tries algorithms too
     torch.set_float32_matmul_precision("high")  # TF32 where XLA takes it by default
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    network = EmbeddingResNet(config, dim).to(
+    network = _network(config, dim).to(
         device,
         memory_format=layout,  # pyright: ignore[reportCallIssue] not in the stub
     )
@@ -218,6 +220,14 @@ def calls(
     )
     functions = {"train": measured.train, "forward": measured.forward, "loss": measured.loss}
     return functions, _peak_device_mib if device == "cuda" else None
+
+
+def _network(config: Backbone, dim: int) -> nn.Module:
+    if isinstance(config, backbones.ResNetConfig):
+        return EmbeddingResNet(config, dim)
+    if isinstance(config, backbones.GoogLeNetV2Config):
+        return googlenet_torch.EmbeddingGoogLeNet(config, dim)
+    raise ValueError(f"no network of PyTorch for {config}")
 
 
 def _peak_device_mib() -> float:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 # Makes a module, as `flax.linen.Conv` without a bias or a batch norm does.
 ModuleMaker = Callable[..., Any]
@@ -21,3 +22,14 @@ def cached_ends(maps: Mapping[int, jax.Array]) -> tuple[list[jax.Array | None], 
     """
     last = max(maps)
     return [maps.get(stage) for stage in range(1, last + 1)], maps[last]
+
+
+def as_varying(*arrays: jax.Array) -> list[jax.Array]:
+    """Makes all arrays differ between devices along all axes of shard_map where one of them does.
+
+    A gradient with a rule of its own must vary as its argument does. The gradient of an array that
+    is the same on all devices is then summed over them outside of the rule. Nothing is computed:
+    the zeros that are added here are gone in the compiled program.
+    """
+    zero = sum(jnp.zeros_like(array.ravel()[:1].sum()) for array in arrays)
+    return [array + jnp.asarray(zero, array.dtype) for array in arrays]

@@ -20,6 +20,9 @@ import numpy as np
 
 from rll_jax.loss.rows import normalize_rows
 from rll_jax.networks._stages import ModuleMaker
+from rll_jax.networks.convolution import conv_general_dilated
+from rll_jax.networks.normalization import BatchNorm, relu
+from rll_jax.networks.pooling import avg_pool
 from rll_jax.typing import Backbone
 
 BatchNormMode = Literal["train", "local", "frozen", "frozen_affine"]
@@ -31,7 +34,7 @@ HEAD_CHANNELS = 128  # of the maps that the heads' linear layers L_dense and M_d
 _HEAD_UNITS = 1024
 
 
-class _FixedBatchNorm(nn.BatchNorm):
+class _FixedBatchNorm(BatchNorm):
     """A batch norm whose scales and biases the gradient does not reach."""
 
     def param(self, *args: Any, **kwargs: Any) -> Any:
@@ -159,7 +162,13 @@ class EmbeddingNet(nn.Module):
     def _conv(self) -> ModuleMaker:
         """Returns what makes a convolution, with initial weights as by He et al. 2015."""
         he = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-        return functools.partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=he)
+        return functools.partial(
+            nn.Conv,
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=he,
+            conv_general_dilated=conv_general_dilated,
+        )
 
     def _norm(self, train: bool, frozen: bool) -> ModuleMaker:
         """Returns what makes a batch norm.
@@ -169,10 +178,8 @@ class EmbeddingNet(nn.Module):
           frozen: whether the running averages are used even while the network trains.
         """
         return functools.partial(
-            _FixedBatchNorm if frozen and self.batch_norm == "frozen_affine" else nn.BatchNorm,
+            _FixedBatchNorm if frozen and self.batch_norm == "frozen_affine" else BatchNorm,
             use_running_average=frozen or not train,
-            momentum=0.9,
-            epsilon=1e-5,
             dtype=self.dtype,
             axis_name=self.axis_name if train and self.batch_norm != "local" else None,
         )
@@ -184,11 +191,11 @@ class EmbeddingNet(nn.Module):
         if level == "H":
             x = jnp.mean(x, axis=(1, 2))
         else:
-            x = nn.avg_pool(x, _pool_window(x.shape[1:3]), strides=(3, 3))
+            x = avg_pool(x, _pool_window(x.shape[1:3]), strides=(3, 3))
             x = conv(HEAD_CHANNELS, (1, 1), name=f"{level}_conv")(x)
-            x = nn.relu(norm(name=f"{level}_bn1")(x))
+            x = relu(norm(name=f"{level}_bn1")(x))
             x = dense(_HEAD_UNITS, name=f"{level}_dense")(x.reshape(x.shape[0], -1))
-            x = nn.relu(norm(name=f"{level}_bn2")(x))
+            x = relu(norm(name=f"{level}_bn2")(x))
         x = dense(self.embedding_dim, name=f"{level}_embedding")(x)
         return normalize_rows(x.astype(jnp.float32))
 

@@ -13,9 +13,11 @@ from jax import lax
 import jax.numpy as jnp
 
 from rll_jax.networks._stages import ModuleMaker, cached_ends
+from rll_jax.networks.normalization import relu
+from rll_jax.networks.pooling import avg_pool, max_pool
 
 
-class _Channels(NamedTuple):
+class Channels(NamedTuple):
     """The channels of the convolutions in an inception block.
 
     A block without a 1x1 convolution has stride 2, and a max pool instead of the pool projection.
@@ -29,20 +31,20 @@ class _Channels(NamedTuple):
     pool_projection: int
 
 
-_INCEPTIONS = {
-    "3a": _Channels(64, 64, 64, 64, 96, 32),
-    "3b": _Channels(64, 64, 96, 64, 96, 64),
-    "3c": _Channels(0, 128, 160, 64, 96, 0),
-    "4a": _Channels(224, 64, 96, 96, 128, 128),
-    "4b": _Channels(192, 96, 128, 96, 128, 128),
-    "4c": _Channels(160, 128, 160, 128, 160, 128),
-    "4d": _Channels(96, 128, 192, 160, 192, 128),
-    "4e": _Channels(0, 128, 192, 192, 256, 0),
-    "5a": _Channels(352, 192, 320, 160, 224, 128),
-    "5b": _Channels(352, 192, 320, 192, 224, 128),
+INCEPTIONS = {
+    "3a": Channels(64, 64, 64, 64, 96, 32),
+    "3b": Channels(64, 64, 96, 64, 96, 64),
+    "3c": Channels(0, 128, 160, 64, 96, 0),
+    "4a": Channels(224, 64, 96, 96, 128, 128),
+    "4b": Channels(192, 96, 128, 96, 128, 128),
+    "4c": Channels(160, 128, 160, 128, 160, 128),
+    "4d": Channels(96, 128, 192, 160, 192, 128),
+    "4e": Channels(0, 128, 192, 192, 256, 0),
+    "5a": Channels(352, 192, 320, 160, 224, 128),
+    "5b": Channels(352, 192, 320, 192, 224, 128),
 }
 _ENDS_OF_STAGES = ("3c", "4e", "5b")
-_MAX_POOLED = "5b"  # its pool is a maximum in the Caffe model; the other blocks' are averages
+MAX_POOLED = "5b"  # its pool is a maximum in the Caffe model; the other blocks' are averages
 _PREFIX = "inception_"
 
 
@@ -76,7 +78,7 @@ class GoogLeNetV2Config:
         """Returns the stage, from 1, of a top-level module by its name; 0 for the stem."""
         if not module.startswith(_PREFIX):
             return 0
-        blocks = list(_INCEPTIONS)
+        blocks = list(INCEPTIONS)
         block = blocks.index(module.removeprefix(_PREFIX))
         return 1 + sum(blocks.index(end) < block for end in _ENDS_OF_STAGES)
 
@@ -102,13 +104,14 @@ class GoogLeNetV2Config:
         else:
             ends, x = [], self._stem(x, conv, norm)
         cached = len(ends)
-        for name, published in _INCEPTIONS.items():
+        for name in INCEPTIONS:
             stage = self.stage_of(_PREFIX + name)
             if stage <= cached:
                 continue
             make_block = nn.remat(_Inception) if stage in remat else _Inception
-            channels = _Channels(*map(self._scaled, published))
-            x = make_block(channels, name == _MAX_POOLED, conv, norm, name=_PREFIX + name)(x)
+            x = make_block(
+                self.channels(name), name == MAX_POOLED, conv, norm, name=_PREFIX + name
+            )(x)
             if name in _ENDS_OF_STAGES:
                 x = lax.stop_gradient(x) if stage <= frozen else x
                 ends.append(x)
@@ -116,13 +119,17 @@ class GoogLeNetV2Config:
 
     def _stem(self, x: jax.Array, conv: ModuleMaker, norm: ModuleMaker) -> jax.Array:
         """Returns the input of the first stage from (B, H, W, 3) normalised images."""
-        x = _ConvUnit(self._scaled(64), 7, 2, conv, norm, name="conv1_7x7_s2")(x)
+        x = _ConvUnit(self.scaled(64), 7, 2, conv, norm, name="conv1_7x7_s2")(x)
         x = _caffe_max_pool(x)
-        x = _ConvUnit(self._scaled(64), 1, 1, conv, norm, name="conv2_3x3_reduce")(x)
-        x = _ConvUnit(self._scaled(192), 3, 1, conv, norm, name="conv2_3x3")(x)
+        x = _ConvUnit(self.scaled(64), 1, 1, conv, norm, name="conv2_3x3_reduce")(x)
+        x = _ConvUnit(self.scaled(192), 3, 1, conv, norm, name="conv2_3x3")(x)
         return _caffe_max_pool(x)
 
-    def _scaled(self, published: int) -> int:
+    def channels(self, name: str) -> Channels:
+        """Returns the channels of an inception block of this network by its name, such as "3a"."""
+        return Channels(*map(self.scaled, INCEPTIONS[name]))
+
+    def scaled(self, published: int) -> int:
         """Returns the number of channels here where the Caffe model has `published`."""
         return round(self.width * published)
 
@@ -145,7 +152,7 @@ class _ConvUnit(nn.Module):
             padding=[(self.kernel // 2, self.kernel // 2)] * 2,
             name="conv",
         )(x)
-        return nn.relu(self.norm(name="bn")(x))
+        return relu(self.norm(name="bn")(x))
 
 
 class _Inception(nn.Module):
@@ -158,7 +165,7 @@ class _Inception(nn.Module):
       norm: makes a batch norm.
     """
 
-    channels: _Channels
+    channels: Channels
     max_pool: bool
     conv: ModuleMaker
     norm: ModuleMaker
@@ -174,8 +181,8 @@ class _Inception(nn.Module):
         b = self._unit(channels.double3x3, 3, strides, "double_3x3_2")(b)
         if not channels.conv1x1:
             return jnp.concatenate([a, b, _caffe_max_pool(x, a.shape[1:3])], axis=-1)
-        pool = nn.max_pool if self.max_pool else nn.avg_pool
-        pooled = pool(x, (3, 3), padding=[(1, 1)] * 2)  # pyright: ignore[reportArgumentType] (flax: not str alone)
+        pool = max_pool if self.max_pool else avg_pool
+        pooled = pool(x, (3, 3), padding=[(1, 1)] * 2)
         pooled = self._unit(channels.pool_projection, 1, 1, "pool_proj")(pooled)
         first = self._unit(channels.conv1x1, 1, 1, "1x1")(x)
         return jnp.concatenate([first, a, b, pooled], axis=-1)
@@ -200,4 +207,4 @@ def _caffe_max_pool(x: jax.Array, sides: Sequence[int] | None = None) -> jax.Arr
         for before, after in zip(x.shape[1:3], sides, strict=True)
     ]
     padding = [(overhang // 2, overhang - overhang // 2) for overhang in overhangs]
-    return nn.max_pool(x, (3, 3), (2, 2), padding=padding)  # pyright: ignore[reportArgumentType] (flax: not str alone)
+    return max_pool(x, (3, 3), (2, 2), padding=padding)

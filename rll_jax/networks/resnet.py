@@ -12,6 +12,8 @@ import jax
 from jax import lax
 
 from rll_jax.networks._stages import ModuleMaker, cached_ends
+from rll_jax.networks.normalization import relu
+from rll_jax.networks.pooling import avg_pool, max_pool
 
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 _PUBLISHED = {"downsample_conv": "downsample.0", "downsample_bn": "downsample.1"}
@@ -122,11 +124,11 @@ class ResNetConfig:
             padding=[(padding, padding)] * 2,
             name="conv1",
         )(x)
-        x = nn.relu(norm(name="bn1")(x))
+        x = relu(norm(name="bn1")(x))
         if self.small_images:
             window = (self.stem_pool, self.stem_pool)
-            return nn.avg_pool(x, window, strides=window)
-        return nn.max_pool(x, (3, 3), (2, 2), padding=[(1, 1)] * 2)  # pyright: ignore[reportArgumentType] (flax: not str alone)
+            return avg_pool(x, window, window)
+        return max_pool(x, (3, 3), (2, 2), padding=[(1, 1)] * 2)
 
 
 class _Convolution(NamedTuple):
@@ -168,12 +170,12 @@ class ResNetBlock(nn.Module):
                 name=f"conv{number}",
             )(y)
             y = self.norm(name=f"bn{number}")(y)
-            y = nn.relu(y) if number < len(convolutions) else y
+            y = relu(y) if number < len(convolutions) else y
         if self.strides != 1 or x.shape[-1] != y.shape[-1]:
             strides = (self.strides, self.strides)
             x = self.conv(y.shape[-1], (1, 1), strides, padding="VALID", name="downsample_conv")(x)
             x = self.norm(name="downsample_bn")(x)
-        return nn.relu(x + y)
+        return relu(x + y)
 
     def _convolutions(self) -> list[_Convolution]:
         if not self.config.bottleneck:

@@ -1,0 +1,154 @@
+"""The convolution of the networks: XLA's, but for what XLA's CPU compiler does slowly.
+
+On a CPU, a 1x1 convolution and its gradients are matrix products, and maps smaller than the kernel
+are padded first: XLA has no fast convolution for them (3 instead of 400 GFLOP/s on 2x2 maps). On
+every other platform the program is that of `jax.lax.conv_general_dilated`.
+"""
+
+from collections.abc import Sequence
+import functools
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from rll_jax.networks._stages import as_varying
+
+_DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+_Pads = tuple[tuple[int, int], ...]
+
+
+def conv_general_dilated(
+    x: jax.Array,
+    kernel: jax.Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    **options: Any,
+) -> jax.Array:
+    """Convolves maps with a kernel, for `flax.linen.Conv(conv_general_dilated=...)`.
+
+    Args:
+      x: (B, H, W, C) maps.
+      kernel: (kernel height, kernel width, C, features).
+      window_strides: the vertical and the horizontal stride.
+      padding: the pads before and after each side, or "SAME" or "VALID".
+      **options: further arguments of `jax.lax.conv_general_dilated`. Dilations are 1, there is one
+        group, and the dimensions are NHWC and HWIO.
+
+    Returns:
+      (B, H after, W after, features). Gradients of first order in reverse mode exist.
+
+    Raises:
+      ValueError: the kernel has not two sides, or there are groups or dilations.
+    """
+    groups = {options.pop("feature_group_count", 1), options.pop("batch_group_count", 1)}
+    dilations = {*(options.pop("lhs_dilation", ()) or ()), *(options.pop("rhs_dilation", ()) or ())}
+    if kernel.ndim != 4 or groups != {1} or not dilations <= {1}:
+        raise ValueError(
+            f"a kernel of shape {kernel.shape} with groups {groups}, dilations {dilations}: "
+            "expected two sides, one group and no dilation"
+        )
+    strides = tuple(window_strides)
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+    pads: _Pads = tuple((before, after) for before, after in padding)
+    if x.dtype != jnp.float32 or kernel.dtype != jnp.float32:
+        return _by_xla(x, kernel, strides, pads)
+    return _convolve(*as_varying(x, kernel), strides, pads)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pads: _Pads) -> jax.Array:
+    on_cpu = _product if _is_product(kernel, pads) else _padded_where_small
+    return lax.platform_dependent(
+        x,
+        kernel,
+        cpu=functools.partial(on_cpu, strides=strides, pads=pads),
+        default=functools.partial(_by_xla, strides=strides, pads=pads),
+    )
+
+
+def _forward(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pads: _Pads
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _convolve(x, kernel, strides, pads), (x, kernel)
+
+
+def _backward(
+    strides: tuple[int, ...],
+    pads: _Pads,
+    inputs: tuple[jax.Array, jax.Array],
+    gradient: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    on_cpu = _product_gradients if _is_product(inputs[1], pads) else _padded_gradients
+    return lax.platform_dependent(
+        *inputs,
+        gradient,
+        cpu=functools.partial(on_cpu, strides=strides, pads=pads),
+        default=functools.partial(_gradients_by_xla, strides=strides, pads=pads),
+    )
+
+
+_convolve.defvjp(_forward, _backward)
+
+
+def _by_xla(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pads: _Pads) -> jax.Array:
+    return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=_DIMENSIONS)
+
+
+def _gradients_by_xla(
+    x: jax.Array, kernel: jax.Array, gradient: jax.Array, strides: tuple[int, ...], pads: _Pads
+) -> tuple[jax.Array, jax.Array]:
+    of_x = jax.linear_transpose(lambda x: _by_xla(x, kernel, strides, pads), x)
+    of_kernel = jax.linear_transpose(lambda kernel: _by_xla(x, kernel, strides, pads), kernel)
+    return *of_x(gradient), *of_kernel(gradient)
+
+
+def _is_product(kernel: jax.Array, pads: _Pads) -> bool:
+    return kernel.shape[:2] == (1, 1) and pads == ((0, 0), (0, 0))
+
+
+def _product(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pads: _Pads) -> jax.Array:
+    del pads  # none
+    return x[:, :: strides[0], :: strides[1]] @ kernel[0, 0]
+
+
+def _product_gradients(
+    x: jax.Array, kernel: jax.Array, gradient: jax.Array, strides: tuple[int, ...], pads: _Pads
+) -> tuple[jax.Array, jax.Array]:
+    del pads  # none
+    seen = x[:, :: strides[0], :: strides[1]]
+    inputs, features = kernel.shape[2:]
+    of_kernel = seen.reshape(-1, inputs).T @ gradient.reshape(-1, features)
+    of_seen = gradient @ kernel[0, 0].T
+    between = [
+        (0, before - 1 - (after - 1) * stride, stride - 1)
+        for before, after, stride in zip(x.shape[1:3], seen.shape[1:3], strides, strict=True)
+    ]
+    of_x = lax.pad(of_seen, jnp.zeros((), x.dtype), ((0, 0, 0), *between, (0, 0, 0)))
+    return of_x, of_kernel[None, None]
+
+
+def _padded_where_small(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pads: _Pads
+) -> jax.Array:
+    """Convolves; a map with a side below the kernel's is padded before, not by the convolution."""
+    if any(side < size for side, size in zip(x.shape[1:3], kernel.shape[:2], strict=True)):
+        x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+        pads = ((0, 0), (0, 0))
+    return _by_xla(x, kernel, strides, pads)
+
+
+def _padded_gradients(
+    x: jax.Array, kernel: jax.Array, gradient: jax.Array, strides: tuple[int, ...], pads: _Pads
+) -> tuple[jax.Array, jax.Array]:
+    of_x, of_kernel = _gradients_by_xla(x, kernel, gradient, strides, pads)
+    around = tuple(
+        (size - 1 - before, size - 1 - after)
+        for (before, after), size in zip(pads, kernel.shape[:2], strict=True)
+    )
+    if strides == (1, 1) and min(min(pair) for pair in around) >= 0:
+        turned = kernel[::-1, ::-1].swapaxes(2, 3)
+        of_x = _padded_where_small(gradient, turned, strides, around)
+    return of_x, of_kernel

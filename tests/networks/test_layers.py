@@ -1,0 +1,197 @@
+"""The layers of the networks give what Flax's and XLA's give, by other programs on CPUs."""
+
+import functools
+import re
+
+from flax import linen as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rll_jax.networks import (
+    backbones,
+    convolution,
+    embedding_net,
+    googlenet,
+    normalization,
+    pooling,
+    resnet,
+)
+
+DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+PAIRS = st.tuples(st.integers(0, 2), st.integers(0, 2))
+
+
+def maps(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def with_gradients(function, *inputs):
+    """The value, and the gradients for a random gradient of the value."""
+    value, pullback = jax.vjp(function, *inputs)
+    return value, *pullback(maps(9, *value.shape).astype(value.dtype))
+
+
+def assert_equal(ours, theirs, tolerance=2e-5):
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert mine.shape == reference.shape and mine.dtype == reference.dtype
+        scale = 1 + np.abs(reference).max(initial=0)
+        np.testing.assert_allclose(mine / scale, reference / scale, atol=tolerance)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.integers(1, 3), height=st.integers(1, 7), width=st.integers(1, 7),
+    channels=st.integers(1, 4), features=st.integers(1, 4), kernel=st.sampled_from([1, 2, 3, 5]),
+    strides=st.tuples(st.integers(1, 3), st.integers(1, 3)), pads=st.tuples(PAIRS, PAIRS),
+)  # fmt: skip
+def test_a_convolution_is_that_of_xla(
+    batch, height, width, channels, features, kernel, strides, pads
+):
+    if min(height + sum(pads[0]), width + sum(pads[1])) < kernel:
+        return
+    x, w = maps(0, batch, height, width, channels), maps(1, kernel, kernel, channels, features)
+    theirs = functools.partial(
+        lax.conv_general_dilated, window_strides=strides, padding=pads,
+        dimension_numbers=DIMENSIONS,
+    )  # fmt: skip
+    ours = functools.partial(convolution.conv_general_dilated, window_strides=strides, padding=pads)
+    assert_equal(with_gradients(ours, x, w), with_gradients(theirs, x, w))
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_layer_of_flax_takes_the_convolution(padding, dtype):
+    x = maps(0, 2, 5, 6, 3)
+    layer = functools.partial(nn.Conv, 4, (3, 3), strides=(2, 1), padding=padding, dtype=dtype)
+    ours = layer(conv_general_dilated=convolution.conv_general_dilated)
+    variables = layer().init(jax.random.key(0), x)
+    assert_equal([ours.apply(variables, x)], [layer().apply(variables, x)], 1e-2)
+
+
+@pytest.mark.parametrize(
+    "options", [{"feature_group_count": 2}, {"rhs_dilation": (2, 2)}, {"lhs_dilation": (1, 2)}]
+)
+def test_groups_and_dilations_are_refused(options):
+    with pytest.raises(ValueError, match="one group and no dilation"):
+        convolution.conv_general_dilated(
+            maps(0, 1, 4, 4, 2), maps(1, 3, 3, 1, 2), (1, 1), "SAME", **options
+        )
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    height=st.integers(1, 8), width=st.integers(1, 8), kind=st.sampled_from(["max", "avg"]),
+    window=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    strides=st.tuples(st.integers(1, 4), st.integers(1, 4)), data=st.data(),
+)  # fmt: skip
+def test_a_pool_is_that_of_flax(height, width, kind, window, strides, data):
+    pads = tuple(
+        data.draw(st.tuples(st.integers(0, side - 1), st.integers(0, side - 1))) for side in window
+    )
+    if height + sum(pads[0]) < window[0] or width + sum(pads[1]) < window[1]:
+        return
+    x = jnp.round(maps(0, 2, height, width, 3))  # with equal maxima
+    ours = getattr(pooling, f"{kind}_pool")
+    theirs = getattr(nn, f"{kind}_pool")
+    assert_equal(
+        with_gradients(lambda x: ours(x, window, strides, pads), x),
+        with_gradients(lambda x: theirs(x, window, strides=strides, padding=pads), x),
+    )
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 7, 3), (13, 6), (2, 16, 16, 8), (1, 1, 1, 4)])
+@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_batch_norm_is_that_of_flax(shape, running, dtype):
+    x = (3 * maps(0, *shape) + 1).astype(dtype)
+    options = {"use_running_average": running, "epsilon": 1e-5, "dtype": dtype}
+    theirs = nn.BatchNorm(momentum=0.9, **options)
+    variables = theirs.init(jax.random.key(0), x)
+    channels = shape[-1:]
+    variables["params"] = {"scale": maps(1, *channels), "bias": maps(2, *channels)}
+    variables["batch_stats"] = {"mean": maps(3, *channels), "var": maps(4, *channels) ** 2}
+
+    def apply(module, params, x):
+        def normalized(params, x):
+            y, new = module.apply({**variables, "params": params}, x, mutable=["batch_stats"])
+            return y, new
+
+        y, pullback, new = jax.vjp(normalized, params, x, has_aux=True)
+        gradients = pullback(maps(9, *y.shape).astype(y.dtype))
+        return jax.tree.leaves((y, gradients, new))
+
+    ours = normalization.BatchNorm(**options)
+    jax.tree.map(np.testing.assert_array_equal, ours.init(jax.random.key(0), x),
+                 theirs.init(jax.random.key(0), x))  # fmt: skip
+    tolerance = 2e-5 if dtype == jnp.float32 else 2e-2
+    mine, reference = (apply(module, variables["params"], x) for module in (ours, theirs))
+    assert_equal(mine, reference, tolerance)
+
+
+def test_a_relu_is_that_of_flax():
+    x = jnp.array([-2.0, -0.0, 0.0, 1.5, np.inf, -np.inf, np.nan])
+    assert_equal(with_gradients(normalization.relu, x), with_gradients(nn.relu, x))
+
+
+def test_two_devices_give_the_gradient_of_one():
+    """Under shard_map's check, with parameters that are the same on both devices."""
+    x = maps(0, 4, 6, 6, 3)
+    model = embedding_net.EmbeddingNet(backbones.BACKBONES["resnet_tiny"], 8)
+    variables = model.init(jax.random.key(0), x)
+
+    def loss(params, x, axis_name=None):
+        distributed = model.clone(axis_name=axis_name)
+        embeddings, _ = distributed.apply(
+            {**variables, "params": params}, x, train=True, mutable=["batch_stats"]
+        )
+        return (embeddings["H"] ** 2 * maps(1, 8)).sum()
+
+    def sharded(params, x):
+        return lax.psum(loss(params, x, "batch"), "batch")
+
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+    on_both = jax.shard_map(sharded, mesh=mesh, in_specs=(spec(), spec("batch")), out_specs=spec())
+    expected = jax.jit(jax.grad(loss))(variables["params"], x)
+    gradient = jax.jit(jax.grad(on_both))(variables["params"], x)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-4), gradient, expected
+    )
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("name", ["resnet_small", "googlenet_v2"])
+def test_programs_for_other_platforms_are_those_of_flax(platform, name, monkeypatch):
+    model = embedding_net.EmbeddingNet(backbones.BACKBONES[name], 8)
+    images = jnp.zeros((2, 64, 64, 3), jnp.uint8)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+
+    def operations():
+        def loss(params, images):
+            variables = {**shapes_as_zeros, "params": params}
+            embeddings, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
+            return embeddings["H"].sum()
+
+        shapes_as_zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        traced = jax.jit(jax.grad(loss)).trace(shapes["params"], images)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        found = re.findall(r"stablehlo\.(\w+)", text)
+        kinds = ("convolution", "dot_general", "reduce_window", "select_and_scatter", "reduce")
+        return {kind: found.count(kind) for kind in kinds}
+
+    ours = operations()
+    monkeypatch.setattr(embedding_net, "conv_general_dilated", None)
+    monkeypatch.setattr(embedding_net, "BatchNorm", nn.BatchNorm)
+    for module in (resnet, googlenet, embedding_net):
+        monkeypatch.setattr(module, "relu", nn.relu)
+        monkeypatch.setattr(module, "avg_pool", nn.avg_pool)
+    for module in (resnet, googlenet):
+        monkeypatch.setattr(module, "max_pool", nn.max_pool)
+    theirs = operations()
+    assert ours.pop("reduce") <= theirs.pop("reduce")  # a batch norm's gradient has one sum less
+    assert ours == theirs and ours["convolution"] > 20
