@@ -122,7 +122,7 @@ class _Measured:
 
     def __init__(
         self,
-        network: nn.Module,
+        network: EmbeddingResNet | googlenet_torch.EmbeddingGoogLeNet,
         images: torch.Tensor,
         labels: torch.Tensor,
         dtype: str,
@@ -206,10 +206,11 @@ def calls(
     torch.backends.cudnn.benchmark = True  # XLA tries algorithms too
     torch.set_float32_matmul_precision("high")  # TF32 where XLA takes it by default
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    network = _network(config, dim).to(
+    network = embedding_network(config, dim).to(
         device,
         memory_format=layout,  # pyright: ignore[reportCallIssue] not in the stub
     )
+    images = images[..., ::-1] if config.bgr else images
     pixels = torch.from_numpy((images - config.mean) / config.std).permute(0, 3, 1, 2)
     measured = _Measured(
         network,
@@ -222,7 +223,14 @@ def calls(
     return functions, _peak_device_mib if device == "cuda" else None
 
 
-def _network(config: Backbone, dim: int) -> nn.Module:
+def embedding_network(
+    config: Backbone, dim: int
+) -> EmbeddingResNet | googlenet_torch.EmbeddingGoogLeNet:
+    """Returns the network of a backbone with level H and embeddings of `dim` dimensions.
+
+    Raises:
+      ValueError: the backbone is of another family.
+    """
     if isinstance(config, backbones.ResNetConfig):
         return EmbeddingResNet(config, dim)
     if isinstance(config, backbones.GoogLeNetV2Config):

@@ -4,14 +4,16 @@
 """
 
 from collections.abc import Mapping
+import importlib.metadata
 import os
 import pathlib
 import re
 import sys
 
-# XLA's YNNPACK fusions compute some sums wrong in jaxlib 0.10.2 and 0.11. Train steps are slower
-# with them in every version that has them.
-_FUSIONS = "xla_cpu_experimental_ynn_fusion_type"
+# XLA's YNNPACK fusions compute some sums wrong (see `rll_jax._jaxlib_fault`), and train steps are
+# slower with them. XLA ends a program whose flags it does not know: later versions may not know it.
+_FUSIONS_OFF = "--xla_cpu_experimental_ynn_fusion_type="
+_UNKNOWN_FROM = (0, 13)
 _HUGE_PAGES = "glibc.malloc.hugetlb"
 _KERNELS_CHOICE = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -22,7 +24,7 @@ def settle() -> None:
     What the user has set in XLA_FLAGS or GLIBC_TUNABLES stays. A process is started again only as
     `python -m experiments.NAME`, before anything is done, and keeps its number.
     """
-    os.environ["XLA_FLAGS"] = xla_flags(os.environ)
+    os.environ["XLA_FLAGS"] = xla_flags(os.environ, jaxlib_version())
     if sys.argv[0] == "-m" and _takes_huge_pages():  # so it is while Python looks for the module
         tunables = with_huge_pages(os.environ)
         if tunables is not None:
@@ -30,10 +32,23 @@ def settle() -> None:
             os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
-def xla_flags(environment: Mapping[str, str]) -> str:
-    """Returns XLA_FLAGS with the fusions off, unless they say something about them."""
+def xla_flags(environment: Mapping[str, str], jaxlib: tuple[int, ...]) -> str:
+    """Returns XLA_FLAGS with the fusions off, unless they say something about them.
+
+    Args:
+      environment: the variables of the process.
+      jaxlib: the version of jaxlib.
+    """
     given = environment.get("XLA_FLAGS", "")
-    return given if _FUSIONS in given else f"{given} --{_FUSIONS}=".strip()
+    if _FUSIONS_OFF in given or jaxlib >= _UNKNOWN_FROM:
+        return given
+    return f"{given} {_FUSIONS_OFF}".strip()
+
+
+def jaxlib_version() -> tuple[int, ...]:
+    """Returns the first two numbers of jaxlib's version without importing it."""
+    major, minor, *_ = importlib.metadata.version("jaxlib").split(".")
+    return int(major), int(minor)
 
 
 def with_huge_pages(environment: Mapping[str, str]) -> str | None:

@@ -1,5 +1,6 @@
 """The networks' benchmark: its tables, and that PyTorch's side does the same work."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -48,21 +49,25 @@ def test_both_tables_hold_finite_positive_numbers(tmp_path):
     assert float(step[2]) > float(step[3])  # the cache is used
 
 
-@pytest.mark.parametrize("name", ["resnet_small", "resnet18", "resnet50", "resnet50_v1"])
+@pytest.mark.parametrize(
+    "name", ["resnet_small", "resnet18", "resnet50", "resnet50_v1", "googlenet_v2"]
+)
 def test_pytorchs_side_is_the_same_network(name):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     from experiments.benchmarks import model_torch
 
     config = backbones.BACKBONES[name]
-    config = backbones.ResNetConfig(**{**vars(config), "width": 8})
+    narrow = 0.125 if name == "googlenet_v2" else 8
+    config = dataclasses.replace(config, width=narrow)
     torch.manual_seed(0)
-    theirs = model_torch.EmbeddingResNet(config, 16)
+    theirs = model_torch.embedding_network(config, 16)
     published = {
         key.replace("embedding.", "H_embedding."): value.numpy()
         for key, value in theirs.state_dict().items()
     }
     pixels = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), np.uint8)
-    x = (pixels.astype(np.float32) - np.float32(config.mean)) / np.float32(config.std)
+    channels = pixels[..., ::-1] if config.bgr else pixels
+    x = (channels.astype(np.float32) - np.float32(config.mean)) / np.float32(config.std)
     x = torch.from_numpy(x.transpose(0, 3, 1, 2))
     # float64: the last maps have one pixel, and fifty batch norms over twelve values make
     # float32's rounding, which every machine does in its own way, 1e-4

@@ -50,7 +50,7 @@ def command(*arguments, name="emoji", devices=1):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    flags["XLA_FLAGS"] = startup.xla_flags(flags)
+    flags["XLA_FLAGS"] = startup.xla_flags(flags, startup.jaxlib_version())
     environment = (
         os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)} | cache | flags
     )
