@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
 
+from rll_jax._jaxlib_fault import warn_of_wrong_sums
 from rll_jax.loss import _blocks
 from rll_jax.loss._options import (
     ALPHA,
@@ -259,6 +260,7 @@ def ranked_list_loss_of_query(
     Returns:
       A scalar. Nothing is checked.
     """
+    warn_of_wrong_sums()
     query, gallery = jnp.asarray(query), jnp.asarray(gallery)
     dtype = computing_dtype(query.dtype)
     q, g = query.astype(dtype), gallery.astype(dtype)

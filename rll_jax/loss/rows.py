@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
+from rll_jax._jaxlib_fault import warn_of_wrong_sums
+
 
 class LabelledRows(NamedTuple):
     """Rows that passed `check_rows`, as jax arrays."""
@@ -42,8 +44,12 @@ def checked_rows(
     where: jax.Array | np.ndarray | None,
     names: ArgumentNames = QUERY_NAMES,
 ) -> LabelledRows:
-    """Returns the rows as jax arrays, in their dtypes, after `check_rows`."""
+    """Returns the rows as jax arrays, in their dtypes, after `check_rows`.
+
+    Every loss takes its rows here, so the warning of a faulty jaxlib is here too.
+    """
     check_rows(embeddings, labels, where, names)
+    warn_of_wrong_sums()
     mask = None if where is None else jnp.asarray(where)
     return LabelledRows(jnp.asarray(embeddings), jnp.asarray(labels), mask)
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
+from rll_jax._jaxlib_fault import warn_of_wrong_sums
 from rll_jax.metrics import _checks, _problem, _ranks, _vectors
 
 _BLOCK_SIZE = 1024
@@ -133,6 +134,7 @@ def _score(
         raise ValueError(
             f"block_size must be an integer from 1 to {_MAX_BLOCK_SIZE}, found {block_size}"
         )
+    warn_of_wrong_sums()
     problem = _problem.make_problem(queries, query_labels, items, item_labels)
     rows, scores = _ranks.score(problem, ks, int(min(block_size, largest)))
     if not len(rows):
