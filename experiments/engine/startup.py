@@ -10,10 +10,10 @@ import pathlib
 import re
 import sys
 
-# XLA's YNNPACK fusions compute some sums wrong (see `rll_jax._jaxlib_fault`), and train steps are
-# slower with them. XLA ends a program whose flags it does not know: later versions may not know it.
-_FUSIONS_OFF = "--xla_cpu_experimental_ynn_fusion_type="
-_UNKNOWN_FROM = (0, 13)
+from rll_jax import _jaxlib_fault
+
+# XLA ends a program that sets a flag which it does not know, as later versions may not.
+_FLAG_UNKNOWN_FROM = (0, 13)
 _HUGE_PAGES = "glibc.malloc.hugetlb"
 _KERNELS_CHOICE = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -35,14 +35,16 @@ def settle() -> None:
 def xla_flags(environment: Mapping[str, str], jaxlib: tuple[int, ...]) -> str:
     """Returns XLA_FLAGS with the fusions off, unless they say something about them.
 
+    They are off in versions without the fault too: train steps are slower with them.
+
     Args:
       environment: the variables of the process.
       jaxlib: the version of jaxlib.
     """
     given = environment.get("XLA_FLAGS", "")
-    if _FUSIONS_OFF in given or jaxlib >= _UNKNOWN_FROM:
+    if _jaxlib_fault.FLAG in given or jaxlib >= _FLAG_UNKNOWN_FROM:
         return given
-    return f"{given} {_FUSIONS_OFF}".strip()
+    return f"{given} {_jaxlib_fault.FLAG}".strip()
 
 
 def jaxlib_version() -> tuple[int, ...]:

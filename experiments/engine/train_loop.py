@@ -180,6 +180,8 @@ class TrainingRun:
         profiled = runtime.profiled
         if profiled and step == profiled.start:
             jax.profiler.start_trace(str(self._checked.workdir / "profile"))
+        if step == self._start + 1:
+            self._progress.set_postfix_str("compiling the train step")
         self._state, measured = self._train_step(self._state, batch)
         last_profiled = min(profiled.stop - 1, schedule.steps)
         if self._start < profiled.start <= step == last_profiled:

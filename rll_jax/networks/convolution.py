@@ -52,7 +52,15 @@ def conv_general_dilated(
     strides = tuple(window_strides)
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
-    pads: _Pads = tuple((before, after) for before, after in padding)
+    # Beyond the kernel's reach a map is padded first: XLA's gradients of such pads may be NaN.
+    reach = [size - 1 for size in kernel.shape[:2]]
+    pads = tuple(
+        (min(before, most), min(after, most))
+        for (before, after), most in zip(padding, reach, strict=True)
+    )
+    beyond = [(a - c, b - d) for (a, b), (c, d) in zip(padding, pads, strict=True)]
+    if any(max(pair) > 0 for pair in beyond):
+        x = jnp.pad(x, ((0, 0), *beyond, (0, 0)))
     if x.dtype != jnp.float32 or kernel.dtype != jnp.float32:
         return _by_xla(x, kernel, strides, pads)
     return _convolve(*as_varying(x, kernel), strides, pads)
@@ -148,7 +156,7 @@ def _padded_gradients(
         (size - 1 - before, size - 1 - after)
         for (before, after), size in zip(pads, kernel.shape[:2], strict=True)
     )
-    if strides == (1, 1) and min(min(pair) for pair in around) >= 0:
+    if strides == (1, 1):
         turned = kernel[::-1, ::-1].swapaxes(2, 3)
         of_x = _padded_where_small(gradient, turned, strides, around)
     return of_x, of_kernel

@@ -18,6 +18,7 @@ def finished(tmp_path_factory):
 def test_run_leaves_what_the_readme_says(finished):
     result, workdir = finished
     assert result.returncode == 0, result.stderr
+    assert "compiling the train step" in result.stderr
     assert "Recall@1" in result.stdout.splitlines()[-2] and "step 12: recall@1" in result.stdout
     lines = scores(workdir)
     assert [line["step"] for line in lines if "recall@1" in line] == [0, 6, 12]
