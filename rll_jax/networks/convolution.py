@@ -33,22 +33,17 @@ def conv_general_dilated(
       kernel: (kernel height, kernel width, C, features).
       window_strides: the vertical and the horizontal stride.
       padding: the pads before and after each side, or "SAME" or "VALID".
-      **options: further arguments of `jax.lax.conv_general_dilated`. Dilations are 1, there is one
-        group, and the dimensions are NHWC and HWIO.
+      **options: further arguments of `jax.lax.conv_general_dilated`. With a precision or a
+        preferred dtype the program is XLA's everywhere.
 
     Returns:
       (B, H after, W after, features). Gradients of first order in reverse mode exist.
 
     Raises:
-      ValueError: the kernel has not two sides, or there are groups or dilations.
+      ValueError: the kernel has not two sides, there are groups or dilations, or the dimensions are
+        not NHWC and HWIO.
     """
-    groups = {options.pop("feature_group_count", 1), options.pop("batch_group_count", 1)}
-    dilations = {*(options.pop("lhs_dilation", ()) or ()), *(options.pop("rhs_dilation", ()) or ())}
-    if kernel.ndim != 4 or groups != {1} or not dilations <= {1}:
-        raise ValueError(
-            f"a kernel of shape {kernel.shape} with groups {groups}, dilations {dilations}: "
-            "expected two sides, one group and no dilation"
-        )
+    _check(x, kernel, **options)
     strides = tuple(window_strides)
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
@@ -61,9 +56,34 @@ def conv_general_dilated(
     beyond = [(a - c, b - d) for (a, b), (c, d) in zip(padding, pads, strict=True)]
     if any(max(pair) > 0 for pair in beyond):
         x = jnp.pad(x, ((0, 0), *beyond, (0, 0)))
-    if x.dtype != jnp.float32 or kernel.dtype != jnp.float32:
-        return _by_xla(x, kernel, strides, pads)
+    rest = {key: options.get(key) for key in ("precision", "preferred_element_type")}
+    if x.dtype != jnp.float32 or kernel.dtype != jnp.float32 or any(rest.values()):
+        return _by_xla(x, kernel, strides, pads, **rest)
     return _convolve(*as_varying(x, kernel), strides, pads)
+
+
+def _check(
+    x: jax.Array,
+    kernel: jax.Array,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    **_: Any,
+) -> None:
+    """Raises ValueError for a convolution of another kind."""
+    groups, dilations = (feature_group_count, batch_group_count), (lhs_dilation, rhs_dilation)
+    undilated = all(set(dilation or ()) <= {1} for dilation in dilations)
+    if kernel.ndim != 4 or groups != (1, 1) or not undilated:
+        raise ValueError(
+            f"a kernel of shape {kernel.shape} with groups {groups}, dilations {dilations}: "
+            "expected two sides, one group and no dilation"
+        )
+    shapes = x.shape, kernel.shape
+    expected = lax.conv_dimension_numbers(*shapes, _DIMENSIONS)
+    if dimension_numbers and lax.conv_dimension_numbers(*shapes, dimension_numbers) != expected:
+        raise ValueError(f"dimension_numbers={dimension_numbers}: expected {_DIMENSIONS}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -101,8 +121,10 @@ def _backward(
 _convolve.defvjp(_forward, _backward)
 
 
-def _by_xla(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pads: _Pads) -> jax.Array:
-    return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=_DIMENSIONS)
+def _by_xla(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pads: _Pads, **rest: Any
+) -> jax.Array:
+    return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=_DIMENSIONS, **rest)
 
 
 def _gradients_by_xla(

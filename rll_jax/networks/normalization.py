@@ -23,7 +23,7 @@ _ROWS_AT_ONCE = 16  # the compiler unrolls a sum of so few rows, and then makes 
 class BatchNorm(nn.Module):
     """Batch norm over all axes but the last (Ioffe & Szegedy 2015), with `flax.linen`'s names.
 
-    The statistics, scales and biases are float32; the variance is the mean square less the squared
+    The arithmetic, scales and biases are float32; the variance is the mean square less the squared
     mean, at least 0.
 
     Args:
@@ -80,12 +80,15 @@ def _relu_backward(y: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
 relu.defvjp(_relu_forward, _relu_backward)
 
 
+def _wide(x: jax.Array) -> jax.Array:
+    """Returns `x` in float32, or in its own dtype if that is wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 @jax.custom_vjp
 def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the (C,) float32 means of (..., C) values and of their squares."""
-    return lax.platform_dependent(
-        x.astype(jnp.float32), cpu=_moments_on_cpu, default=_moments_at_once
-    )
+    return lax.platform_dependent(_wide(x), cpu=_moments_on_cpu, default=_moments_at_once)
 
 
 def _moments_at_once(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -107,7 +110,7 @@ def _moments_forward(x: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Arr
 
 def _moments_backward(x: jax.Array, gradients: tuple[jax.Array, jax.Array]) -> tuple[jax.Array]:
     of_mean, of_square = (gradient / (x.size // x.shape[-1]) for gradient in gradients)
-    return ((of_mean + 2 * of_square * x.astype(jnp.float32)).astype(x.dtype),)
+    return ((of_mean + 2 * of_square * _wide(x)).astype(x.dtype),)
 
 
 _moments.defvjp(_moments_forward, _moments_backward)
@@ -118,7 +121,7 @@ def _scale_and_shift(
     x: jax.Array, mean: jax.Array, factor: jax.Array, bias: jax.Array
 ) -> jax.Array:
     """Returns (x - mean) * factor + bias in float32 from (..., C) values and (C,) statistics."""
-    return (x.astype(jnp.float32) - mean) * factor + bias
+    return (_wide(x) - mean) * factor + bias
 
 
 def _scale_and_shift_forward(*inputs: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -129,7 +132,7 @@ def _scale_and_shift_backward(
     inputs: tuple[jax.Array, jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, ...]:
     x, mean, factor = inputs
-    centred = x.astype(jnp.float32) - mean
+    centred = _wide(x) - mean
     of_bias, of_factor = lax.platform_dependent(
         gradient, gradient * centred, cpu=_row_sums_on_cpu, default=_row_sums_at_once
     )
@@ -151,7 +154,7 @@ def _row_sums_on_cpu(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     grouped = tuple(x.reshape(rows // group, group, channels) for x in arrays)
     zeros = tuple(jnp.zeros((), x.dtype) for x in arrays)
     sums = lax.reduce(grouped, zeros, _add_each, (1,))
-    ones = jnp.ones((1, rows // group), jnp.float32)
+    ones = jnp.ones((1, rows // group), arrays[0].dtype)
     return tuple((ones @ x)[0] for x in sums)
 
 
