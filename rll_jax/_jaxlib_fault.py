@@ -18,6 +18,8 @@ FLAG = "--xla_cpu_experimental_ynn_fusion_type="
 # Each version from here on to 0.12.0.1 returns wrong sums; 0.10.1 does not. A test fails once an
 # installed version is right, and the last wrong version belongs here then.
 _FIRST_WITH_FAULT = (0, 10, 2)
+# XLA ends a program that sets a flag which it does not know, as versions from here on may not.
+FLAG_UNKNOWN_FROM = (0, 13)
 
 
 def has_fault(version: str) -> bool:
@@ -27,10 +29,13 @@ def has_fault(version: str) -> bool:
       version: such as "0.10.2" or "0.12.0.dev20260601". What does not begin with numbers is taken
         for a version without the fault.
     """
-    release = re.match(r"\d+(\.\d+)*", version)
-    if release is None:
-        return False
-    return tuple(int(part) for part in release[0].split(".")) >= _FIRST_WITH_FAULT
+    return release(version) >= _FIRST_WITH_FAULT
+
+
+def release(version: str) -> tuple[int, ...]:
+    """Returns the numbers that a version begins with: (0, 12, 0) of "0.12.0.dev1"."""
+    numbers = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in numbers[0].split(".")) if numbers else ()
 
 
 def fusions_are_on(xla_flags: str) -> bool:

@@ -67,10 +67,11 @@ class EmbeddingGoogLeNet(nn.Module):
         b = self._unit(f"{prefix}_double_3x3_1", self._unit(f"{prefix}_double_3x3_reduce", x))
         b = self._unit(f"{prefix}_double_3x3_2", b)
         if not self.config.channels(name).conv1x1:
-            height, width = x.shape[2:]
-            around = (width % 2, 1, height % 2, 1)  # so that the pool is as large as a and b
-            pooled = F.max_pool2d(F.pad(x, around, value=-torch.inf), 3, 2)
-            return torch.cat([a, b, pooled], 1)
+            odd = [
+                side % 2 for side in x.shape[2:]
+            ]  # padded so that the pool is as large as a and b
+            padded = F.pad(x, (odd[1], odd[1], odd[0], odd[0]), value=-torch.inf) if any(odd) else x
+            return torch.cat([a, b, F.max_pool2d(padded, 3, 2, ceil_mode=True)], 1)
         pool = F.max_pool2d if name == googlenet.MAX_POOLED else F.avg_pool2d
         pooled = self._unit(f"{prefix}_pool_proj", pool(x, 3, 1, 1))
         return torch.cat([self._unit(f"{prefix}_1x1", x), a, b, pooled], 1)

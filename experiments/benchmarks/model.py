@@ -276,7 +276,9 @@ def _compared(model: str, size: int) -> _Compared:
 
 def _ratios(measured: Mapping[str, Sequence[Mapping[str, Any]]], name: str) -> list[float]:
     """Returns how many times as fast as PyTorch ours was in each round."""
-    rounds = zip(*measured.values(), strict=False)  # none where PyTorch is missing
+    if not all(measured.values()):  # PyTorch is missing
+        return []
+    rounds = zip(*measured.values(), strict=True)
     return [min(a[name], b[name]) / ours[name] for ours, a, b in rounds]
 
 

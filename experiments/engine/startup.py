@@ -3,7 +3,7 @@
 `experiments/__init__.py` calls `settle`, so that it holds for every command, benchmark and test.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import importlib.metadata
 import os
 import pathlib
@@ -12,8 +12,6 @@ import sys
 
 from rll_jax import _jaxlib_fault
 
-# XLA ends a program that sets a flag which it does not know, as later versions may not.
-_FLAG_UNKNOWN_FROM = (0, 13)
 _HUGE_PAGES = "glibc.malloc.hugetlb"
 _KERNELS_CHOICE = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -25,11 +23,19 @@ def settle() -> None:
     `python -m experiments.NAME`, before anything is done, and keeps its number.
     """
     os.environ["XLA_FLAGS"] = xla_flags(os.environ, jaxlib_version())
-    if sys.argv[0] == "-m" and _takes_huge_pages():  # so it is while Python looks for the module
+    if _is_command(sys.argv[0], sys.orig_argv) and _takes_huge_pages():
         tunables = with_huge_pages(os.environ)
         if tunables is not None:
             environment = {**os.environ, "GLIBC_TUNABLES": tunables}
             os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def _is_command(program: str, arguments: Sequence[str]) -> bool:
+    """Returns whether Python, started as `python -m experiments.NAME`, looks for NAME now."""
+    if program != "-m" or "-m" not in arguments or not sys.executable:
+        return False
+    name = arguments[arguments.index("-m") + 1]
+    return name.startswith("experiments.")
 
 
 def xla_flags(environment: Mapping[str, str], jaxlib: tuple[int, ...]) -> str:
@@ -41,16 +47,17 @@ def xla_flags(environment: Mapping[str, str], jaxlib: tuple[int, ...]) -> str:
       environment: the variables of the process.
       jaxlib: the version of jaxlib.
     """
-    given = environment.get("XLA_FLAGS", "")
-    if _jaxlib_fault.FLAG in given or jaxlib >= _FLAG_UNKNOWN_FROM:
+    given = environment.get("XLA_FLAGS", "").strip()
+    if given and not given.startswith("--"):  # the name of a file that holds the flags
+        return given
+    if _jaxlib_fault.FLAG in given or jaxlib >= _jaxlib_fault.FLAG_UNKNOWN_FROM:
         return given
     return f"{given} {_jaxlib_fault.FLAG}".strip()
 
 
 def jaxlib_version() -> tuple[int, ...]:
-    """Returns the first two numbers of jaxlib's version without importing it."""
-    major, minor, *_ = importlib.metadata.version("jaxlib").split(".")
-    return int(major), int(minor)
+    """Returns the numbers of jaxlib's version, without importing it."""
+    return _jaxlib_fault.release(importlib.metadata.version("jaxlib"))
 
 
 def with_huge_pages(environment: Mapping[str, str]) -> str | None:
@@ -68,8 +75,8 @@ def with_huge_pages(environment: Mapping[str, str]) -> str | None:
 def _takes_huge_pages() -> bool:
     """Returns whether the kernel gives huge pages on request, and the C library can request."""
     try:
-        version = re.fullmatch(r"glibc (\d+)\.(\d+)", os.confstr("CS_GNU_LIBC_VERSION") or "")
         on_request = "[madvise]" in _KERNELS_CHOICE.read_text(encoding="ascii")
+        version = re.fullmatch(r"glibc (\d+)\.(\d+)", os.confstr("CS_GNU_LIBC_VERSION") or "")
     except (ValueError, OSError):  # another system
         return False
     return on_request and version is not None and (int(version[1]), int(version[2])) >= (2, 35)

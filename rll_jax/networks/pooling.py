@@ -38,6 +38,8 @@ def max_pool(
 ) -> jax.Array:
     """Returns the maxima of windows of maps. The gradient goes to the first maximum, row by row.
 
+    Where a window holds NaN, its maximum is NaN, and the gradient may go to another value.
+
     Args:
       x: (B, H, W, C) floating.
       window_shape: the height and width of a window.
@@ -47,6 +49,9 @@ def max_pool(
 
     Returns:
       (B, h, w, C) of the same dtype.
+
+    Raises:
+      ValueError: a pad is as large as the window's side, or larger.
     """
     return _max_pool(x, _window(window_shape, strides, padding))
 
@@ -67,6 +72,9 @@ def avg_pool(
 
     Returns:
       (B, h, w, C) of the same dtype.
+
+    Raises:
+      ValueError: a pad is as large as the window's side, or larger.
     """
     return _avg_pool(x, _window(window_shape, strides, padding))
 
@@ -75,6 +83,8 @@ def _window(
     window_shape: Sequence[int], strides: Sequence[int], padding: Sequence[Sequence[int]]
 ) -> _Window:
     pads = tuple((before, after) for before, after in padding)
+    if any(max(pair) >= side for pair, side in zip(pads, window_shape, strict=True)):
+        raise ValueError(f"padding={pads}: expected pads below the window's sides {window_shape}")
     return _Window(tuple(window_shape), tuple(strides), pads)
 
 
@@ -97,14 +107,16 @@ def _max_pool_backward(window: _Window, x: jax.Array, gradient: jax.Array) -> tu
 
     def on_cpu(x: jax.Array, gradient: jax.Array) -> jax.Array:
         values, *others = _slices(x, window, -jnp.inf)
-        first = jnp.zeros(values.shape, jnp.int8)
+        integer = jnp.int8 if _size(window) <= 127 else jnp.int32
+        place_of_max = jnp.zeros(values.shape, integer)
         for place, there in enumerate(others, start=1):
-            first = jnp.where(there > values, jnp.int8(place), first)
+            place_of_max = jnp.where(there > values, integer(place), place_of_max)
             values = jnp.maximum(values, there)
-        first, gradient = _surrounded(first, window, -1), _surrounded(gradient, window, 0)
+        place_of_max = _surrounded(place_of_max, window, -1)
+        gradient = _surrounded(gradient, window, 0)
 
         def share(place: int, at: tuple[slice, slice, slice]) -> jax.Array:
-            return jnp.where(first[at] == place, gradient[at], 0)
+            return jnp.where(place_of_max[at] == place, gradient[at], 0)
 
         return _sum_of_shares(share, x.shape, x.dtype, window)
 
@@ -170,8 +182,8 @@ def _sum_of_shares(
 ) -> jax.Array:
     """Returns the gradient of (B, H, W, C) maps from the shares of all windows that hold a value.
 
-    Values whose places in their windows are the same ones are computed together: those whose row
-    and column leave the same remainders when divided by the strides.
+    Values whose row and column leave the same remainders, divided by the strides, have the same
+    places in their windows. They are computed together.
     """
     vertical, horizontal = (_windows_of_remainders(shape[1:3], window, axis) for axis in (0, 1))
     columns = window.window_shape[1]

@@ -20,7 +20,12 @@ def measure():
 
 @pytest.mark.parametrize(
     "given, expected",
-    [("", OFF), ("--xla_a=1", f"--xla_a=1 {OFF}"), (f"{OFF}1 --xla_a=1", f"{OFF}1 --xla_a=1")],
+    [
+        ("", OFF),
+        ("--xla_a=1", f"--xla_a=1 {OFF}"),
+        (f"{OFF}1 --xla_a=1", f"{OFF}1 --xla_a=1"),
+        ("/a/file", "/a/file"),
+    ],
 )
 def test_flags_of_the_user_stay(given, expected):
     assert startup.xla_flags({"XLA_FLAGS": given}, (0, 12)) == expected

@@ -34,7 +34,6 @@ class WarmProcess:
             cwd=cwd,
         )
         there.close()
-        self._messages = self._here.makefile("rw")
         self._number = 0
         atexit.register(self.close)
 
@@ -50,23 +49,34 @@ class WarmProcess:
             "environment": environment,
             "outputs": [str(output) for output in outputs],
         }
-        self._messages.write(json.dumps(request) + "\n")
-        self._messages.flush()
-        pid = json.loads(self._messages.readline())
-        ended, _, _ = select.select([self._here], [], [], timeout)
-        if not ended:
+        self._here.sendall(json.dumps(request).encode() + b"\n")
+        pid = self._number_in_line(None)
+        code = self._number_in_line(timeout)
+        ended = pid is not None and code is not None
+        if pid is not None and code is None:
             os.killpg(pid, signal.SIGKILL)
-        code = json.loads(self._messages.readline())
+            self._number_in_line(None)
         out, err = (output.read_text(errors="replace") for output in outputs)
         for output in outputs:
             output.unlink()
         command = [module, *arguments]
         if not ended:
             raise subprocess.TimeoutExpired(command, timeout, out, err)
-        return subprocess.CompletedProcess(command, code, out, err)
+        return subprocess.CompletedProcess(command, code or 0, out, err)
+
+    def _number_in_line(self, timeout: float | None) -> int | None:
+        """Receives a line, byte by byte: a buffer would hide the next one from `select`."""
+        line = b""
+        while not line.endswith(b"\n"):
+            if not select.select([self._here], [], [], timeout)[0]:
+                return None
+            received = self._here.recv(1)
+            if not received:
+                raise ConnectionError("the warm process has ended")
+            line += received
+        return int(line)
 
     def close(self) -> None:
-        self._messages.close()
         self._here.close()
         self._process.wait()
         self._folder.cleanup()

@@ -144,6 +144,42 @@ def test_a_batch_norm_is_that_of_flax(shape, running, dtype):
     assert_equal(mine, reference, tolerance)
 
 
+@pytest.mark.parametrize("rows, first", [(50_176, 0.0), (50_176, 10.0), (50_177, 100.0)])
+def test_statistics_of_many_rows_are_exact(rows, first):
+    """Also where the number of rows is prime, and where the first row is unlike the others."""
+    x = np.random.default_rng(0).normal(5, 0.1, (rows, 3)).astype(np.float32)
+    x[0] += first
+    layer = normalization.BatchNorm(use_running_average=False, momentum=0.0)
+    variables = layer.init(jax.random.key(0), x)
+    _, new = layer.apply(variables, x, mutable=["batch_stats"])
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(new["batch_stats"]["mean"], exact.mean(0), rtol=1e-6)
+    # a mean square of 25 has an ulp of 2e-6
+    np.testing.assert_allclose(new["batch_stats"]["var"], exact.var(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_networks_are_trained_in_jax_of_float64_too(dtype):
+    model = embedding_net.EmbeddingNet(backbones.BACKBONES["resnet_tiny"], 8, dtype=dtype)
+    with jax.enable_x64(True):
+        images = jnp.zeros((2, 16, 16, 3), jnp.uint8)
+        variables = model.init(jax.random.key(0), images)
+
+        def loss(params):
+            given = {**variables, "params": params}
+            embeddings, _ = model.apply(given, images, train=True, mutable=["batch_stats"])
+            return embeddings["H"].sum()
+
+        gradients = jax.jit(jax.grad(loss))(variables["params"])
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables["params"]))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+def test_large_pads_of_a_pool_are_refused():
+    with pytest.raises(ValueError, match="below the window's sides"):
+        pooling.max_pool(maps(0, 1, 4, 4, 1), (2, 2), (1, 1), [(2, 0), (0, 0)])
+
+
 def test_a_relu_is_that_of_flax():
     x = jnp.array([-2.0, -0.0, 0.0, 1.5, np.inf, -np.inf, np.nan])
     assert_equal(with_gradients(normalization.relu, x), with_gradients(nn.relu, x))

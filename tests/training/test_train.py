@@ -16,7 +16,7 @@ from rll_jax.training import devices as devices_lib
 
 @pytest.fixture(scope="module")
 def batches():
-    rng = np.random.default_rng(1)  # with 0 a pair is so near a hinge that rounding decides
+    rng = np.random.default_rng(0)
     return [
         {
             "image": rng.integers(0, 255, (48, 16, 16, 3), np.uint8),
