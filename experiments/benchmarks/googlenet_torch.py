@@ -25,9 +25,6 @@ class EmbeddingGoogLeNet(nn.Module):
         for name in googlenet.INCEPTIONS:
             last = self._add_inception(name, last)
         self.embedding = nn.Linear(last, dim, bias=False)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):  # initialised as ours
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns (B, dim) float32 of unit length, of (B, 3, H, W) normalised pixels."""
@@ -67,9 +64,8 @@ class EmbeddingGoogLeNet(nn.Module):
         b = self._unit(f"{prefix}_double_3x3_1", self._unit(f"{prefix}_double_3x3_reduce", x))
         b = self._unit(f"{prefix}_double_3x3_2", b)
         if not self.config.channels(name).conv1x1:
-            odd = [
-                side % 2 for side in x.shape[2:]
-            ]  # padded so that the pool is as large as a and b
+            # Padded where a side is odd: the pool is then as large as a and b.
+            odd = [side % 2 for side in x.shape[2:]]
             padded = F.pad(x, (odd[1], odd[1], odd[0], odd[0]), value=-torch.inf) if any(odd) else x
             return torch.cat([a, b, F.max_pool2d(padded, 3, 2, ceil_mode=True)], 1)
         pool = F.max_pool2d if name == googlenet.MAX_POOLED else F.avg_pool2d

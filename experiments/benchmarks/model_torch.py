@@ -79,9 +79,6 @@ class EmbeddingResNet(nn.Module):
                 before = width * (4 if config.bottleneck else 1)
             self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
         self.embedding = nn.Linear(before, dim, bias=False)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):  # initialised as ours and torchvision's
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns (B, dim) float32 of unit length, of (B, 3, H, W) normalised pixels."""
@@ -232,10 +229,15 @@ def embedding_network(
       ValueError: the backbone is of another family.
     """
     if isinstance(config, backbones.ResNetConfig):
-        return EmbeddingResNet(config, dim)
-    if isinstance(config, backbones.GoogLeNetV2Config):
-        return googlenet_torch.EmbeddingGoogLeNet(config, dim)
-    raise ValueError(f"no network of PyTorch for {config}")
+        network = EmbeddingResNet(config, dim)
+    elif isinstance(config, backbones.GoogLeNetV2Config):
+        network = googlenet_torch.EmbeddingGoogLeNet(config, dim)
+    else:
+        raise ValueError(f"no network of PyTorch for {config}")
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):  # initialised as ours and torchvision's
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return network
 
 
 def _peak_device_mib() -> float:

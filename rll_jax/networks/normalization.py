@@ -89,17 +89,9 @@ def _wide(x: jax.Array) -> jax.Array:
 @jax.custom_vjp
 def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the (C,) means of (..., C) values and of their squares."""
-    return lax.platform_dependent(_wide(x), cpu=_moments_on_cpu, default=_moments_at_once)
-
-
-def _moments_at_once(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    axes = range(x.ndim - 1)
-    return x.mean(axes), (x * x).mean(axes)
-
-
-def _moments_on_cpu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    values = _wide(x)
     rows = x.size // x.shape[-1]
-    first, second = _row_sums_on_cpu(x, x * x)
+    first, second = _row_sums(values, values * values)
     return first / rows, second / rows
 
 
@@ -132,14 +124,17 @@ def _scale_and_shift_backward(
 ) -> tuple[jax.Array, ...]:
     x, mean, factor, _ = inputs
     centred = _wide(x) - mean
-    of_bias, of_factor = lax.platform_dependent(
-        gradient, gradient * centred, cpu=_row_sums_on_cpu, default=_row_sums_at_once
-    )
+    of_bias, of_factor = _row_sums(gradient, gradient * centred)
     gradients = (gradient * factor, -factor * of_bias, of_factor, of_bias)
     return tuple(g.astype(array.dtype) for g, array in zip(gradients, inputs, strict=True))
 
 
 _scale_and_shift.defvjp(_scale_and_shift_forward, _scale_and_shift_backward)
+
+
+def _row_sums(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns the (C,) sums of (..., C) arrays of one shape over all axes but the last."""
+    return lax.platform_dependent(*arrays, cpu=_row_sums_on_cpu, default=_row_sums_at_once)
 
 
 def _row_sums_at_once(*arrays: jax.Array) -> tuple[jax.Array, ...]:

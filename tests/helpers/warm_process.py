@@ -51,25 +51,26 @@ class WarmProcess:
         }
         self._here.sendall(json.dumps(request).encode() + b"\n")
         pid = self._number_in_line(None)
-        code = self._number_in_line(timeout)
-        ended = pid is not None and code is not None
-        if pid is not None and code is None:
+        code = None
+        try:
+            code = self._number_in_line(timeout)
+        except TimeoutError:
             os.killpg(pid, signal.SIGKILL)
             self._number_in_line(None)
         out, err = (output.read_text(errors="replace") for output in outputs)
         for output in outputs:
             output.unlink()
         command = [module, *arguments]
-        if not ended:
+        if code is None:
             raise subprocess.TimeoutExpired(command, timeout, out, err)
-        return subprocess.CompletedProcess(command, code or 0, out, err)
+        return subprocess.CompletedProcess(command, code, out, err)
 
-    def _number_in_line(self, timeout: float | None) -> int | None:
+    def _number_in_line(self, timeout: float | None) -> int:
         """Receives a line, byte by byte: a buffer would hide the next one from `select`."""
         line = b""
         while not line.endswith(b"\n"):
             if not select.select([self._here], [], [], timeout)[0]:
-                return None
+                raise TimeoutError
             received = self._here.recv(1)
             if not received:
                 raise ConnectionError("the warm process has ended")
