@@ -43,6 +43,7 @@ def wait_for_step(process, workdir, step):
         if path.exists() and f'"step": {step},' in path.read_text():
             return
         time.sleep(0.02)
+    process.kill()  # what a run that goes on writes has no end
     raise AssertionError(process.stderr.read())
 
 
