@@ -1,30 +1,29 @@
-"""The terms of blocks of queries, and their hand-written derivatives.
+"""The terms and the loss of blocks of queries, and their hand-written derivatives.
 
 A block's pairs are computed, used and dropped, so memory is O(block_size * M).
 Private to `rll_jax.loss`. Imports jax and numpy alone.
 """
 
-# jax's stubs leave some parameters of jit, map and pad without a type.
+# jax's stubs leave some parameters of jit, map, pad, psum and pmax without a type.
 # pyright: reportUnknownMemberType=false
 
-from collections.abc import Callable
-import functools
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, TypeVar, TypeVarTuple, cast
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
+from rll_jax.loss._differences import weighted_sums
 from rll_jax.loss._pairs import (
     Arrays,
     Constants,
     Pairs,
     Spec,
     dot,
-    loop_over_near_pairs,
     make_pairs,
     row_sum,
-    take_rows,
+    while_near,
 )
 
 Tree = TypeVar("Tree")
@@ -42,6 +41,14 @@ class Terms(NamedTuple):
     num_negatives: jax.Array  # |N*|, int32
 
 
+class _Cotangents(NamedTuple):
+    """The derivative of the loss by each query's terms, (n, 1)."""
+
+    positive: jax.Array
+    negative: jax.Array
+    log_mass: jax.Array | None  # None where the mass is a constant
+
+
 class _Factors(NamedTuple):
     """What turns a pair's weight into its coefficient, (B, 1) each."""
 
@@ -53,34 +60,68 @@ class _Factors(NamedTuple):
 
 
 class _Gradient(NamedTuple):
-    """A block's gradient. That of its queries is total * centred queries - pull."""
+    """The derivative by the queries of a block, or of all, and by the gallery."""
 
-    total: jax.Array  # (B, 1) sum of the coefficients of a query's far pairs
-    pull: jax.Array  # (B, D) sum of coefficient * gallery row over them, less the near pairs' share
+    queries: jax.Array  # (B, D)
     gallery: jax.Array | None  # (M, D), or None where the gallery is a constant
 
 
-def fixed_gallery_loss(spec: Spec, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
-    """Computes L_i of every query with the gallery as a constant, whatever is differentiated.
+def loss(spec: Spec, arrays: Arrays, valid: jax.Array | None) -> jax.Array:
+    """Computes sum_i weight_i L_i over this device's queries.
 
-    Returns:
-      L_i, (N, 1), whose derivative is worked out together with the value; and the log of the mass,
-      (N, 1), which has no derivative.
+    It is differentiable once, forward and in reverse, by the queries, and by the gallery where
+    `spec.gallery_gradient`. Over the devices the derivatives sum to that of the whole batch's loss.
+
+    Args:
+      spec: the variant.
+      arrays: this device's queries, and the gallery of all devices.
+      valid: (N, 1) bool, False for a query that is padding; None where every query is valid.
     """
-    loss, log_mass = cast("tuple[jax.Array, jax.Array]", _compiled_fixed_loss(spec, *arrays))
-    return loss, log_mass
+    return cast("jax.Array", _compiled_loss(spec, *arrays, valid))
 
 
 def list_terms(spec: Spec, arrays: Arrays) -> Terms:
     """Computes the `Terms` of every query.
 
     The first three are differentiable by the queries, and by the gallery where
-    `spec.gallery_gradient`.
+    `spec.gallery_gradient`: once, in reverse.
     """
     return cast("Terms", _compiled_list_terms(spec, *arrays))
 
 
-def balanced(balance: jax.Array, terms: Terms) -> jax.Array:
+def query_weights(spec: Spec, log_mass: jax.Array, valid: jax.Array | None) -> jax.Array:
+    """Returns weight_i, (N, 1). The weights of all devices sum to 1, or to 0 where none count."""
+    if not spec.mass:
+        return _uniform_weights(spec.axis_name, jnp.ones_like(log_mass), valid)
+    active = ~(log_mass == -jnp.inf)
+    active = active if valid is None else active & valid
+    largest = lax.stop_gradient(jnp.max(jnp.where(active, log_mass, -jnp.inf)))
+    if spec.axis_name is not None:
+        largest = cast("jax.Array", lax.pmax(largest, spec.axis_name))
+    # The largest mass becomes 1, so that no mass overflows. It is -inf where no query is active.
+    none_active = largest == -jnp.inf
+    shift = jnp.where(none_active, 0, largest)
+    mass = jnp.where(active, jnp.exp(jnp.where(active, log_mass, 0) - shift), 0)
+    return mass / jnp.where(none_active, 1, _sum_over_devices(jnp.sum(mass), spec.axis_name))
+
+
+def _uniform_weights(
+    axis_name: Hashable | None, ones: jax.Array, valid: jax.Array | None
+) -> jax.Array:
+    """Returns 1 / number of valid queries of all devices, and 0 for padding."""
+    if valid is None:
+        count = ones.shape[0] if axis_name is None else ones.shape[0] * lax.axis_size(axis_name)
+        return ones / jnp.asarray(count, ones.dtype)
+    count = _sum_over_devices(jnp.sum(valid, dtype=jnp.int32), axis_name)
+    return jnp.where(valid, ones, 0) / jnp.maximum(count, 1).astype(ones.dtype)
+
+
+def _sum_over_devices(x: jax.Array, axis_name: Hashable | None) -> jax.Array:
+    """Returns the sum over the devices of the axis, or `x` itself without an axis."""
+    return x if axis_name is None else cast("jax.Array", lax.psum(x, axis_name))
+
+
+def _balanced(balance: jax.Array, terms: Terms) -> jax.Array:
     """Returns L_i = (1 - balance) L_P + balance L_N of every query."""
     return (1 - balance) * terms.positive + balance * terms.negative
 
@@ -126,25 +167,15 @@ def _mass_factor(
     return cotangent * jnp.where(total == 0, 0, jnp.exp(log_scale - log_mass))
 
 
-def _coefficient(
-    spec: Spec,
-    constants: Constants,
-    factors: _Factors,
-    distance: jax.Array,
-    excess: jax.Array,
-    weight: jax.Array,
-) -> jax.Array:
-    """Returns the derivative by a pair's distance, over that distance.
-
-    The arguments of a pair are matrices (B, M), or columns (B, 1) with one pair for each query.
-    """
-    positive, distance = weight > 0, jnp.abs(distance)
+def _coefficients(spec: Spec, constants: Constants, factors: _Factors, pairs: Pairs) -> jax.Array:
+    """Returns the derivative by each pair's distance, over that distance, (B, M)."""
+    positive, distance = pairs.weight > 0, pairs.distance
     by_distance = jnp.where(positive, factors.scale_pos, factors.scale_neg)
     slope = distance if spec.squared else 1
     if spec.weight_gradient and factors.terms is not None:
         temperature = jnp.where(positive, constants.temperature_pos, constants.temperature_neg)
         term = jnp.where(positive, factors.terms.positive, factors.terms.negative)
-        slope = slope + temperature * (jnp.abs(_hinge(spec, constants, excess)) - term)
+        slope = slope + temperature * (jnp.abs(_hinge(spec, constants, pairs.excess)) - term)
     by_distance = by_distance * slope
     if factors.mass_pos is not None and factors.mass_neg is not None:
         by_distance += jnp.where(
@@ -153,47 +184,28 @@ def _coefficient(
             constants.temperature_neg * factors.mass_neg,
         )
     # A pair at distance 0 has no direction.
-    return jnp.where(distance == 0, 0, weight * by_distance / distance)
+    apart = distance != 0
+    return jnp.where(apart, pairs.weight * by_distance / jnp.where(apart, distance, 1), 0)
 
 
-def _block_gradient(
-    arrays: Arrays,
-    pairs: Pairs,
-    coefficient: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-    *,
-    gallery_gradient: bool,
-) -> _Gradient:
-    """Returns a block's gradient: products for far pairs, differences for near ones."""
-    queries, rows, gallery, columns, _ = arrays
-    far = jnp.where(pairs.distance < 0, 0, coefficient(pairs.distance, pairs.excess, pairs.weight))
-    pull = dot(far, columns.centred, ((1,), (0,)))
-    gallery_pull = dot(far, rows.centred, ((0,), (0,))) if gallery_gradient else None
+def _pull(spec: Spec, arrays: Arrays, pairs: Pairs, coefficients: jax.Array) -> _Gradient:
+    """Returns a block's gradient: by products, or by differences where a pair is near."""
+    rows, columns = arrays.rows, arrays.columns
+    total = row_sum(coefficients)
+    on_queries = total * rows.centred - dot(coefficients, columns.centred, ((1,), (0,)))
+    on_gallery = None
+    if spec.gallery_gradient:
+        total = jnp.sum(coefficients, axis=0)[:, None]
+        on_gallery = total * columns.centred - dot(coefficients, rows.centred, ((0,), (0,)))
 
-    def add_near_pair(
-        pulls: tuple[jax.Array, jax.Array | None], column: jax.Array, hit: jax.Array
-    ) -> tuple[jax.Array, jax.Array | None]:
-        pull, gallery_pull = pulls
-        distance, excess, weight = (
-            row_sum(jnp.where(hit, x, 0)) for x in (pairs.distance, pairs.excess, pairs.weight)
+    def exact() -> _Gradient:
+        q, g = arrays.queries, arrays.gallery
+        return _Gradient(
+            weighted_sums(coefficients, q, g),
+            weighted_sums(coefficients.T, g, q) if spec.gallery_gradient else None,
         )
-        push = coefficient(distance, excess, weight) * (queries - take_rows(gallery, column))
-        pull = pull - push
-        if gallery_pull is None:
-            return pull, None
-        return pull, gallery_pull.at[column[:, 0]].add(push, mode="drop")
 
-    def distances(_: tuple[jax.Array, jax.Array | None]) -> jax.Array:
-        return pairs.distance
-
-    # The loop also keeps XLA on the CPU from fusing a product with what follows it, which would
-    # slow the product down by a third.
-    pull, gallery_pull = loop_over_near_pairs(
-        pairs.any_near, (pull, gallery_pull), add_near_pair, distances
-    )
-    total = row_sum(far)
-    if gallery_pull is None:
-        return _Gradient(total, pull, None)
-    return _Gradient(total, pull, jnp.sum(far, axis=0)[:, None] * columns.centred - gallery_pull)
+    return while_near(pairs.any_near, _Gradient(on_queries, on_gallery), exact)
 
 
 def _split(
@@ -201,21 +213,26 @@ def _split(
 ) -> tuple[int, Callable[[jax.Array], tuple[Arrays, *Parts]]]:
     """Splits the queries, and any further trees with a row for each, into blocks.
 
+    Block k has the rows k, k + count, k + 2 count, ... So where the rows lie on several devices,
+    each device has its share of every block.
+
     Returns:
       The number of blocks, and a function from a block's number to its arrays and its part of the
-      further trees. The last block is padded with zeros.
+      further trees. The rows are padded with zeros.
     """
-    n, size = arrays.queries.shape[0], spec.block_size
-    count = -(-n // size)
+    n = arrays.queries.shape[0]
+    count = -(-n // spec.block_size)
+    size = -(-n // count)
 
     def pad(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(0, count * size - n)] + [(0, 0)] * (x.ndim - 1))
+        x = jnp.pad(x, [(0, count * size - n)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(size, count, *x.shape[1:])
 
     padded = jax.tree.map(pad, (arrays.queries, arrays.rows, args))
 
     def block(number: jax.Array) -> tuple[Arrays, *Parts]:
         def cut(x: jax.Array) -> jax.Array:
-            return lax.dynamic_slice_in_dim(x, number * size, size)
+            return lax.dynamic_index_in_dim(x, number, axis=1, keepdims=False)
 
         queries, rows, parts = jax.tree.map(cut, padded)
         return arrays._replace(queries=queries, rows=rows), *parts
@@ -227,7 +244,7 @@ def _join(n: int, tree: Tree) -> Tree:
     """Joins the blocks (count, size, ...) of each array into n rows (n, ...), without padding."""
 
     def join(x: jax.Array) -> jax.Array:
-        return x.reshape(-1, *x.shape[2:])[:n]
+        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:n]
 
     return jax.tree.map(join, tree)
 
@@ -247,53 +264,144 @@ def _map_blocks(
     return _join(n, cast("Result", lax.map(run, jnp.arange(count))))
 
 
-def _fixed_value(spec: Spec, *args: Any) -> tuple[jax.Array, jax.Array]:
-    """Computes `fixed_gallery_loss` of `Arrays(*args)` where no derivative is asked for."""
-    arrays = Arrays(*args)
+def _sum_blocks(
+    spec: Spec,
+    body: Callable[[Arrays, *Parts], tuple[Result, _Gradient]],
+    arrays: Arrays,
+    *args: *Parts,
+) -> tuple[Result, _Gradient]:
+    """Returns `body(arrays, *args)` likewise, with the gallery's gradient summed over the blocks."""
+    n = arrays.queries.shape[0]
+    if spec.block_size >= n:
+        return body(arrays, *args)
+    count, block = _split(spec, arrays, *args)
+
+    def step(
+        on_gallery: jax.Array | None, number: jax.Array
+    ) -> tuple[jax.Array | None, tuple[Result, jax.Array]]:
+        result, gradient = body(*block(number))
+        if on_gallery is not None and gradient.gallery is not None:
+            on_gallery = on_gallery + gradient.gallery
+        return on_gallery, (result, gradient.queries)
+
+    zero = jnp.zeros_like(arrays.gallery) if spec.gallery_gradient else None
+    on_gallery, blocks = lax.scan(step, zero, jnp.arange(count))
+    result, on_queries = _join(n, cast("tuple[Result, jax.Array]", blocks))
+    return result, _Gradient(on_queries, on_gallery)
+
+
+def _losses(spec: Spec, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+    """Returns L_i and the log of the mass of every query, (N, 1) each."""
 
     def body(block: Arrays) -> tuple[jax.Array, jax.Array]:
         terms = _block_terms(spec, block.constants, make_pairs(spec, block))
-        return balanced(block.constants.balance, terms), terms.log_mass
+        return _balanced(block.constants.balance, terms), terms.log_mass
 
     return _map_blocks(spec, body, arrays)
 
 
-def _fixed_forward(spec: Spec, *args: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """Computes the value, and the gradient (N, D) of every L_i by its query.
+def _gradient(spec: Spec, arrays: Arrays, cotangents: _Cotangents) -> _Gradient:
+    """Returns the gradient for given derivatives by every query's terms."""
 
-    That gradient needs nothing but the pairs of the block. So it is worked out together with the
-    value, and no pair is kept or computed again.
+    def body(block: Arrays, cotangents: _Cotangents) -> tuple[None, _Gradient]:
+        pairs = make_pairs(spec, block)
+        terms = _block_terms(spec, block.constants, pairs)
+        mass_pos = mass_neg = None
+        if cotangents.log_mass is not None:
+            mass_pos, mass_neg = (
+                _mass_factor(cotangents.log_mass, total, log_scale, terms.log_mass)
+                for total, log_scale in (
+                    (pairs.sum_pos, pairs.log_scale_pos),
+                    (pairs.sum_neg, pairs.log_scale_neg),
+                )
+            )
+        factors = _Factors(
+            _ratio(cotangents.positive, pairs.sum_pos),
+            _ratio(cotangents.negative, pairs.sum_neg),
+            terms,
+            mass_pos,
+            mass_neg,
+        )
+        coefficients = _coefficients(spec, block.constants, factors, pairs)
+        return None, _pull(spec, block, pairs, coefficients)
+
+    _, gradient = _sum_blocks(spec, body, arrays, cotangents)
+    return gradient
+
+
+def _weighted_losses(
+    spec: Spec, arrays: Arrays, weight: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], _Gradient]:
+    """Returns weight_i L_i, the log of the mass, and the gradient of their sum, in one pass.
+
+    The gradient of L_i needs nothing but the pairs of query i. So no pair is kept or computed
+    again.
     """
-    arrays = Arrays(*args)
     balance = arrays.constants.balance
 
-    def body(block: Arrays) -> tuple[tuple[jax.Array, jax.Array], _Gradient]:
+    def body(block: Arrays, weight: jax.Array) -> tuple[tuple[jax.Array, jax.Array], _Gradient]:
         pairs = make_pairs(spec, block)
-        scale_pos, scale_neg = _ratio(1 - balance, pairs.sum_pos), _ratio(balance, pairs.sum_neg)
+        scale_pos = _ratio((1 - balance) * weight, pairs.sum_pos)
+        scale_neg = _ratio(balance * weight, pairs.sum_neg)
         if spec.weight_gradient:
             terms = _block_terms(spec, block.constants, pairs)
-            loss = balanced(balance, terms)
+            losses = weight * _balanced(balance, terms)
         else:
             # One sum over the pairs instead of a sum for each list.
             terms = None
             scale = jnp.where(pairs.weight > 0, scale_pos, scale_neg)
-            loss = row_sum(pairs.weight * scale * _hinge(spec, block.constants, pairs.excess))
-        log_mass = _log_mass(pairs)
+            losses = row_sum(pairs.weight * scale * _hinge(spec, block.constants, pairs.excess))
         factors = _Factors(scale_pos, scale_neg, terms, None, None)
-        coefficient = functools.partial(_coefficient, spec, block.constants, factors)
-        gradient = _block_gradient(block, pairs, coefficient, gallery_gradient=False)
-        return (loss, log_mass), gradient
+        coefficients = _coefficients(spec, block.constants, factors, pairs)
+        return (losses, _log_mass(pairs)), _pull(spec, block, pairs, coefficients)
 
-    outputs, gradient = _map_blocks(spec, body, arrays)
-    return outputs, gradient.total * arrays.rows.centred - gradient.pull
+    return _sum_blocks(spec, body, arrays, weight)
 
 
-def _fixed_backward(
-    spec: Spec, gradient: jax.Array, cotangents: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, None, None, None, None]:
-    """Returns the gradient of the queries, and None for the other arrays."""
-    loss_cotangent, _ = cotangents
-    return loss_cotangent * gradient, None, None, None, None
+def _loss_value(spec: Spec, *args: Any) -> jax.Array:
+    """Computes `loss` where no derivative is asked for."""
+    arrays, valid = Arrays(*args[:-1]), args[-1]
+    losses, log_mass = _losses(spec, arrays)
+    return jnp.sum(query_weights(spec, log_mass, valid) * losses)
+
+
+def _loss_and_gradient(spec: Spec, *args: Any) -> tuple[jax.Array, _Gradient]:
+    """Computes `loss` and its derivative by the queries and the gallery."""
+    arrays, valid = Arrays(*args[:-1]), args[-1]
+    ones = jnp.ones_like(arrays.rows.size)
+    if not spec.mass:
+        weight = _uniform_weights(spec.axis_name, ones, valid)
+        (losses, _), gradient = _weighted_losses(spec, arrays, weight)
+        return jnp.sum(losses), gradient
+    if not (spec.weight_gradient or spec.gallery_gradient):
+        (losses, log_mass), gradient = _weighted_losses(spec, arrays, ones)
+        weight = query_weights(spec, log_mass, valid)
+        return jnp.sum(weight * losses), _Gradient(weight * gradient.queries, None)
+    # The weights are known once all masses are.
+    losses, log_mass = _losses(spec, arrays)
+    weight = query_weights(spec, log_mass, valid)
+    share = jnp.sum(weight * losses)
+    by_mass = None
+    if spec.weight_gradient:
+        by_mass = weight * (losses - _sum_over_devices(share, spec.axis_name))
+    balance = arrays.constants.balance
+    cotangents = _Cotangents((1 - balance) * weight, balance * weight, by_mass)
+    return share, _gradient(spec, arrays, cotangents)
+
+
+def _loss_tangent(
+    spec: Spec, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the value and the tangent of `loss`."""
+    share, gradient = cast("Any", _differentiable_once)(_loss_and_gradient, spec, *primals)
+    on_queries, on_gallery = (
+        tangents[Arrays._fields.index("queries")],
+        tangents[Arrays._fields.index("gallery")],
+    )
+    tangent = jnp.sum(gradient.queries * on_queries)
+    if gradient.gallery is not None:
+        tangent = tangent + jnp.sum(gradient.gallery * on_gallery)
+    return share, tangent
 
 
 def _terms_value(spec: Spec, *args: Any) -> Terms:
@@ -305,61 +413,44 @@ def _terms_value(spec: Spec, *args: Any) -> Terms:
     return _map_blocks(spec, body, Arrays(*args))
 
 
-def _terms_forward(spec: Spec, *args: Any) -> tuple[Terms, Arrays]:
+def _terms_forward(spec: Spec, *args: Any) -> tuple[Terms, tuple[Any, ...]]:
     """Computes the value, and keeps the arrays for the derivative."""
-    arrays = Arrays(*args)
-    return list_terms(spec, arrays), arrays
+    return cast("Any", _differentiable_once)(_terms_value, spec, *args), args
+
+
+def _terms_gradient(spec: Spec, cotangents: Terms, *args: Any) -> _Gradient:
+    """Computes the derivative by the queries and the gallery for a derivative by the terms."""
+    by_terms = _Cotangents(cotangents.positive, cotangents.negative, cotangents.log_mass)
+    return _gradient(spec, Arrays(*args), by_terms)
 
 
 def _terms_backward(
-    spec: Spec, arrays: Arrays, cotangents: Terms
+    spec: Spec, args: tuple[Any, ...], cotangents: Terms
 ) -> tuple[jax.Array, None, jax.Array | None, None, None]:
     """Returns the gradients of the queries and of the gallery, and None for the other arrays."""
-    by_term = (cotangents.positive, cotangents.negative, cotangents.log_mass)
-    body = functools.partial(_terms_block_gradient, spec)
-    if not spec.gallery_gradient:
-        gradient = _map_blocks(spec, body, arrays, by_term)
-    else:
-        count, block = _split(spec, arrays, by_term)
-
-        def step(
-            on_gallery: jax.Array, number: jax.Array
-        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            gradient = body(*block(number))
-            if gradient.gallery is not None:
-                on_gallery = on_gallery + gradient.gallery
-            return on_gallery, (gradient.total, gradient.pull)
-
-        zero = jnp.zeros_like(arrays.gallery)
-        on_gallery, on_queries = lax.scan(step, zero, jnp.arange(count))
-        total, pull = _join(arrays.queries.shape[0], on_queries)
-        gradient = _Gradient(total, pull, on_gallery)
-    on_queries = gradient.total * arrays.rows.centred - gradient.pull
-    return on_queries, None, gradient.gallery, None, None
+    gradient = cast("Any", _differentiable_once)(_terms_gradient, spec, cotangents, *args)
+    return gradient.queries, None, gradient.gallery, None, None
 
 
-def _terms_block_gradient(
-    spec: Spec, block: Arrays, cotangents: tuple[jax.Array, jax.Array, jax.Array]
-) -> _Gradient:
-    """Returns a block's gradient for the cotangents of L_P, L_N and the log of the mass, (B, 1)."""
-    positive, negative, log_mass = cotangents
-    pairs = make_pairs(spec, block)
-    scale_pos, scale_neg = _ratio(positive, pairs.sum_pos), _ratio(negative, pairs.sum_neg)
-    terms = _block_terms(spec, block.constants, pairs)
-    factors = _Factors(
-        scale_pos,
-        scale_neg,
-        terms,
-        _mass_factor(log_mass, pairs.sum_pos, pairs.log_scale_pos, terms.log_mass),
-        _mass_factor(log_mass, pairs.sum_neg, pairs.log_scale_neg, terms.log_mass),
+def _once(function: Callable[..., Tree], spec: Spec, *args: Any) -> Tree:
+    """Returns `function(spec, *args)`, which has no derivative."""
+    return function(spec, *args)
+
+
+def _refuse(*_: object) -> Any:
+    """Refuses a derivative that would be taken of the constants of the first one."""
+    raise NotImplementedError(
+        "Ranked List Loss has first derivatives only: found a second derivative. "
+        "The mean of jax.vmap(ranked_list_loss_of_query) has all of them."
     )
-    coefficient = functools.partial(_coefficient, spec, block.constants, factors)
-    return _block_gradient(block, pairs, coefficient, gallery_gradient=spec.gallery_gradient)
 
 
-_fixed_loss = cast("Any", jax.custom_vjp(_fixed_value, nondiff_argnums=(0,)))
-_fixed_loss.defvjp(_fixed_forward, _fixed_backward)
-_compiled_fixed_loss = jax.jit(_fixed_loss, static_argnums=0)
+_differentiable_once = jax.custom_jvp(_once, nondiff_argnums=(0, 1))
+_differentiable_once.defjvp(_refuse)
+
+_loss = jax.custom_jvp(_loss_value, nondiff_argnums=(0,))
+_loss.defjvp(_loss_tangent)
+_compiled_loss = jax.jit(_loss, static_argnums=0)
 
 _list_terms = cast("Any", jax.custom_vjp(_terms_value, nondiff_argnums=(0,)))
 _list_terms.defvjp(_terms_forward, _terms_backward)

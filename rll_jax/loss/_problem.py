@@ -61,7 +61,7 @@ class Problem(NamedTuple):
 
     spec: Spec
     arrays: Arrays
-    valid: jax.Array  # (N, 1) bool: False for a query that is padding
+    valid: jax.Array | None  # (N, 1) bool: False for a query that is padding; None: all are valid
 
 
 class _Side(NamedTuple):
@@ -106,10 +106,11 @@ def make_problem(
         weight_gradient=bool(variant.weight_gradient),
         gallery_gradient=bool(variant.gallery_gradient),
         own_gallery=bank is None,
+        mass=variant.query_weighting == "mass",
+        axis_name=axis_name,
         block_size=_block_size(block_size, num_queries, num_gallery),
     )
-    valid = jnp.ones((num_queries, 1), bool) if batch.where is None else batch.where[:, None]
-    return Problem(spec, arrays, valid)
+    return Problem(spec, arrays, None if batch.where is None else batch.where[:, None])
 
 
 def _checked_gallery(gallery: GalleryArguments, dim: int) -> LabelledRows | None:
@@ -230,14 +231,16 @@ def _centre(gallery: jax.Array, valid: jax.Array | None) -> jax.Array:
 
     No distance changes, but the distances of a batch far from the origin keep their digits.
     """
-    gallery = lax.stop_gradient(gallery)  # rows that are padding are 0
+    gallery = lax.stop_gradient(gallery)
     first_valid = 0 if valid is None else jnp.argmax(valid)
     first = jnp.take(gallery, first_valid, axis=0)[None, :]
-    count = gallery.shape[0] if valid is None else jnp.maximum(jnp.sum(valid, dtype=jnp.int32), 1)
+    # The mean of the differences is exact where all rows are equal.
+    difference = gallery - first
+    if valid is None:
+        count = gallery.shape[0]
+    else:
+        difference = jnp.where(valid[:, None], difference, 0)
+        count = jnp.maximum(jnp.sum(valid, dtype=jnp.int32), 1)
     # A sum over the rows; as a product it takes less time on a CPU.
-    total = dot(jnp.ones((1, gallery.shape[0]), gallery.dtype), gallery, ((1,), (0,)))
-    mean = total / jnp.asarray(count, gallery.dtype)
-    # The rounded mean of equal rows may differ from them. Subtracting one of them instead leaves
-    # exact zeros.
-    difference = jnp.abs(mean - first)
-    return jnp.where(difference <= 32 * np.finfo(gallery.dtype).eps * jnp.abs(first), first, mean)
+    total = dot(jnp.ones((1, gallery.shape[0]), gallery.dtype), difference, ((1,), (0,)))
+    return first + total / jnp.asarray(count, gallery.dtype)

@@ -151,16 +151,7 @@ def ranked_list_loss(
         axis_name=axis_name,
         block_size=block_size,
     )
-    if gallery_gradient or (weight_gradient and query_weighting == "mass"):
-        terms = _blocks.list_terms(problem.spec, problem.arrays)
-        loss = _blocks.balanced(problem.arrays.constants.balance, terms)
-        log_mass = terms.log_mass
-    else:
-        loss, log_mass = _blocks.fixed_gallery_loss(problem.spec, problem.arrays)
-    if not weight_gradient:
-        log_mass = lax.stop_gradient(log_mass)
-    weight = _query_weights(query_weighting, log_mass, problem.valid, axis_name)
-    share = jnp.sum(weight * jnp.where(problem.valid, loss, 0))
+    share = _blocks.loss(problem.spec, problem.arrays, problem.valid)
     return share if axis_name is None else share * lax.axis_size(axis_name)
 
 
@@ -206,16 +197,13 @@ def ranked_list_loss_terms(
         axis_name=axis_name,
         block_size=block_size,
     )
-    terms, valid = _blocks.list_terms(problem.spec, problem.arrays), problem.valid
+    terms = _blocks.list_terms(problem.spec, problem.arrays)
     log_mass = terms.log_mass if weight_gradient else lax.stop_gradient(terms.log_mass)
-    weight = _query_weights(query_weighting, log_mass, valid, axis_name)
-    return RankedListLossTerms(
-        positive=jnp.where(valid, terms.positive, 0)[:, 0],
-        negative=jnp.where(valid, terms.negative, 0)[:, 0],
-        num_positives=jnp.where(valid, terms.num_positives, 0)[:, 0],
-        num_negatives=jnp.where(valid, terms.num_negatives, 0)[:, 0],
-        weight=weight[:, 0],
-    )
+    weight = _blocks.query_weights(problem.spec, log_mass, problem.valid)
+    columns = (terms.positive, terms.negative, terms.num_positives, terms.num_negatives)
+    if problem.valid is not None:
+        columns = tuple(jnp.where(problem.valid, column, 0) for column in columns)
+    return RankedListLossTerms(*(column[:, 0] for column in (*columns, weight)))
 
 
 def ranked_list_loss_of_query(
@@ -368,30 +356,3 @@ def tpami2020(
 def _centred_alpha(margin: Any) -> Any:
     """Returns the boundary of negatives of the 2020 layer."""
     return 1 + margin / 2
-
-
-def _query_weights(
-    query_weighting: QueryWeighting,
-    log_mass: jax.Array,
-    valid: jax.Array,
-    axis_name: Hashable | None,
-) -> jax.Array:
-    """Returns weight_i, (N, 1). The weights of all devices sum to 1, or to 0 where none count."""
-    if query_weighting == "uniform":
-        count = _sum_over_devices(jnp.sum(valid, dtype=jnp.int32), axis_name)
-        return valid.astype(log_mass.dtype) / jnp.maximum(count, 1).astype(log_mass.dtype)
-    active = valid & ~(log_mass == -jnp.inf)
-    largest = lax.stop_gradient(jnp.max(jnp.where(active, log_mass, -jnp.inf)))
-    if axis_name is not None:
-        largest = cast("jax.Array", lax.pmax(largest, axis_name))
-    # The largest mass becomes 1, so that no mass overflows. It is -inf where no query is active.
-    log_mass = jnp.where(active, log_mass, 0)
-    shift = jnp.where(largest == -jnp.inf, 0, largest)
-    mass = jnp.where(active, jnp.exp(log_mass - shift), 0)
-    none_active = largest == -jnp.inf
-    return mass / jnp.where(none_active, 1, _sum_over_devices(jnp.sum(mass), axis_name))
-
-
-def _sum_over_devices(x: jax.Array, axis_name: Hashable | None) -> jax.Array:
-    """Returns the sum over the devices of the axis, or `x` itself without an axis."""
-    return x if axis_name is None else cast("jax.Array", lax.psum(x, axis_name))
