@@ -150,13 +150,21 @@ def _log_mass(pairs: Pairs) -> jax.Array:
 
 def _block_terms(spec: Spec, constants: Constants, pairs: Pairs) -> Terms:
     """Returns the terms of one block's queries."""
-    hinge = _hinge(spec, constants, pairs.excess)
+
+    def hinge(excess: jax.Array) -> jax.Array:
+        return _hinge(spec, constants, excess)
+
+    def count(is_listed: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        return row_sum(lambda excess: is_listed(excess).astype(jnp.int32), pairs.excess)
+
+    positive = row_sum(lambda w, e: w * jnp.maximum(hinge(e), 0), pairs.weight, pairs.excess)
+    negative = row_sum(lambda w, e: w * jnp.minimum(hinge(e), 0), pairs.weight, pairs.excess)
     return Terms(
-        _ratio(row_sum(pairs.weight * jnp.maximum(hinge, 0)), pairs.sum_pos),
-        _ratio(row_sum(pairs.weight * jnp.minimum(hinge, 0)), pairs.sum_neg),
+        _ratio(positive, pairs.sum_pos),
+        _ratio(negative, pairs.sum_neg),
         _log_mass(pairs),
-        jnp.sum(pairs.excess > 0, axis=1, keepdims=True, dtype=jnp.int32),
-        jnp.sum(pairs.excess < 0, axis=1, keepdims=True, dtype=jnp.int32),
+        count(lambda excess: excess > 0),
+        count(lambda excess: excess < 0),
     )
 
 
@@ -191,7 +199,17 @@ def _coefficients(spec: Spec, constants: Constants, factors: _Factors, pairs: Pa
 def _pull(spec: Spec, arrays: Arrays, pairs: Pairs, coefficients: jax.Array) -> _Gradient:
     """Returns a block's gradient: by products, or by differences where a pair is near."""
     rows, columns = arrays.rows, arrays.columns
-    total = row_sum(coefficients)
+    queries, gallery = arrays.queries, arrays.gallery
+    to_gallery = spec.gallery_gradient
+    if (
+        to_gallery
+        and spec.own_gallery
+        and spec.axis_name is None
+        and queries.shape == gallery.shape
+    ):
+        # The queries are the gallery: both ends of each pair in one product.
+        coefficients, to_gallery = coefficients + coefficients.T, False
+    total = row_sum(lambda c: c, coefficients)
     on_queries = total * rows.centred - dot(coefficients, columns.centred, ((1,), (0,)))
     on_gallery = None
     if spec.gallery_gradient:
@@ -199,10 +217,9 @@ def _pull(spec: Spec, arrays: Arrays, pairs: Pairs, coefficients: jax.Array) -> 
         on_gallery = total * columns.centred - dot(coefficients, rows.centred, ((0,), (0,)))
 
     def exact() -> _Gradient:
-        q, g = arrays.queries, arrays.gallery
         return _Gradient(
-            weighted_sums(coefficients, q, g),
-            weighted_sums(coefficients.T, g, q) if spec.gallery_gradient else None,
+            weighted_sums(coefficients, queries, gallery),
+            weighted_sums(coefficients.T, gallery, queries) if spec.gallery_gradient else None,
         )
 
     return while_near(pairs.any_near, _Gradient(on_queries, on_gallery), exact)
@@ -270,7 +287,7 @@ def _sum_blocks(
     arrays: Arrays,
     *args: *Parts,
 ) -> tuple[Result, _Gradient]:
-    """Returns `body(arrays, *args)` likewise, with the gallery's gradient summed over the blocks."""
+    """Returns the same for a body with a gradient, summed over the blocks for the gallery."""
     n = arrays.queries.shape[0]
     if spec.block_size >= n:
         return body(arrays, *args)
@@ -349,8 +366,12 @@ def _weighted_losses(
         else:
             # One sum over the pairs instead of a sum for each list.
             terms = None
-            scale = jnp.where(pairs.weight > 0, scale_pos, scale_neg)
-            losses = row_sum(pairs.weight * scale * _hinge(spec, block.constants, pairs.excess))
+
+            def pair_loss(weight: jax.Array, excess: jax.Array) -> jax.Array:
+                scale = jnp.where(weight > 0, scale_pos, scale_neg)
+                return weight * scale * _hinge(spec, block.constants, excess)
+
+            losses = row_sum(pair_loss, pairs.weight, pairs.excess)
         factors = _Factors(scale_pos, scale_neg, terms, None, None)
         coefficients = _coefficients(spec, block.constants, factors, pairs)
         return (losses, _log_mass(pairs)), _pull(spec, block, pairs, coefficients)
@@ -394,10 +415,7 @@ def _loss_tangent(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the value and the tangent of `loss`."""
     share, gradient = cast("Any", _differentiable_once)(_loss_and_gradient, spec, *primals)
-    on_queries, on_gallery = (
-        tangents[Arrays._fields.index("queries")],
-        tangents[Arrays._fields.index("gallery")],
-    )
+    on_queries, _, on_gallery, *_ = tangents
     tangent = jnp.sum(gradient.queries * on_queries)
     if gradient.gallery is not None:
         tangent = tangent + jnp.sum(gradient.gallery * on_gallery)

@@ -7,6 +7,7 @@ Private to `rll_jax.loss`. Imports jax and numpy alone.
 # pyright: reportUnknownMemberType=false
 
 from collections.abc import Callable, Hashable
+import functools
 from typing import NamedTuple, TypeVar, cast
 
 import jax
@@ -18,6 +19,9 @@ from rll_jax.loss._differences import squared_distances
 # A pair is near where d^2 < _NEAR * (|q|^2 + |g|^2): |q|^2 + |g|^2 - 2 q.g then loses its digits.
 # A block with a near pair that counts is computed from the differences of all its pairs.
 _NEAR = 2e-2
+
+# Parts of a row that are combined before they are reduced.
+_PARTS = 8
 
 Tree = TypeVar("Tree")
 
@@ -86,15 +90,6 @@ class Pairs(NamedTuple):
     any_near: jax.Array  # scalar bool: whether distances are those of differences, not of products
 
 
-class _Lists(NamedTuple):
-    """Distances and lists, by products or by differences."""
-
-    distance: jax.Array  # (B, M) as in `Pairs`
-    excess: jax.Array  # (B, M) as in `Pairs`
-    farthest: jax.Array  # (B, 1) excess of the farthest positive in P*, 0 for an empty list
-    nearest: jax.Array  # (B, 1) excess of the nearest negative in N*, 0 for an empty list
-
-
 def dot(a: jax.Array, b: jax.Array, axes: tuple[tuple[int], tuple[int]]) -> jax.Array:
     """Returns the product of two matrices over the given axis of each, in full precision.
 
@@ -105,17 +100,51 @@ def dot(a: jax.Array, b: jax.Array, axes: tuple[tuple[int], tuple[int]]) -> jax.
     )
 
 
-def row_sum(x: jax.Array) -> jax.Array:
-    """Returns the sum of each row, (B, 1)."""
-    return jnp.sum(x, axis=1, keepdims=True)
+def row_sum(function: Callable[..., jax.Array], *matrices: jax.Array) -> jax.Array:
+    """Returns the sums over the rows, (B, 1), of an elementwise function of matrices (B, M)."""
+    return _reduce_rows(jnp.add, jnp.sum, function, *matrices)
+
+
+def _reduce_rows(
+    combine: Callable[[jax.Array, jax.Array], jax.Array],
+    reduce: Callable[..., jax.Array],
+    function: Callable[..., jax.Array],
+    *matrices: jax.Array,
+) -> jax.Array:
+    """Returns `reduce(function(*matrices), axis=1, keepdims=True)`.
+
+    On CPUs parts of the rows are combined first. XLA would store what it reduces, and a minimum of
+    long rows takes seven times as long.
+    """
+    width = matrices[0].shape[1]
+
+    def plain(*matrices: jax.Array) -> jax.Array:
+        return reduce(function(*matrices), axis=1, keepdims=True)
+
+    def folded(*matrices: jax.Array) -> jax.Array:
+        def values(start: int, stop: int) -> jax.Array:
+            return function(*(matrix[:, start:stop] for matrix in matrices))
+
+        part = width // _PARTS
+        parts = [values(k * part, (k + 1) * part) for k in range(_PARTS)]
+        result = reduce(functools.reduce(combine, parts), axis=1, keepdims=True)
+        if width % _PARTS == 0:
+            return result
+        return combine(result, reduce(values(part * _PARTS, width), axis=1, keepdims=True))
+
+    if not isinstance(width, int) or width < _PARTS:
+        return plain(*matrices)
+    return cast("jax.Array", lax.platform_dependent(*matrices, cpu=folded, default=plain))
 
 
 def make_pairs(spec: Spec, arrays: Arrays) -> Pairs:
     """Returns the pairs of a block of queries with the gallery."""
     constants = arrays.constants
-    lists, any_near = _lists_by_product(spec, arrays)
-    lists = while_near(any_near, lists, lambda: _lists_by_difference(spec, arrays))
-    distance, excess, farthest, nearest = lists
+    distance, any_near = _distances_by_product(spec, arrays)
+    distance = while_near(any_near, distance, lambda: _distances_by_difference(spec, arrays))
+    excess = _excess(arrays, distance)
+    farthest = _reduce_rows(jnp.maximum, jnp.max, lambda e: jnp.maximum(e, 0), excess)
+    nearest = _reduce_rows(jnp.minimum, jnp.min, lambda e: jnp.minimum(e, 0), excess)
 
     positive = excess > 0
     weight = jnp.exp(
@@ -127,13 +156,12 @@ def make_pairs(spec: Spec, arrays: Arrays) -> Pairs:
     )
     # A NaN in excess is not 0, so it remains visible.
     weight = jnp.where(excess == 0, 0, jnp.where(positive, weight, -weight))
-    # The zeros of the two sums differ: XLA on the CPU would share equal ones, stored as a matrix.
     return Pairs(
         distance,
         excess,
         weight,
-        sum_pos=row_sum(jnp.maximum(weight, 0)),
-        sum_neg=-row_sum(jnp.minimum(weight, -0.0)),
+        sum_pos=row_sum(lambda w: jnp.maximum(w, 0), weight),
+        sum_neg=row_sum(lambda w: jnp.maximum(-w, 0), weight),
         log_scale_pos=constants.temperature_pos * farthest,
         log_scale_neg=-constants.temperature_neg * nearest,
         any_near=any_near,
@@ -158,19 +186,26 @@ def while_near(any_near: jax.Array, value: Tree, exact: Callable[[], Tree]) -> T
     return value
 
 
-def _lists_by_product(spec: Spec, arrays: Arrays) -> tuple[_Lists, jax.Array]:
-    """Returns the lists by one matrix product, and whether a pair is too near for that."""
+def _distances_by_product(spec: Spec, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+    """Returns distances by a matrix product, and whether a pair is too near for that."""
     _, rows, _, columns, constants = arrays
     size = rows.size + columns.size
     squared = jnp.maximum(size - 2 * dot(rows.centred, columns.centred, ((1,), (1,))), 0)
-    lists = _make_lists(spec, arrays, jnp.sqrt(squared))
+    distance = _without_left_out(spec, arrays, jnp.sqrt(squared))
     reach = _NEAR * (rows.size + jnp.max(columns.size))
-    near_negative = constants.alpha + lists.nearest < jnp.sqrt(reach)
+
+    def below_alpha(distance: jax.Array, *parts: jax.Array) -> jax.Array:
+        label, valid = parts if len(parts) == 2 else (*parts, None)
+        part = columns._replace(label=label, valid=valid)
+        return jnp.minimum(_excess(arrays, distance, part), 0)
+
+    parts = (columns.label,) if columns.valid is None else (columns.label, columns.valid)
+    nearest = _reduce_rows(jnp.minimum, jnp.min, below_alpha, distance, *parts)
+    near_negative = constants.alpha + nearest < jnp.sqrt(reach)
 
     def is_positive_near() -> jax.Array:
-        near = (squared < _NEAR * size) & (rows.label == columns.label)
-        left_out = _left_out(spec, arrays)
-        near = near if left_out is None else near & ~left_out
+        near = (distance**2 < _NEAR * (rows.size + columns.size)) & _same_class(rows, columns)
+        near = near & _without_left_out(spec, arrays, jnp.ones_like(near))
         return jnp.any(near, axis=1, keepdims=True)
 
     # A positive so near is trivial and needs no digits, unless alpha - margin is as small.
@@ -182,35 +217,34 @@ def _lists_by_product(spec: Spec, arrays: Arrays) -> tuple[_Lists, jax.Array]:
             lambda: jnp.zeros_like(near_negative),
         ),
     )
-    return lists, jnp.any(near_negative | near_positive)
+    return distance, jnp.any(near_negative | near_positive)
 
 
-def _lists_by_difference(spec: Spec, arrays: Arrays) -> _Lists:
-    """Returns the lists by the difference of every pair."""
-    return _make_lists(spec, arrays, jnp.sqrt(squared_distances(arrays.queries, arrays.gallery)))
+def _distances_by_difference(spec: Spec, arrays: Arrays) -> jax.Array:
+    """Returns distances by the difference of every pair."""
+    squared = squared_distances(arrays.queries, arrays.gallery)
+    return _without_left_out(spec, arrays, jnp.sqrt(squared))
 
 
-def _left_out(spec: Spec, arrays: Arrays) -> jax.Array | None:
-    """Returns which pairs do not exist, (B, M) or (1, M); None where all do."""
-    own = arrays.rows.number == arrays.columns.number if spec.own_gallery else None
-    if arrays.columns.valid is None:
-        return own
-    padding = ~arrays.columns.valid
-    return padding if own is None else own | padding
+def _without_left_out(spec: Spec, arrays: Arrays, values: jax.Array) -> jax.Array:
+    """Returns (B, M) values, 0 for pairs that do not exist: a query with itself, and padding."""
+    rows, columns = arrays.rows, arrays.columns
+    zero = jnp.zeros((), values.dtype)
+    values = values if columns.valid is None else jnp.where(columns.valid, values, zero)
+    return jnp.where(rows.number == columns.number, zero, values) if spec.own_gallery else values
 
 
-def _make_lists(spec: Spec, arrays: Arrays, distance: jax.Array) -> _Lists:
-    """Returns the lists of a block's queries from its distances (B, M)."""
-    constants, left_out = arrays.constants, _left_out(spec, arrays)
-    same = arrays.rows.label == arrays.columns.label
-    if left_out is not None:
-        # It becomes a positive at distance 0, which is on no list.
-        same, distance = same | left_out, jnp.where(left_out, 0, distance)
-    excess = jnp.where(
-        same,
+def _excess(arrays: Arrays, distance: jax.Array, columns: Columns | None = None) -> jax.Array:
+    """Returns each pair's excess as in `Pairs`, (B, M). A positive at distance 0 is on no list."""
+    columns, constants = columns or arrays.columns, arrays.constants
+    return jnp.where(
+        _same_class(arrays.rows, columns),
         jnp.maximum(distance - constants.alpha_pos, 0),
         jnp.minimum(distance - constants.alpha, 0),
     )
-    farthest = jnp.maximum(jnp.max(excess, axis=1, keepdims=True), 0)
-    nearest = jnp.minimum(jnp.min(excess, axis=1, keepdims=True), 0)
-    return _Lists(distance, excess, farthest, nearest)
+
+
+def _same_class(rows: Rows, columns: Columns) -> jax.Array:
+    """Returns whether the pairs share a class, (B, M). Padding shares every class."""
+    same = rows.label == columns.label
+    return same if columns.valid is None else same | ~columns.valid
