@@ -14,7 +14,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from rll_jax.loss._differences import weighted_sums
+from rll_jax.loss._differences import weighted_sums, weighted_sums_of_columns
 from rll_jax.loss._pairs import (
     Arrays,
     Constants,
@@ -200,15 +200,6 @@ def _pull(spec: Spec, arrays: Arrays, pairs: Pairs, coefficients: jax.Array) -> 
     """Returns a block's gradient: by products, or by differences where a pair is near."""
     rows, columns = arrays.rows, arrays.columns
     queries, gallery = arrays.queries, arrays.gallery
-    to_gallery = spec.gallery_gradient
-    if (
-        to_gallery
-        and spec.own_gallery
-        and spec.axis_name is None
-        and queries.shape == gallery.shape
-    ):
-        # The queries are the gallery: both ends of each pair in one product.
-        coefficients, to_gallery = coefficients + coefficients.T, False
     total = row_sum(lambda c: c, coefficients)
     on_queries = total * rows.centred - dot(coefficients, columns.centred, ((1,), (0,)))
     on_gallery = None
@@ -219,7 +210,9 @@ def _pull(spec: Spec, arrays: Arrays, pairs: Pairs, coefficients: jax.Array) -> 
     def exact() -> _Gradient:
         return _Gradient(
             weighted_sums(coefficients, queries, gallery),
-            weighted_sums(coefficients.T, gallery, queries) if spec.gallery_gradient else None,
+            weighted_sums_of_columns(coefficients, queries, gallery)
+            if spec.gallery_gradient
+            else None,
         )
 
     return while_near(pairs.any_near, _Gradient(on_queries, on_gallery), exact)
@@ -323,27 +316,34 @@ def _gradient(spec: Spec, arrays: Arrays, cotangents: _Cotangents) -> _Gradient:
     def body(block: Arrays, cotangents: _Cotangents) -> tuple[None, _Gradient]:
         pairs = make_pairs(spec, block)
         terms = _block_terms(spec, block.constants, pairs)
-        mass_pos = mass_neg = None
-        if cotangents.log_mass is not None:
-            mass_pos, mass_neg = (
-                _mass_factor(cotangents.log_mass, total, log_scale, terms.log_mass)
-                for total, log_scale in (
-                    (pairs.sum_pos, pairs.log_scale_pos),
-                    (pairs.sum_neg, pairs.log_scale_neg),
-                )
-            )
-        factors = _Factors(
-            _ratio(cotangents.positive, pairs.sum_pos),
-            _ratio(cotangents.negative, pairs.sum_neg),
-            terms,
-            mass_pos,
-            mass_neg,
-        )
-        coefficients = _coefficients(spec, block.constants, factors, pairs)
-        return None, _pull(spec, block, pairs, coefficients)
+        return None, _block_gradient(spec, block, pairs, terms, cotangents)
 
     _, gradient = _sum_blocks(spec, body, arrays, cotangents)
     return gradient
+
+
+def _block_gradient(
+    spec: Spec, block: Arrays, pairs: Pairs, terms: Terms, cotangents: _Cotangents
+) -> _Gradient:
+    """Returns the gradient of one block whose pairs and terms are known."""
+    mass_pos = mass_neg = None
+    if cotangents.log_mass is not None:
+        mass_pos, mass_neg = (
+            _mass_factor(cotangents.log_mass, total, log_scale, terms.log_mass)
+            for total, log_scale in (
+                (pairs.sum_pos, pairs.log_scale_pos),
+                (pairs.sum_neg, pairs.log_scale_neg),
+            )
+        )
+    factors = _Factors(
+        _ratio(cotangents.positive, pairs.sum_pos),
+        _ratio(cotangents.negative, pairs.sum_neg),
+        terms,
+        mass_pos,
+        mass_neg,
+    )
+    coefficients = _coefficients(spec, block.constants, factors, pairs)
+    return _pull(spec, block, pairs, coefficients)
 
 
 def _weighted_losses(
@@ -398,16 +398,30 @@ def _loss_and_gradient(spec: Spec, *args: Any) -> tuple[jax.Array, _Gradient]:
         (losses, log_mass), gradient = _weighted_losses(spec, arrays, ones)
         weight = query_weights(spec, log_mass, valid)
         return jnp.sum(weight * losses), _Gradient(weight * gradient.queries, None)
-    # The weights are known once all masses are.
-    losses, log_mass = _losses(spec, arrays)
+    return _loss_and_gradient_by_mass(spec, arrays, valid)
+
+
+def _loss_and_gradient_by_mass(
+    spec: Spec, arrays: Arrays, valid: jax.Array | None
+) -> tuple[jax.Array, _Gradient]:
+    """Computes the same where the gradient needs the weights, which are known after all masses."""
+    balance = arrays.constants.balance
+    pairs = terms = None
+    if spec.block_size >= arrays.queries.shape[0]:
+        pairs = make_pairs(spec, arrays)
+        terms = _block_terms(spec, arrays.constants, pairs)
+        losses, log_mass = _balanced(balance, terms), terms.log_mass
+    else:
+        losses, log_mass = _losses(spec, arrays)
     weight = query_weights(spec, log_mass, valid)
     share = jnp.sum(weight * losses)
     by_mass = None
     if spec.weight_gradient:
         by_mass = weight * (losses - _sum_over_devices(share, spec.axis_name))
-    balance = arrays.constants.balance
     cotangents = _Cotangents((1 - balance) * weight, balance * weight, by_mass)
-    return share, _gradient(spec, arrays, cotangents)
+    if pairs is None or terms is None:
+        return share, _gradient(spec, arrays, cotangents)
+    return share, _block_gradient(spec, arrays, pairs, terms, cotangents)
 
 
 def _loss_tangent(

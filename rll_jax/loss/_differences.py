@@ -5,7 +5,7 @@ compiler vectorises, so that the sums take about three times as long as a matrix
 nothing larger than the result is stored. Private to `rll_jax.loss`. Imports jax and numpy alone.
 """
 
-# jax's stubs leave some parameters of pad and fori_loop without a type.
+# jax's stubs leave some parameters of fori_loop without a type.
 # pyright: reportUnknownMemberType=false
 
 from collections.abc import Callable
@@ -15,45 +15,59 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-# Terms of the sum in one step of the loop. On CPUs, 8 and 32 take 7 and 2 times as long.
-_TERMS = 16
+Index = jax.Array | int
+
+# Terms of the sum in one step of the loop.
+_TERMS = 8
 
 
 def squared_distances(q: jax.Array, g: jax.Array) -> jax.Array:
     """Returns |q_i - g_j|^2, (B, M), of q (B, D) and g (M, D). It is 0 for equal rows alone."""
+    columns = g.T
 
-    def term(q_part: jax.Array, g_part: jax.Array) -> jax.Array:
-        return (q_part[:, None] - g_part[None, :]) ** 2
+    def term(total: jax.Array, dimension: Index) -> jax.Array:
+        return total + (_column(q, dimension) - _row(columns, dimension)) ** 2
 
-    return _sum(term, q.T, g.T)
+    return _sum(q.shape[1], term, jnp.zeros_like(q[:, :1] + columns[:1]))
 
 
 def weighted_sums(coefficients: jax.Array, q: jax.Array, g: jax.Array) -> jax.Array:
     """Returns sum_j c_ij (q_i - g_j), (B, D), of coefficients (B, M), q (B, D) and g (M, D)."""
 
-    def term(c_part: jax.Array, g_part: jax.Array) -> jax.Array:
-        return c_part[:, None] * (q - g_part[None, :])
+    def term(total: jax.Array, j: Index) -> jax.Array:
+        return total + _column(coefficients, j) * (q - _row(g, j))
 
-    return _sum(term, coefficients.T, g)
+    return _sum(g.shape[0], term, jnp.zeros_like(q + coefficients[:, :1]))
 
 
-def _sum(
-    term: Callable[[jax.Array, jax.Array], jax.Array], a: jax.Array, b: jax.Array
-) -> jax.Array:
-    """Returns sum_k term(a[k], b[k]). The terms of rows of zeros must be 0."""
-    steps = -(-a.shape[0] // _TERMS)
+def weighted_sums_of_columns(coefficients: jax.Array, q: jax.Array, g: jax.Array) -> jax.Array:
+    """Returns sum_i c_ij (g_j - q_i), (M, D), without a transposed copy of the coefficients."""
 
-    def pad(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, ((0, steps * _TERMS - x.shape[0]), (0, 0)))
+    def term(total: jax.Array, i: Index) -> jax.Array:
+        return total + _row(coefficients, i).T * (g - _row(q, i))
 
-    a, b = pad(a), pad(b)
+    return _sum(q.shape[0], term, jnp.zeros_like(g + coefficients[:1].T))
+
+
+def _row(x: jax.Array, index: Index) -> jax.Array:
+    return lax.dynamic_slice_in_dim(x, index, 1, axis=0)
+
+
+def _column(x: jax.Array, index: Index) -> jax.Array:
+    return lax.dynamic_slice_in_dim(x, index, 1, axis=1)
+
+
+def _sum(count: int, term: Callable[[jax.Array, Index], jax.Array], zero: jax.Array) -> jax.Array:
+    """Returns `zero` plus the terms 0 to count - 1, some of them in each step of a loop."""
+    terms = _TERMS if isinstance(count, int) else 1  # a symbolic number has an unknown remainder
+    steps = count // terms
 
     def step(number: jax.Array, total: jax.Array) -> jax.Array:
-        a_part, b_part = (lax.dynamic_slice_in_dim(x, number * _TERMS, _TERMS) for x in (a, b))
-        for k in range(_TERMS):
-            total = total + term(a_part[k], b_part[k])
+        for k in range(terms):
+            total = term(total, number * terms + k)
         return total
 
-    # Zeros made of the arguments vary over the same mesh axes as the terms.
-    zero = jnp.zeros_like(term(a[0], b[0]))
-    return cast("jax.Array", lax.fori_loop(0, steps, step, zero))
+    total = cast("jax.Array", lax.fori_loop(0, steps, step, zero))
+    for k in range(count % terms):
+        total = term(total, steps * terms + k)
+    return total

@@ -134,6 +134,13 @@ def _check_number(
     return number
 
 
+def as_number(value: Any) -> Any:
+    """Returns the array of an object that holds one, such as flax.nnx.Param; otherwise `value`."""
+    if isinstance(value, _NUMBER_TYPES) or not hasattr(value, "__jax_array__"):
+        return value
+    return value.__jax_array__()
+
+
 def _is_real(value: Any) -> bool:
     """Returns whether a value is a real number or an array of real numbers. A bool is not."""
     if not isinstance(value, _NUMBER_TYPES) or np.iscomplexobj(value):

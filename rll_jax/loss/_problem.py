@@ -6,34 +6,47 @@ Private to `rll_jax.loss`. Imports jax and numpy alone.
 # jax's stubs leave some parameters of asarray without a type.
 # pyright: reportUnknownMemberType=false
 
-from collections.abc import Hashable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 from jax import lax
+from jax.core import Tracer
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 import numpy as np
 
-from rll_jax.loss._options import HyperParameters, Variant, check_options, positive_boundary
+from rll_jax.loss._mesh import mesh_of, over_rows, pad_rows
+from rll_jax.loss._options import (
+    HyperParameters,
+    Variant,
+    as_number,
+    check_options,
+    positive_boundary,
+)
 from rll_jax.loss._pairs import Arrays, Columns, Constants, Rows, Spec, dot
 from rll_jax.loss.rows import (
     GALLERY_NAMES,
     LabelledRows,
+    check_varying,
     checked_rows,
     clean_embeddings,
     computing_dtype,
     gather,
-    normalize_rows,
 )
 
 __all__ = [
+    "Arguments",
     "GalleryArguments",
+    "Options",
     "Problem",
     "QueryArguments",
+    "check_arguments",
     "make_problem",
-    "normalize_rows",
+    "solve",
 ]
+
+Tree = TypeVar("Tree")
 
 # The most pairs in one block, so that a block's few matrices stay near the processor's caches.
 _BLOCK_PAIRS = 1 << 20
@@ -56,6 +69,22 @@ class GalleryArguments(NamedTuple):
     where: jax.Array | np.ndarray | None  # (M,) bool
 
 
+class Options(NamedTuple):
+    """What is known when tracing."""
+
+    variant: Variant
+    normalize: bool
+    block_size: int | None
+
+
+class Arguments(NamedTuple):
+    """Checked arguments as jax arrays."""
+
+    batch: LabelledRows
+    bank: LabelledRows | None  # the gallery; None where the batch is it
+    constants: Constants
+
+
 class Problem(NamedTuple):
     """A loss reduced to arithmetic on plain arrays."""
 
@@ -73,31 +102,35 @@ class _Side(NamedTuple):
     valid: jax.Array | None  # (n,) bool
 
 
-def make_problem(
+def check_arguments(
     queries: QueryArguments,
     gallery: GalleryArguments,
     hyper: HyperParameters,
-    variant: Variant,
-    *,
-    normalize: bool,
-    axis_name: Hashable | None,
-    block_size: int | None,
-) -> Problem:
-    """Checks, masks, normalises, gathers and centres the arguments of `ranked_list_loss`.
+    options: Options,
+) -> Arguments:
+    """Checks what a caller passes, and converts it to jax arrays.
 
     Raises:
       TypeError, ValueError: as `ranked_list_loss` documents them.
     """
     batch = checked_rows(queries.embeddings, queries.labels, queries.where)
-    check_options(hyper, variant, block_size)
+    hyper = HyperParameters(*(as_number(number) for number in hyper))
+    check_options(hyper, options.variant, options.block_size)
     bank = _checked_gallery(gallery, batch.embeddings.shape[1])
+    dtype = computing_dtype(batch.embeddings.dtype)
+    return Arguments(batch, bank, _make_constants(hyper, dtype))
 
+
+def make_problem(arguments: Arguments, options: Options, axis_name: Hashable | None) -> Problem:
+    """Masks, normalises, gathers and centres checked arguments."""
+    batch, bank, constants = arguments
+    variant, normalize, block_size = options
     dtype = computing_dtype(batch.embeddings.dtype)
     query_side, gallery_side = _make_sides(batch, bank, normalize, dtype, variant.gallery_gradient)
     label_dtype = _common_label_dtype(query_side.labels.dtype, gallery_side.labels.dtype)
     if axis_name is not None:
-        query_side, gallery_side = _gathered(query_side, gallery_side, bank is None, axis_name)
-    constants = _make_constants(hyper, dtype)
+        check_varying(batch.embeddings, axis_name)
+        query_side, gallery_side = _gathered(query_side, gallery_side, axis_name)
     arrays = _centred_arrays(query_side, gallery_side, label_dtype, constants)
 
     num_queries, num_gallery = arrays.queries.shape[0], arrays.gallery.shape[0]
@@ -111,6 +144,54 @@ def make_problem(
         block_size=_block_size(block_size, num_queries, num_gallery),
     )
     return Problem(spec, arrays, None if batch.where is None else batch.where[:, None])
+
+
+def solve(
+    reduce: Callable[[Problem], Tree],
+    arguments: Arguments,
+    options: Options,
+    axis_name: Hashable | None,
+) -> tuple[Tree, bool]:
+    """Returns `reduce` of the problem, and whether it is divided over a mesh.
+
+    Where the embeddings lie on a mesh of several devices, each computes its part of the queries.
+
+    Args:
+      reduce: a module's function from a problem to a tree of arrays (n, ...), n its queries, or
+        (1,).
+      arguments: from `check_arguments`.
+      options: the variant and what else is known when tracing.
+      axis_name: the caller's axis, or None.
+    """
+    if axis_name is not None or mesh_of(arguments.batch.embeddings) is None:
+        return reduce(make_problem(arguments, options, axis_name)), False
+    return cast("Tree", _solve_on_mesh(reduce, options, arguments)), True
+
+
+def _solve_on_mesh(
+    reduce: Callable[[Problem], Tree], options: Options, arguments: Arguments
+) -> Tree:
+    """Returns the results of all devices, joined. Those of padded rows come last."""
+    mesh = mesh_of(arguments.batch.embeddings)
+
+    def of_device(rows: tuple[LabelledRows, LabelledRows | None], constants: Constants) -> Tree:
+        return reduce(make_problem(Arguments(*rows, constants), options, mesh.axis_names))
+
+    bank = None if arguments.bank is None else _padded(arguments.bank, mesh)
+    rows = (_padded(arguments.batch, mesh), bank)
+    return over_rows(of_device, mesh, rows, arguments.constants)
+
+
+_solve_on_mesh = jax.jit(_solve_on_mesh, static_argnums=(0, 1))
+
+
+def _padded(rows: LabelledRows, mesh: Any) -> LabelledRows:
+    """Returns the rows with as much padding as makes them equally many on every device."""
+    count = rows.embeddings.shape[0]
+    if count % mesh.size == 0:
+        return rows
+    where = jnp.ones(count, bool) if rows.where is None else rows.where
+    return LabelledRows(*(pad_rows(x, mesh) for x in (rows.embeddings, rows.labels, where)))
 
 
 def _checked_gallery(gallery: GalleryArguments, dim: int) -> LabelledRows | None:
@@ -160,17 +241,15 @@ def _make_sides(
     return queries, _Side(g, bank.labels, jnp.arange(g.shape[0], dtype=jnp.int32), bank.where)
 
 
-def _gathered(
-    queries: _Side, gallery: _Side, own_gallery: bool, axis_name: Hashable
-) -> tuple[_Side, _Side]:
+def _gathered(queries: _Side, gallery: _Side, axis_name: Hashable) -> tuple[_Side, _Side]:
     """Returns the queries numbered over all devices, and the gallery of all devices together."""
     offset = lax.axis_index(axis_name) * queries.embeddings.shape[0]
     queries = queries._replace(number=queries.number + offset)
-    gallery = gallery._replace(number=queries.number) if own_gallery else gallery
+    embeddings = gather(gallery.embeddings, axis_name)
     return queries, _Side(
-        gather(gallery.embeddings, axis_name),
+        embeddings,
         gather(gallery.labels, axis_name),
-        gather(gallery.number, axis_name),
+        jnp.arange(embeddings.shape[0], dtype=jnp.int32),
         None if gallery.valid is None else gather(gallery.valid, axis_name),
     )
 
@@ -205,10 +284,16 @@ def _centred_arrays(
 
 def _make_constants(hyper: HyperParameters, dtype: DTypeLike) -> Constants:
     """Returns the numbers of the loss as scalars of the computing dtype, without derivative."""
+    hyper = HyperParameters(
+        *(
+            _differentiated_never(name, number) if isinstance(number, Tracer) else number
+            for name, number in zip(hyper._fields, hyper, strict=True)
+        )
+    )
     alpha_pos = jnp.maximum(positive_boundary(hyper.alpha, hyper.margin), 0)
 
     def constant(value: ArrayLike) -> jax.Array:
-        return lax.stop_gradient(jnp.asarray(value, dtype))
+        return jnp.asarray(value, dtype)
 
     return Constants(
         alpha=constant(hyper.alpha),
@@ -219,8 +304,31 @@ def _make_constants(hyper: HyperParameters, dtype: DTypeLike) -> Constants:
     )
 
 
+def _identity(name: str, number: jax.Array) -> jax.Array:
+    """Returns the number."""
+    del name
+    return number
+
+
+def _refuse_derivative(name: str, *_: object) -> Any:
+    """Refuses the derivative by a number of the loss, which would be 0."""
+    raise NotImplementedError(
+        f"{name} has no derivative: found that {name} is differentiated. "
+        f"Pass jax.lax.stop_gradient({name})."
+    )
+
+
+_differentiated_never: Any = jax.custom_jvp(_identity, nondiff_argnums=(0,))
+_differentiated_never.defjvp(_refuse_derivative)
+
+
 def _block_size(block_size: int | None, num_queries: int, num_gallery: int) -> int:
-    """Returns the rows in a block: as asked for, or as many as `_BLOCK_PAIRS` allows."""
+    """Returns the rows in a block: as asked for, or as many as `_BLOCK_PAIRS` allows.
+
+    All rows where a number is symbolic (`jax.export`).
+    """
+    if not (isinstance(num_queries, int) and isinstance(num_gallery, int)):
+        return num_queries
     if block_size is None:
         block_size = max(_LEAST_BLOCK_SIZE, _BLOCK_PAIRS // num_gallery)
     return min(int(block_size), num_queries)

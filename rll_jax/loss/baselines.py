@@ -6,7 +6,7 @@ scalar. All of them share this behaviour:
 - Embeddings are L2-normalised inside. float16 and bfloat16 are computed in float32, float64 in
   float64. Products have Precision.HIGHEST.
 - The gradient is autodiff's and flows to all rows. It is finite, also at copies and in batches of
-  one class. A loss with nothing to sum is 0.
+  one class. A loss with nothing to sum is 0. NaN in a valid row gives NaN.
 - `where`: (N,) bool or None. Rows with False are padding, whatever their values.
 - `axis_name`: of `pmap`, `shard_map` or `vmap`, or None. The batch is that of all devices together,
   and each device passes its own rows. Each device returns the loss of the whole batch. `lax.pmean`
@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
 
+from rll_jax.loss._mesh import on_explicit_meshes
 from rll_jax.loss._options import (
     ALPHA,
     BALANCE,
@@ -40,7 +41,7 @@ from rll_jax.loss._options import (
     positive_boundary,
 )
 from rll_jax.loss._pairs import dot
-from rll_jax.loss.rows import checked_rows, gather, normalize_rows
+from rll_jax.loss.rows import checked_rows, computing_dtype, gather, normalize_rows
 
 __all__ = [
     "contrastive_loss",
@@ -57,6 +58,7 @@ __all__ = [
 Mining = Literal["semihard", "hard", "all"]
 
 
+@on_explicit_meshes
 def contrastive_loss(
     embeddings: jax.Array | np.ndarray,
     labels: jax.Array | np.ndarray,
@@ -83,9 +85,10 @@ def contrastive_loss(
     batch = _make_batch(embeddings, labels, where, axis_name)
     distance = _distances(batch.embeddings)
     pulled = _mean_above_zero(distance - pos_margin, batch.positive)
-    return pulled + _mean_above_zero(neg_margin - distance, batch.negative)
+    return batch.one * (pulled + _mean_above_zero(neg_margin - distance, batch.negative))
 
 
+@on_explicit_meshes
 def triplet_loss(
     embeddings: jax.Array | np.ndarray,
     labels: jax.Array | np.ndarray,
@@ -123,13 +126,14 @@ def triplet_loss(
         farthest = jnp.max(distance, axis=1, initial=0, where=batch.positive)
         nearest = jnp.min(distance, axis=1, initial=4, where=batch.negative)
         hinge = farthest - nearest + margin
-        return _mean_above_zero(hinge, batch.positive.any(axis=1) & batch.negative.any(axis=1))
+        usable = batch.positive.any(axis=1) & batch.negative.any(axis=1)
+        return batch.one * _mean_above_zero(hinge, usable)
     # One (N, N) matrix at a time, computed again for the gradient.
     sum_triplets = functools.partial(_sum_triplets, margin, mining)
     sum_triplets = cast("Any", jax.checkpoint(sum_triplets))
     anchors = (distance, batch.positive, batch.negative)
     total, count = cast("tuple[jax.Array, jax.Array]", lax.map(sum_triplets, anchors))
-    return jnp.sum(total) / jnp.maximum(jnp.sum(count.astype(distance.dtype)), 1)
+    return batch.one * jnp.sum(total) / jnp.maximum(jnp.sum(count.astype(distance.dtype)), 1)
 
 
 def _sum_triplets(
@@ -150,6 +154,7 @@ def _sum_triplets(
     return total, jnp.sum(chosen, dtype=jnp.int32)
 
 
+@on_explicit_meshes
 def lifted_structure_loss(
     embeddings: jax.Array | np.ndarray,
     labels: jax.Array | np.ndarray,
@@ -178,12 +183,16 @@ def lifted_structure_loss(
     batch = _make_batch(embeddings, labels, where, axis_name)
     distance = _distances(batch.embeddings)
     log_sums = _log_sum_exp(neg_margin - distance, batch.negative)
+    has_negative = batch.negative.any(axis=1)
+    usable = batch.positive & has_negative[:, None]
+    # Finite in rows that have no negative, and masked below.
+    log_sums = jnp.where(has_negative, log_sums, 0)
     pushed = jnp.logaddexp(log_sums[:, None], log_sums[None, :])
-    usable = batch.positive & batch.negative.any(axis=1)[:, None]
-    hinge = jnp.maximum(jnp.where(usable, pushed, 0) + distance - pos_margin, 0)
-    return _mean(hinge**2 / 2, usable)
+    hinge = jnp.maximum(pushed + distance - pos_margin, 0)
+    return batch.one * _mean(hinge**2 / 2, usable)
 
 
+@on_explicit_meshes
 def n_pair_loss(
     embeddings: jax.Array | np.ndarray,
     labels: jax.Array | np.ndarray,
@@ -209,15 +218,18 @@ def n_pair_loss(
     """
     batch = _make_batch(embeddings, labels, where, axis_name, normalize)
     x, same = batch.embeddings, batch.positive
-    has_earlier = jnp.tril(same, -1).any(axis=1)
+    number = jnp.arange(same.shape[0])
+    has_earlier = (same & (number[:, None] > number[None, :])).any(axis=1)
     anchor = batch.valid & ~has_earlier & same.any(axis=1)
     positives = x[jnp.argmax(same, axis=1)]
     logits = jnp.where(anchor[None, :], scale * dot(x, positives, ((1,), (1,))), -jnp.inf)
     # Rows that are no anchors: finite here, and masked below.
     logits = jnp.where(anchor[:, None], logits, 0)
-    return _mean(jax.nn.logsumexp(logits, axis=1) - cast("jax.Array", jnp.diagonal(logits)), anchor)
+    own = jnp.sum(jnp.where(batch.own, logits, 0), axis=1)
+    return batch.one * _mean(jax.nn.logsumexp(logits, axis=1) - own, anchor)
 
 
+@on_explicit_meshes
 def multi_similarity_loss(
     embeddings: jax.Array | np.ndarray,
     labels: jax.Array | np.ndarray,
@@ -261,9 +273,10 @@ def multi_similarity_loss(
         negative = negative & (fixed + epsilon > farthest)
     pulled = _log_one_plus_sum_exp(alpha * (base - similarity), positive) / alpha
     pushed = _log_one_plus_sum_exp(beta * (similarity - base), negative) / beta
-    return _mean(pulled + pushed, batch.valid)
+    return batch.one * _mean(pulled + pushed, batch.valid)
 
 
+@on_explicit_meshes
 def proxy_anchor_loss(
     embeddings: jax.Array | np.ndarray,
     labels: jax.Array | np.ndarray,
@@ -296,13 +309,14 @@ def proxy_anchor_loss(
     x = batch.embeddings
     _check_proxies(proxies, x.shape[1])
     similarity = dot(x, normalize_rows(jnp.asarray(proxies).astype(x.dtype)), ((1,), (1,)))
-    own = batch.labels[:, None] == jnp.arange(proxies.shape[0])
+    own = batch.labels[:, None] == jnp.arange(proxies.shape[0])[None, :]
     positive, negative = own & batch.valid[:, None], ~own & batch.valid[:, None]
     pulled = _log_one_plus_sum_exp(alpha * (margin - similarity), positive, axis=0)
     pushed = _log_one_plus_sum_exp(alpha * (similarity + margin), negative, axis=0)
-    return _mean(pulled, positive.any(axis=0)) + jnp.mean(pushed)
+    return batch.one * (_mean(pulled, positive.any(axis=0)) + jnp.mean(pushed))
 
 
+@on_explicit_meshes
 def nt_xent_loss(
     embeddings: jax.Array | np.ndarray,
     labels: jax.Array | np.ndarray,
@@ -331,9 +345,10 @@ def nt_xent_loss(
     similarity = dot(batch.embeddings, batch.embeddings, ((1,), (1,))) / temperature
     usable = batch.positive & batch.negative.any(axis=1)[:, None]
     log_negatives = _log_sum_exp(similarity, batch.negative)[:, None]
-    return _mean(jax.nn.softplus(log_negatives - similarity), usable)
+    return batch.one * _mean(jax.nn.softplus(log_negatives - similarity), usable)
 
 
+@on_explicit_meshes
 def sup_con_loss(
     embeddings: jax.Array | np.ndarray,
     labels: jax.Array | np.ndarray,
@@ -365,9 +380,11 @@ def sup_con_loss(
     log_total = _log_sum_exp(similarity, positive | negative)[:, None]
     count = jnp.sum(positive, axis=1).astype(similarity.dtype)
     total = jnp.sum(jnp.where(positive, log_total - similarity, 0), axis=1)
-    return _mean_above_zero(total / jnp.maximum(count, 1), positive.any(axis=1) & negative.any())
+    usable = positive.any(axis=1) & negative.any()
+    return batch.one * _mean_above_zero(total / jnp.maximum(count, 1), usable)
 
 
+@on_explicit_meshes
 def pml_ranked_list_loss(
     embeddings: jax.Array | np.ndarray,
     labels: jax.Array | np.ndarray,
@@ -415,7 +432,7 @@ def pml_ranked_list_loss(
         t_neg * (alpha_neg - distance),
         batch.valid,
     )
-    return _mean((1 - share) * positive + share * negative, batch.valid)
+    return batch.one * _mean((1 - share) * positive + share * negative, batch.valid)
 
 
 def _pml_term(
@@ -454,6 +471,8 @@ class _Batch(NamedTuple):
     positive: jax.Array  # (N, N) bool: two valid rows of one class, never a row with itself
     negative: jax.Array  # (N, N) bool: two valid rows of different classes
     valid: jax.Array  # (N,) bool
+    own: jax.Array  # (N, N) bool: a row with itself
+    one: jax.Array  # scalar: 1, or NaN where an embedding of a valid row is NaN
 
 
 def _make_batch(
@@ -465,7 +484,7 @@ def _make_batch(
 ) -> _Batch:
     """Checks, masks, normalises and gathers the rows, and finds their pairs."""
     rows = checked_rows(embeddings, labels, where)
-    x = rows.embeddings.astype(jnp.promote_types(rows.embeddings.dtype, jnp.float32))
+    x = rows.embeddings.astype(computing_dtype(rows.embeddings.dtype))
     valid = jnp.ones(rows.labels.shape, bool) if rows.where is None else rows.where
     x = jnp.where(valid[:, None], x, 0)
     x = normalize_rows(x) if normalize else x
@@ -473,14 +492,17 @@ def _make_batch(
     valid = gather(valid, axis_name)
     both = valid[:, None] & valid[None, :]
     match = gathered_labels[:, None] == gathered_labels[None, :]
-    positive = both & match & ~jnp.eye(len(gathered_labels), dtype=bool)
-    return _Batch(x, gathered_labels, positive, both & ~match, valid)
+    number = jnp.arange(gathered_labels.shape[0])
+    own = number[:, None] == number[None, :]
+    # Comparisons drop NaN, and this does not.
+    one = jnp.where(jnp.isnan(x).any(), jnp.nan, 1).astype(x.dtype)
+    return _Batch(x, gathered_labels, both & match & ~own, both & ~match, valid, own, one)
 
 
 def _distances(x: jax.Array) -> jax.Array:
     """Returns the distances (N, N) of all pairs. One that is within rounding of 0 is 0."""
     # Without their mean, rows that are near each other keep their digits.
-    x = x - lax.stop_gradient(jnp.mean(x, axis=0))
+    x = x - lax.stop_gradient(jnp.mean(x, axis=0, keepdims=True))
     size = jnp.sum(x * x, axis=1)
     both = size[:, None] + size[None, :]
     squared = jnp.maximum(both - 2 * dot(x, x, ((1,), (1,))), 0)

@@ -45,7 +45,14 @@ from rll_jax.loss._options import (
     Variant,
     positive_boundary,
 )
-from rll_jax.loss._problem import GalleryArguments, QueryArguments, make_problem
+from rll_jax.loss._problem import (
+    GalleryArguments,
+    Options,
+    Problem,
+    QueryArguments,
+    check_arguments,
+    solve,
+)
 from rll_jax.loss.rows import computing_dtype, normalize_rows
 
 __all__ = [
@@ -92,9 +99,13 @@ def ranked_list_loss(
 ) -> jax.Array:
     """Computes sum_i weight_i L_i over the queries of a batch, with L_i as at the top of this file.
 
-    Numbers may be traced, so that a schedule does not recompile. They are never differentiated. The
-    derivative is written by hand (`jax.custom_vjp`): reverse mode, first order. Products of
-    matrices have Precision.HIGHEST, in the value and in the gradient.
+    Numbers may be traced, so that a schedule does not recompile. They are never differentiated:
+    that raises. The derivative is written by hand (`jax.custom_jvp`): first order, in reverse and
+    forward mode. A second derivative raises. Products of matrices have Precision.HIGHEST, in the
+    value and in the gradient.
+
+    Embeddings that lie on a mesh of several devices, with automatic or explicit axes, need nothing
+    else: each device computes its part of the queries.
 
     Args:
       embeddings: (N, D), floating: the queries, and the gallery too unless one is given. float16
@@ -142,16 +153,16 @@ def ranked_list_loss(
         without jax_enable_x64; a number out of range; an unknown choice; a gallery without labels
         or the reverse. Traced numbers are not checked.
     """
-    problem = make_problem(
+    variant = Variant(pair_term, query_weighting, gallery_gradient, weight_gradient)
+    options = Options(variant, normalize, block_size)
+    arguments = check_arguments(
         QueryArguments(embeddings, labels, where),
         GalleryArguments(gallery, gallery_labels, gallery_where),
         HyperParameters(alpha, margin, temperature_pos, temperature_neg, balance),
-        Variant(pair_term, query_weighting, gallery_gradient, weight_gradient),
-        normalize=normalize,
-        axis_name=axis_name,
-        block_size=block_size,
+        options,
     )
-    share = _blocks.loss(problem.spec, problem.arrays, problem.valid)
+    shares, _ = solve(_share, arguments, options, axis_name)
+    share = jnp.sum(shares)
     return share if axis_name is None else share * lax.axis_size(axis_name)
 
 
@@ -188,21 +199,34 @@ def ranked_list_loss_terms(
       by their query alone, unless gallery_gradient. `weight` is a constant, unless weight_gradient
       with query_weighting="mass".
     """
-    problem = make_problem(
+    variant = Variant(pair_term, query_weighting, gallery_gradient, weight_gradient)
+    options = Options(variant, normalize, block_size)
+    arguments = check_arguments(
         QueryArguments(embeddings, labels, where),
         GalleryArguments(gallery, gallery_labels, gallery_where),
         HyperParameters(alpha, margin, temperature_pos, temperature_neg, balance),
-        Variant(pair_term, query_weighting, gallery_gradient, weight_gradient),
-        normalize=normalize,
-        axis_name=axis_name,
-        block_size=block_size,
+        options,
     )
-    terms = _blocks.list_terms(problem.spec, problem.arrays)
-    log_mass = terms.log_mass if weight_gradient else lax.stop_gradient(terms.log_mass)
-    weight = _blocks.query_weights(problem.spec, log_mass, problem.valid)
+    terms, on_mesh = solve(_terms, arguments, options, axis_name)
+    if on_mesh:
+        terms = RankedListLossTerms(*(column[: embeddings.shape[0]] for column in terms))
+    return terms
+
+
+def _share(problem: Problem) -> jax.Array:
+    """Returns this device's part of the sum over the queries, (1,)."""
+    return _blocks.loss(problem.spec, problem.arrays, problem.valid)[None]
+
+
+def _terms(problem: Problem) -> RankedListLossTerms:
+    """Returns the numbers of this device's queries."""
+    spec, valid = problem.spec, problem.valid
+    terms = _blocks.list_terms(spec, problem.arrays)
+    log_mass = terms.log_mass if spec.weight_gradient else lax.stop_gradient(terms.log_mass)
+    weight = _blocks.query_weights(spec, log_mass, valid)
     columns = (terms.positive, terms.negative, terms.num_positives, terms.num_negatives)
-    if problem.valid is not None:
-        columns = tuple(jnp.where(problem.valid, column, 0) for column in columns)
+    if valid is not None:
+        columns = tuple(jnp.where(valid, column, 0) for column in columns)
     return RankedListLossTerms(*(column[:, 0] for column in (*columns, weight)))
 
 

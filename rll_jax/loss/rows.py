@@ -7,7 +7,7 @@ The losses, the networks and the train step use these. Imports jax and numpy alo
 # pyright: reportUnknownMemberType=false
 
 from collections.abc import Hashable
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import jax
 from jax import lax
@@ -110,7 +110,10 @@ def _check_embeddings(embeddings: jax.Array | np.ndarray, name: str) -> None:
 def _check_label_dtype(labels: jax.Array | np.ndarray, name: str) -> None:
     """Checks that labels are integers, and that jax keeps their values."""
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"{name} must be integers: found {labels.dtype}, expected an integer dtype")
+        raise TypeError(
+            f"{name} must be integers: found {labels.dtype}; "
+            f"use numpy.unique({name}, return_inverse=True)[1]"
+        )
     dtype = jax.dtypes.canonicalize_dtype(labels.dtype)
     if not isinstance(labels, np.ndarray) or dtype == labels.dtype:
         return
@@ -134,6 +137,26 @@ def clean_embeddings(rows: LabelledRows, normalize: bool, dtype: DTypeLike) -> j
     return normalize_rows(x) if normalize else x
 
 
+def check_varying(embeddings: jax.Array, axis_name: Hashable) -> None:
+    """Checks that a device passes its own rows, where JAX tells: under shard_map's check_vma.
+
+    Raises:
+      ValueError: the embeddings are the same on all devices of the axis.
+    """
+    axes = _varying_axes(cast("jax.Array", lax.axis_index(axis_name)))
+    missing = sorted(str(axis) for axis in axes - _varying_axes(embeddings))
+    if missing:
+        raise ValueError(
+            f"embeddings must be each device's own rows: found the same on all devices of axis "
+            f"{', '.join(missing)}, whose gradient would be multiplied by their number"
+        )
+
+
+def _varying_axes(x: jax.Array) -> frozenset[Hashable]:
+    """Returns the mesh axes of `shard_map` over which an array's type varies."""
+    return frozenset(getattr(jax.typeof(x), "vma", ()))
+
+
 def gather(x: jax.Array, axis_name: Hashable | None) -> jax.Array:
     """Returns the rows of all devices of the axis, or `x` itself without an axis."""
     if axis_name is None:
@@ -141,22 +164,29 @@ def gather(x: jax.Array, axis_name: Hashable | None) -> jax.Array:
     return cast("jax.Array", lax.all_gather(x, axis_name, tiled=True))
 
 
+@jax.custom_jvp
 def normalize_rows(x: jax.Array) -> jax.Array:
     """Returns rows (N, D) of unit length.
 
     Rows no longer than 1e-12 become 0, with gradient 0.
     """
-    return _normalize(x)
+    return _unit_rows(x)[0]
 
 
-def _normalize_value(x: jax.Array) -> jax.Array:
-    """Returns the value alone, where no derivative is asked for."""
-    rows, _ = _normalize_forward(x)
-    return rows
+def _normalize_tangent(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the unit rows and their tangents: what is tangent to the unit sphere, over length."""
+    (x,), (tangent,) = primals, tangents
+    y, (_, inverse) = normalize_rows(x), _unit_rows(x)
+    return y, (tangent - y * jnp.sum(tangent * y, axis=1, keepdims=True)) * inverse
 
 
-def _normalize_forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Returns the unit rows; and, for the derivative, the same rows with their inverse lengths."""
+normalize_rows.defjvp(_normalize_tangent)
+
+
+def _unit_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the unit rows (N, D), and 1 / length (N, 1), 0 for a row no longer than 1e-12."""
     square, inverse = _inverse_lengths(x)
 
     def keep() -> tuple[jax.Array, jax.Array]:
@@ -165,7 +195,7 @@ def _normalize_forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Ar
     def rescale_long_rows() -> tuple[jax.Array, jax.Array]:
         # The square of the largest component overflows, and 1 / the largest number would underflow:
         # rows are divided by a quarter of their largest component.
-        largest = jnp.max(jnp.abs(x), axis=1, keepdims=True) / 4
+        largest = jnp.max(jnp.abs(lax.stop_gradient(x)), axis=1, keepdims=True) / 4
         scale = jnp.where(square < 1e30, 1, 1 / largest)
         _, inverse = _inverse_lengths(x * scale)
         return scale, inverse
@@ -176,23 +206,11 @@ def _normalize_forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Ar
     )
     # The product is within [-1, 1] already. The clip keeps the compiler from contracting it with a
     # later difference (FMA), which would make equal rows differ.
-    y = jnp.clip(x * scale * inverse, -1, 1)
-    return y, (y, scale * inverse)
+    return jnp.clip(x * scale * inverse, -1, 1), scale * inverse
 
 
 def _inverse_lengths(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the squared lengths (N, 1), and 1 / length, 0 for a row no longer than 1e-12."""
     square = jnp.sum(x * x, axis=1, keepdims=True)
-    return square, jnp.where(square <= 1e-24, 0, 1 / jnp.sqrt(square))
-
-
-def _normalize_backward(
-    residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array
-) -> tuple[jax.Array]:
-    """Returns the gradient: what is tangent to the unit sphere, over the length."""
-    y, inverse = residuals
-    return ((cotangent - y * jnp.sum(cotangent * y, axis=1, keepdims=True)) * inverse,)
-
-
-_normalize = cast("Any", jax.custom_vjp(_normalize_value))
-_normalize.defvjp(_normalize_forward, _normalize_backward)
+    short = square <= 1e-24
+    return square, jnp.where(short, 0, 1 / jnp.sqrt(jnp.where(short, 1, square)))
