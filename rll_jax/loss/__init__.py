@@ -19,6 +19,7 @@ from rll_jax.loss.baselines import (
     triplet_loss,
 )
 from rll_jax.loss.ranked_list import (
+    STATIC_ARGUMENTS,
     RankedListLossTerms,
     caffe2019,
     cvpr2019,
@@ -27,8 +28,10 @@ from rll_jax.loss.ranked_list import (
     ranked_list_loss_terms,
     tpami2020,
 )
+from rll_jax.loss.two_towers import two_tower_ranked_list_loss
 
 __all__ = [
+    "STATIC_ARGUMENTS",
     "RankedListLossTerms",
     "caffe2019",
     "contrastive_loss",
@@ -46,4 +49,5 @@ __all__ = [
     "sup_con_loss",
     "tpami2020",
     "triplet_loss",
+    "two_tower_ranked_list_loss",
 ]

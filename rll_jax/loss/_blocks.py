@@ -22,6 +22,7 @@ from rll_jax.loss._pairs import (
     Spec,
     dot,
     make_pairs,
+    precision_of,
     row_sum,
     while_near,
 )
@@ -201,11 +202,14 @@ def _pull(spec: Spec, arrays: Arrays, pairs: Pairs, coefficients: jax.Array) -> 
     rows, columns = arrays.rows, arrays.columns
     queries, gallery = arrays.queries, arrays.gallery
     total = row_sum(lambda c: c, coefficients)
-    on_queries = total * rows.centred - dot(coefficients, columns.centred, ((1,), (0,)))
+    precision = precision_of(spec)
+    pulled = dot(coefficients, columns.centred, ((1,), (0,)), precision)
+    on_queries = total * rows.centred - pulled
     on_gallery = None
     if spec.gallery_gradient:
         total = jnp.sum(coefficients, axis=0)[:, None]
-        on_gallery = total * columns.centred - dot(coefficients, rows.centred, ((0,), (0,)))
+        pulled = dot(coefficients, rows.centred, ((0,), (0,)), precision)
+        on_gallery = total * columns.centred - pulled
 
     def exact() -> _Gradient:
         return _Gradient(
@@ -242,7 +246,7 @@ def _split(
 
     def block(number: jax.Array) -> tuple[Arrays, *Parts]:
         def cut(x: jax.Array) -> jax.Array:
-            return lax.dynamic_index_in_dim(x, number, axis=1, keepdims=False)
+            return cast("jax.Array", lax.dynamic_index_in_dim(x, number, axis=1, keepdims=False))
 
         queries, rows, parts = jax.tree.map(cut, padded)
         return arrays._replace(queries=queries, rows=rows), *parts
@@ -296,7 +300,7 @@ def _sum_blocks(
 
     zero = jnp.zeros_like(arrays.gallery) if spec.gallery_gradient else None
     on_gallery, blocks = lax.scan(step, zero, jnp.arange(count))
-    result, on_queries = _join(n, cast("tuple[Result, jax.Array]", blocks))
+    result, on_queries = _join(n, blocks)
     return result, _Gradient(on_queries, on_gallery)
 
 

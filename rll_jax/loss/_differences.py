@@ -59,7 +59,7 @@ def _column(x: jax.Array, index: Index) -> jax.Array:
 
 def _sum(count: int, term: Callable[[jax.Array, Index], jax.Array], zero: jax.Array) -> jax.Array:
     """Returns `zero` plus the terms 0 to count - 1, some of them in each step of a loop."""
-    terms = _TERMS if isinstance(count, int) else 1  # a symbolic number has an unknown remainder
+    terms = 1 if is_symbolic(count) else _TERMS  # a symbolic number has an unknown remainder
     steps = count // terms
 
     def step(number: jax.Array, total: jax.Array) -> jax.Array:
@@ -71,3 +71,8 @@ def _sum(count: int, term: Callable[[jax.Array, Index], jax.Array], zero: jax.Ar
     for k in range(count % terms):
         total = term(total, steps * terms + k)
     return total
+
+
+def is_symbolic(size: object) -> bool:
+    """Returns whether the size of an axis is unknown, as in `jax.export` for any batch."""
+    return not isinstance(size, int)

@@ -25,7 +25,7 @@ def mesh_of(x: jax.Array | np.ndarray) -> Any:
 
     None within `shard_map` and `pmap`, where an array is the part of one device.
     """
-    mesh = cast("Any", jax.typeof(x)).sharding.mesh
+    mesh: Any = jax.typeof(x).sharding.mesh
     if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
         return None
     return mesh
@@ -61,34 +61,36 @@ def over_rows(function: Callable[..., Tree], mesh: Any, rows: Any, replicated: A
 
         rows, replicated = reshard(rows, PartitionSpec(explicit)), reshard(replicated, whole)
     mapped = jax.shard_map(function, mesh=mesh, in_specs=(divided, whole), out_specs=divided)
-    return cast("Tree", mapped(rows, replicated))
+    return mapped(rows, replicated)
 
 
-def on_explicit_meshes(loss: Callable[Options, jax.Array]) -> Callable[Options, jax.Array]:
-    """Makes a loss of plain jax.numpy accept embeddings on a mesh with explicit axes.
+def on_meshes(loss: Callable[Options, jax.Array]) -> Callable[Options, jax.Array]:
+    """Makes a loss of plain jax.numpy divide its pairs where its embeddings lie on a mesh.
 
-    Within, the compiler divides the work, as it does on a mesh with automatic axes.
+    The rows are divided over all axes, so that the compiler divides the pairs. The loss may not
+    gather: explicit axes are automatic within.
     """
 
     @functools.wraps(loss)
     def on_any_mesh(*args: Options.args, **kwargs: Options.kwargs) -> jax.Array:
         mesh = mesh_of(cast("Any", args[0])) if args and hasattr(args[0], "dtype") else None
-        if mesh is None or AxisType.Explicit not in mesh.axis_types:
+        if mesh is None:
             return loss(*args, **kwargs)
-        leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=lambda x: x is None)
-        arrays = [isinstance(leaf, jax.Array) for leaf in leaves]
+        leaves, tree = cast("tuple[list[Any], Any]", jax.tree.flatten((args, kwargs)))
+        arrays = {k: leaf for k, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
 
-        def call(*given: jax.Array) -> jax.Array:
-            given_arrays = iter(given)
-            filled = [
-                next(given_arrays) if is_array else leaf
-                for leaf, is_array in zip(leaves, arrays, strict=True)
-            ]
+        def call(arrays: dict[int, jax.Array]) -> jax.Array:
+            if arrays[0].shape[0] % mesh.size == 0:
+                rows = NamedSharding(mesh.update(axis_types=automatic), axes)
+                arrays = {**arrays, 0: jax.lax.with_sharding_constraint(arrays[0], rows)}
+            filled = [arrays.get(k, leaf) for k, leaf in enumerate(leaves)]
             args, kwargs = jax.tree.unflatten(tree, filled)
-            return loss(*args, **kwargs)
+            return cast("Any", loss)(*args, **kwargs)
 
-        automatic = jax.sharding.auto_axes(call, out_sharding=NamedSharding(mesh, PartitionSpec()))
-        given = [leaf for leaf, is_array in zip(leaves, arrays, strict=True) if is_array]
-        return cast("jax.Array", automatic(*given))
+        axes, automatic = PartitionSpec(mesh.axis_names), (AxisType.Auto,) * len(mesh.axis_names)
+        if AxisType.Explicit not in mesh.axis_types:
+            return call(arrays)
+        whole = NamedSharding(mesh, PartitionSpec())
+        return cast("Any", jax.sharding.auto_axes(call, out_sharding=whole))(arrays)
 
     return on_any_mesh

@@ -15,6 +15,7 @@ import numpy as np
 
 PairTerm = Literal["distance", "squared"]
 QueryWeighting = Literal["uniform", "mass"]
+Precision = Literal["highest", "high"]
 
 # The defaults of every signature: the settings of the CVPR 2019 paper.
 ALPHA: Final = 1.2
@@ -27,6 +28,7 @@ QUERY_WEIGHTING: Final = "uniform"
 GALLERY_GRADIENT: Final = False
 WEIGHT_GRADIENT: Final = False
 NORMALIZE: Final = True
+PRECISION: Final = "highest"
 
 
 _NUMBER_TYPES: tuple[type, ...] = (int, float, np.number, np.ndarray, jax.Array)
@@ -69,6 +71,7 @@ class OverridesExceptMargin(TypedDict, total=False):
     gallery_where: jax.Array | np.ndarray | None
     axis_name: Hashable | None
     block_size: int | None
+    precision: Precision
 
 
 class Overrides(OverridesExceptMargin, total=False):
@@ -82,7 +85,9 @@ def positive_boundary(alpha: Any, margin: Any) -> Any:
     return alpha - margin
 
 
-def check_options(hyper: HyperParameters, variant: Variant, block_size: int | None) -> None:
+def check_options(
+    hyper: HyperParameters, variant: Variant, block_size: int | None, precision: Precision
+) -> None:
     """Checks all options but the arrays. Traced numbers have no value yet and are not checked.
 
     Raises:
@@ -99,6 +104,8 @@ def check_options(hyper: HyperParameters, variant: Variant, block_size: int | No
             f"query_weighting: found {variant.query_weighting!r}, expected 'uniform' or 'mass'"
         )
     _check_block_size(block_size)
+    if precision not in ("highest", "high"):
+        raise ValueError(f"precision: found {precision!r}, expected 'highest' or 'high'")
 
 
 def _check_hyper_parameters(hyper: HyperParameters) -> None:

@@ -8,13 +8,13 @@ Private to `rll_jax.loss`. Imports jax and numpy alone.
 
 from collections.abc import Callable, Hashable
 import functools
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, TypeVarTuple, cast
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
-from rll_jax.loss._differences import squared_distances
+from rll_jax.loss._differences import is_symbolic, squared_distances
 
 # A pair is near where d^2 < _NEAR * (|q|^2 + |g|^2): |q|^2 + |g|^2 - 2 q.g then loses its digits.
 # A block with a near pair that counts is computed from the differences of all its pairs.
@@ -24,6 +24,7 @@ _NEAR = 2e-2
 _PARTS = 8
 
 Tree = TypeVar("Tree")
+Matrices = TypeVarTuple("Matrices")
 
 
 class Spec(NamedTuple):
@@ -36,6 +37,7 @@ class Spec(NamedTuple):
     mass: bool  # queries are weighted by their mass, not alike
     axis_name: Hashable | None  # of the devices whose queries count together
     block_size: int  # queries in one block
+    high_precision: bool  # products of tensor cores (Precision.HIGH) instead of HIGHEST
 
 
 class Constants(NamedTuple):
@@ -90,17 +92,27 @@ class Pairs(NamedTuple):
     any_near: jax.Array  # scalar bool: whether distances are those of differences, not of products
 
 
-def dot(a: jax.Array, b: jax.Array, axes: tuple[tuple[int], tuple[int]]) -> jax.Array:
-    """Returns the product of two matrices over the given axis of each, in full precision.
+def dot(
+    a: jax.Array,
+    b: jax.Array,
+    axes: tuple[tuple[int], tuple[int]],
+    precision: lax.Precision = lax.Precision.HIGHEST,
+) -> jax.Array:
+    """Returns the product of two matrices over the given axis of each.
 
-    Products in TF32 (GPU) or bfloat16 (TPU) would move a distance by 1e-2.
+    JAX's default precision, bfloat16 on TPUs, would move a distance by 1e-2.
     """
     return lax.dot_general(
-        a, b, (axes, ((), ())), precision=lax.Precision.HIGHEST, preferred_element_type=a.dtype
+        a, b, (axes, ((), ())), precision=precision, preferred_element_type=a.dtype
     )
 
 
-def row_sum(function: Callable[..., jax.Array], *matrices: jax.Array) -> jax.Array:
+def precision_of(spec: Spec) -> lax.Precision:
+    """Returns the precision of the products of queries and gallery."""
+    return lax.Precision.HIGH if spec.high_precision else lax.Precision.HIGHEST
+
+
+def row_sum(function: Callable[[*Matrices], jax.Array], *matrices: *Matrices) -> jax.Array:
     """Returns the sums over the rows, (B, 1), of an elementwise function of matrices (B, M)."""
     return _reduce_rows(jnp.add, jnp.sum, function, *matrices)
 
@@ -108,33 +120,37 @@ def row_sum(function: Callable[..., jax.Array], *matrices: jax.Array) -> jax.Arr
 def _reduce_rows(
     combine: Callable[[jax.Array, jax.Array], jax.Array],
     reduce: Callable[..., jax.Array],
-    function: Callable[..., jax.Array],
-    *matrices: jax.Array,
+    function: Callable[[*Matrices], jax.Array],
+    *matrices: *Matrices,
 ) -> jax.Array:
     """Returns `reduce(function(*matrices), axis=1, keepdims=True)`.
 
     On CPUs parts of the rows are combined first. XLA would store what it reduces, and a minimum of
     long rows takes seven times as long.
     """
-    width = matrices[0].shape[1]
+    arrays = cast("tuple[jax.Array, ...]", matrices)
+    width = arrays[0].shape[1]
 
-    def plain(*matrices: jax.Array) -> jax.Array:
-        return reduce(function(*matrices), axis=1, keepdims=True)
+    def values(arrays: tuple[jax.Array, ...]) -> jax.Array:
+        return cast("Any", function)(*arrays)
 
-    def folded(*matrices: jax.Array) -> jax.Array:
-        def values(start: int, stop: int) -> jax.Array:
-            return function(*(matrix[:, start:stop] for matrix in matrices))
+    def plain(*arrays: jax.Array) -> jax.Array:
+        return reduce(values(arrays), axis=1, keepdims=True)
 
-        part = width // _PARTS
-        parts = [values(k * part, (k + 1) * part) for k in range(_PARTS)]
+    def folded(*arrays: jax.Array) -> jax.Array:
+        def part(start: int, stop: int) -> jax.Array:
+            return values(tuple(x[:, start:stop] for x in arrays))
+
+        size = width // _PARTS
+        parts = [part(k * size, (k + 1) * size) for k in range(_PARTS)]
         result = reduce(functools.reduce(combine, parts), axis=1, keepdims=True)
         if width % _PARTS == 0:
             return result
-        return combine(result, reduce(values(part * _PARTS, width), axis=1, keepdims=True))
+        return combine(result, reduce(part(size * _PARTS, width), axis=1, keepdims=True))
 
-    if not isinstance(width, int) or width < _PARTS:
-        return plain(*matrices)
-    return cast("jax.Array", lax.platform_dependent(*matrices, cpu=folded, default=plain))
+    if is_symbolic(width) or width < _PARTS:
+        return plain(*arrays)
+    return cast("jax.Array", lax.platform_dependent(*arrays, cpu=folded, default=plain))
 
 
 def make_pairs(spec: Spec, arrays: Arrays) -> Pairs:
@@ -190,17 +206,23 @@ def _distances_by_product(spec: Spec, arrays: Arrays) -> tuple[jax.Array, jax.Ar
     """Returns distances by a matrix product, and whether a pair is too near for that."""
     _, rows, _, columns, constants = arrays
     size = rows.size + columns.size
-    squared = jnp.maximum(size - 2 * dot(rows.centred, columns.centred, ((1,), (1,))), 0)
+    product = dot(rows.centred, columns.centred, ((1,), (1,)), precision_of(spec))
+    squared = jnp.maximum(size - 2 * product, 0)
     distance = _without_left_out(spec, arrays, jnp.sqrt(squared))
     reach = _NEAR * (rows.size + jnp.max(columns.size))
 
-    def below_alpha(distance: jax.Array, *parts: jax.Array) -> jax.Array:
-        label, valid = parts if len(parts) == 2 else (*parts, None)
+    def below_alpha(
+        distance: jax.Array, label: jax.Array, valid: jax.Array | None = None
+    ) -> jax.Array:
         part = columns._replace(label=label, valid=valid)
         return jnp.minimum(_excess(arrays, distance, part), 0)
 
-    parts = (columns.label,) if columns.valid is None else (columns.label, columns.valid)
-    nearest = _reduce_rows(jnp.minimum, jnp.min, below_alpha, distance, *parts)
+    if columns.valid is None:
+        nearest = _reduce_rows(jnp.minimum, jnp.min, below_alpha, distance, columns.label)
+    else:
+        nearest = _reduce_rows(
+            jnp.minimum, jnp.min, below_alpha, distance, columns.label, columns.valid
+        )
     near_negative = constants.alpha + nearest < jnp.sqrt(reach)
 
     def is_positive_near() -> jax.Array:

@@ -7,7 +7,7 @@ Private to `rll_jax.loss`. Imports jax and numpy alone.
 # pyright: reportUnknownMemberType=false
 
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax import lax
@@ -16,9 +16,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 import numpy as np
 
+from rll_jax.loss._differences import is_symbolic
 from rll_jax.loss._mesh import mesh_of, over_rows, pad_rows
 from rll_jax.loss._options import (
     HyperParameters,
+    Precision,
     Variant,
     as_number,
     check_options,
@@ -75,6 +77,7 @@ class Options(NamedTuple):
     variant: Variant
     normalize: bool
     block_size: int | None
+    precision: Precision
 
 
 class Arguments(NamedTuple):
@@ -115,7 +118,7 @@ def check_arguments(
     """
     batch = checked_rows(queries.embeddings, queries.labels, queries.where)
     hyper = HyperParameters(*(as_number(number) for number in hyper))
-    check_options(hyper, options.variant, options.block_size)
+    check_options(hyper, options.variant, options.block_size, options.precision)
     bank = _checked_gallery(gallery, batch.embeddings.shape[1])
     dtype = computing_dtype(batch.embeddings.dtype)
     return Arguments(batch, bank, _make_constants(hyper, dtype))
@@ -124,7 +127,7 @@ def check_arguments(
 def make_problem(arguments: Arguments, options: Options, axis_name: Hashable | None) -> Problem:
     """Masks, normalises, gathers and centres checked arguments."""
     batch, bank, constants = arguments
-    variant, normalize, block_size = options
+    variant, normalize, block_size, precision = options
     dtype = computing_dtype(batch.embeddings.dtype)
     query_side, gallery_side = _make_sides(batch, bank, normalize, dtype, variant.gallery_gradient)
     label_dtype = _common_label_dtype(query_side.labels.dtype, gallery_side.labels.dtype)
@@ -142,6 +145,7 @@ def make_problem(arguments: Arguments, options: Options, axis_name: Hashable | N
         mass=variant.query_weighting == "mass",
         axis_name=axis_name,
         block_size=_block_size(block_size, num_queries, num_gallery),
+        high_precision=precision == "high",
     )
     return Problem(spec, arrays, None if batch.where is None else batch.where[:, None])
 
@@ -165,7 +169,7 @@ def solve(
     """
     if axis_name is not None or mesh_of(arguments.batch.embeddings) is None:
         return reduce(make_problem(arguments, options, axis_name)), False
-    return cast("Tree", _solve_on_mesh(reduce, options, arguments)), True
+    return _solve_on_mesh(reduce, options, arguments), True
 
 
 def _solve_on_mesh(
@@ -327,7 +331,7 @@ def _block_size(block_size: int | None, num_queries: int, num_gallery: int) -> i
 
     All rows where a number is symbolic (`jax.export`).
     """
-    if not (isinstance(num_queries, int) and isinstance(num_gallery, int)):
+    if is_symbolic(num_queries) or is_symbolic(num_gallery):
         return num_queries
     if block_size is None:
         block_size = max(_LEAST_BLOCK_SIZE, _BLOCK_PAIRS // num_gallery)

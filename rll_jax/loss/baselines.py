@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
 
-from rll_jax.loss._mesh import on_explicit_meshes
+from rll_jax.loss._mesh import on_meshes
 from rll_jax.loss._options import (
     ALPHA,
     BALANCE,
@@ -58,7 +58,7 @@ __all__ = [
 Mining = Literal["semihard", "hard", "all"]
 
 
-@on_explicit_meshes
+@on_meshes
 def contrastive_loss(
     embeddings: jax.Array | np.ndarray,
     labels: jax.Array | np.ndarray,
@@ -88,7 +88,7 @@ def contrastive_loss(
     return batch.one * (pulled + _mean_above_zero(neg_margin - distance, batch.negative))
 
 
-@on_explicit_meshes
+@on_meshes
 def triplet_loss(
     embeddings: jax.Array | np.ndarray,
     labels: jax.Array | np.ndarray,
@@ -154,7 +154,7 @@ def _sum_triplets(
     return total, jnp.sum(chosen, dtype=jnp.int32)
 
 
-@on_explicit_meshes
+@on_meshes
 def lifted_structure_loss(
     embeddings: jax.Array | np.ndarray,
     labels: jax.Array | np.ndarray,
@@ -192,7 +192,7 @@ def lifted_structure_loss(
     return batch.one * _mean(hinge**2 / 2, usable)
 
 
-@on_explicit_meshes
+@on_meshes
 def n_pair_loss(
     embeddings: jax.Array | np.ndarray,
     labels: jax.Array | np.ndarray,
@@ -229,7 +229,7 @@ def n_pair_loss(
     return batch.one * _mean(jax.nn.logsumexp(logits, axis=1) - own, anchor)
 
 
-@on_explicit_meshes
+@on_meshes
 def multi_similarity_loss(
     embeddings: jax.Array | np.ndarray,
     labels: jax.Array | np.ndarray,
@@ -276,7 +276,7 @@ def multi_similarity_loss(
     return batch.one * _mean(pulled + pushed, batch.valid)
 
 
-@on_explicit_meshes
+@on_meshes
 def proxy_anchor_loss(
     embeddings: jax.Array | np.ndarray,
     labels: jax.Array | np.ndarray,
@@ -316,7 +316,7 @@ def proxy_anchor_loss(
     return batch.one * (_mean(pulled, positive.any(axis=0)) + jnp.mean(pushed))
 
 
-@on_explicit_meshes
+@on_meshes
 def nt_xent_loss(
     embeddings: jax.Array | np.ndarray,
     labels: jax.Array | np.ndarray,
@@ -348,7 +348,7 @@ def nt_xent_loss(
     return batch.one * _mean(jax.nn.softplus(log_negatives - similarity), usable)
 
 
-@on_explicit_meshes
+@on_meshes
 def sup_con_loss(
     embeddings: jax.Array | np.ndarray,
     labels: jax.Array | np.ndarray,
@@ -384,7 +384,7 @@ def sup_con_loss(
     return batch.one * _mean_above_zero(total / jnp.maximum(count, 1), usable)
 
 
-@on_explicit_meshes
+@on_meshes
 def pml_ranked_list_loss(
     embeddings: jax.Array | np.ndarray,
     labels: jax.Array | np.ndarray,

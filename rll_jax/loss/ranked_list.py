@@ -15,8 +15,9 @@ The README of this folder has the variants, the recipe for several devices and t
 # jax's stubs leave some parameters of asarray, psum and pmax without a type.
 # pyright: reportUnknownMemberType=false
 
-from collections.abc import Hashable
-from typing import Any, NamedTuple, Unpack, cast
+from collections.abc import Callable, Hashable
+import inspect
+from typing import Any, NamedTuple, ParamSpec, TypeVar, Unpack, cast
 
 import jax
 from jax import lax
@@ -33,6 +34,7 @@ from rll_jax.loss._options import (
     MARGIN,
     NORMALIZE,
     PAIR_TERM,
+    PRECISION,
     QUERY_WEIGHTING,
     TEMPERATURE_NEG,
     TEMPERATURE_POS,
@@ -41,6 +43,7 @@ from rll_jax.loss._options import (
     Overrides,
     OverridesExceptMargin,
     PairTerm,
+    Precision,
     QueryWeighting,
     Variant,
     positive_boundary,
@@ -55,7 +58,11 @@ from rll_jax.loss._problem import (
 )
 from rll_jax.loss.rows import computing_dtype, normalize_rows
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 __all__ = [
+    "STATIC_ARGUMENTS",
     "RankedListLossTerms",
     "caffe2019",
     "cvpr2019",
@@ -64,6 +71,19 @@ __all__ = [
     "ranked_list_loss_terms",
     "tpami2020",
 ]
+
+
+# The options that are known when tracing, for the static_argnames of jax.jit.
+STATIC_ARGUMENTS = (
+    "pair_term",
+    "query_weighting",
+    "gallery_gradient",
+    "weight_gradient",
+    "normalize",
+    "axis_name",
+    "block_size",
+    "precision",
+)
 
 
 class RankedListLossTerms(NamedTuple):
@@ -96,6 +116,7 @@ def ranked_list_loss(
     gallery_where: jax.Array | np.ndarray | None = None,
     axis_name: Hashable | None = None,
     block_size: int | None = None,
+    precision: Precision = PRECISION,
 ) -> jax.Array:
     """Computes sum_i weight_i L_i over the queries of a batch, with L_i as at the top of this file.
 
@@ -131,8 +152,9 @@ def ranked_list_loss(
         gradient 0.
       where: (N,) bool: False rows are padding, neither query nor gallery, whatever their values.
       gallery: (M, D): rank these rows for each query instead of the batch, such as a memory
-        (`rll_jax.loss.memory`). No pair is left out: a query's own copy is a positive at distance
-        0, which is trivial.
+        (`rll_jax.loss.memory`). It is a constant unless gallery_gradient; two trained towers need
+        `two_tower_ranked_list_loss`. No pair is left out: a query's own copy is a positive at
+        distance 0, which is trivial.
       gallery_labels: (M,), integer; needed with a gallery.
       gallery_where: (M,) bool: False rows are padding.
       axis_name: of `pmap`, `shard_map` or `vmap`: the gallery is that of all devices together. Each
@@ -140,6 +162,10 @@ def ranked_list_loss(
         its share times the number of devices, so that `lax.pmean` of values and gradients gives
         those of the whole batch. The README has the recipe.
       block_size: queries computed at a time; None chooses from M. Memory is O(M * block_size).
+        Ignored where N or M is symbolic (`jax.export`).
+      precision: of the matrix products. "highest" is float32. "high" uses the tensor cores: TF32 on
+        GPUs, bfloat16 in three passes on TPUs, float32 on CPUs. The README has its errors. Near
+        pairs are computed in float32 in any case.
 
     Returns:
       A scalar; 0 where all rows are padding. The term of an empty list is 0. An example exactly on
@@ -154,7 +180,7 @@ def ranked_list_loss(
         or the reverse. Traced numbers are not checked.
     """
     variant = Variant(pair_term, query_weighting, gallery_gradient, weight_gradient)
-    options = Options(variant, normalize, block_size)
+    options = Options(variant, normalize, block_size, precision)
     arguments = check_arguments(
         QueryArguments(embeddings, labels, where),
         GalleryArguments(gallery, gallery_labels, gallery_where),
@@ -186,6 +212,7 @@ def ranked_list_loss_terms(
     gallery_where: jax.Array | np.ndarray | None = None,
     axis_name: Hashable | None = None,
     block_size: int | None = None,
+    precision: Precision = PRECISION,
 ) -> RankedListLossTerms:
     """Computes for each query what `ranked_list_loss` sums, for logs, tests and other reductions.
 
@@ -200,7 +227,7 @@ def ranked_list_loss_terms(
       with query_weighting="mass".
     """
     variant = Variant(pair_term, query_weighting, gallery_gradient, weight_gradient)
-    options = Options(variant, normalize, block_size)
+    options = Options(variant, normalize, block_size, precision)
     arguments = check_arguments(
         QueryArguments(embeddings, labels, where),
         GalleryArguments(gallery, gallery_labels, gallery_where),
@@ -320,6 +347,22 @@ def _list_term(
     return total / jnp.where(jnp.any(listed), jnp.sum(weight), 1)
 
 
+def _with_signature(**defaults: object) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Shows the signature of `ranked_list_loss` with other defaults in help() and editors."""
+
+    def set_signature(preset: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(ranked_list_loss)
+        parameters = [
+            p.replace(default=defaults[name]) if name in defaults else p
+            for name, p in signature.parameters.items()
+        ]
+        cast("Any", preset).__signature__ = signature.replace(parameters=parameters)
+        return preset
+
+    return set_signature
+
+
+@_with_signature()
 def cvpr2019(
     embeddings: jax.Array | np.ndarray,
     labels: jax.Array | np.ndarray,
@@ -338,6 +381,7 @@ def cvpr2019(
     return ranked_list_loss(embeddings, labels, **overrides)
 
 
+@_with_signature(pair_term="squared", query_weighting="mass")
 def caffe2019(
     embeddings: jax.Array | np.ndarray,
     labels: jax.Array | np.ndarray,
@@ -355,6 +399,7 @@ def caffe2019(
     return ranked_list_loss(embeddings, labels, **options)
 
 
+@_with_signature(alpha=1 + MARGIN / 2, query_weighting="mass")
 def tpami2020(
     embeddings: jax.Array | np.ndarray,
     labels: jax.Array | np.ndarray,

@@ -143,7 +143,7 @@ def check_varying(embeddings: jax.Array, axis_name: Hashable) -> None:
     Raises:
       ValueError: the embeddings are the same on all devices of the axis.
     """
-    axes = _varying_axes(cast("jax.Array", lax.axis_index(axis_name)))
+    axes = _varying_axes(lax.axis_index(axis_name))
     missing = sorted(str(axis) for axis in axes - _varying_axes(embeddings))
     if missing:
         raise ValueError(
