@@ -225,6 +225,44 @@ def test_other_pictures_are_another_run(folder, tmp_path):
         assert told.returncode == 2 and "holds a run on other images" in told.stderr, told.stderr
 
 
+def test_the_second_half_of_the_classes_is_searched(folder, tmp_path):
+    """In a folder and in a table of absolute paths; a prepared folder keeps its split."""
+    flat = tmp_path / "flat"
+    for c in [*(folder / "train").iterdir(), *(folder / "test").iterdir()]:
+        shutil.copytree(c, flat / c.name)
+    table = tmp_path / "index.csv"
+    lines = [f"{path},{path.parent.name}" for path in sorted(flat.rglob("*.jpg"))]
+    table.write_text("\n".join(["path,label", *lines]))
+    half = "--test_classes=second_half"
+    for index in ("", str(table)):
+        options = datasets.DataOptions(dataset="folder", index=index, test_classes="second_half")
+        rows = datasets.list_images(options, str(flat)).rows
+        assert {(row.path[:2], row.split) for row in rows} == {
+            (f"c{c}", "train" if c < 4 else "test") for c in range(8)
+        }
+    made = run("--dataset=folder", f"--source={flat}", half, name="prepare")
+    assert made.returncode == 0, made.stderr
+    options = datasets.DataOptions(dataset="folder")
+    splits = datasets.open_datasets(options, RuntimeOptions(data_dir=f"{flat}/prepared_folder"))
+    assert {path[:2] for path in splits["test"].paths} == {"c4", "c5", "c6", "c7"}
+    refused(
+        "has train/ and test/, so test_classes=second_half does not go with it",
+        *SMALL,
+        half,
+        f"--data_dir={folder}",
+        f"--workdir={tmp_path / 'run'}",
+        name="folder",
+    )
+    refused(
+        "--test_classes go with the folder",
+        *SMALL,
+        half,
+        f"--data_dir={flat}/prepared_folder",
+        f"--workdir={tmp_path / 'run'}",
+        name="folder",
+    )
+
+
 def test_border_crop_does_not_go_with_a_cache(folder, tmp_path):
     told = run(
         *SMALL,

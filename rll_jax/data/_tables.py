@@ -1,0 +1,337 @@
+"""Tables of images in .csv and .parquet files: checked rows, the same from both kinds of file.
+
+A cell becomes a text: what pandas writes into a .csv for it. Words that pandas reads as empty are
+empty here too. The columns are those of `folders.read_index`, and those of the data frames of
+open-metric-learning: is_query and is_gallery are understood, bounding boxes are refused.
+"""
+
+from collections.abc import Iterator
+import csv
+import decimal
+import os
+import pathlib
+import re
+from typing import NamedTuple
+
+from etils import epath
+import numpy as np
+
+from rll_jax.data import _text_files, paths
+from rll_jax.data.listings import GALLERY, QUERY, SPLITS, TEST, TRAIN
+
+_NEEDED = {"path", "label"}
+_ROLES = ("is_query", "is_gallery")
+_BOX = ("x_1", "x_2", "y_1", "y_2")
+_KNOWN = (*_NEEDED, "split", "super_label", *_ROLES, *_BOX)
+_EMPTY = {"", "nan", "-nan", "nat", "none", "null", "na", "n/a", "#na", "#n/a", "<na>"}
+_SPLIT_WORDS = {
+    **{word: TRAIN for word in ("train", "training")},
+    **{word: TEST for word in ("test", "testing")},
+    **{word: TEST for word in ("val", "valid", "validation", "validate", "dev", "eval")},
+    **{word: QUERY for word in ("query", "queries")},
+    **{word: GALLERY for word in ("gallery", "galleries")},
+}
+_TEST_WORDS = ("test", "testing")
+_TRUE, _FALSE = {"true", "t", "yes", "1"}, {"false", "f", "no", "0"}
+_WHOLE_FLOAT = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")
+
+
+class Entry(NamedTuple):
+    """A row of a table, checked by itself.
+
+    Attributes:
+      path: the image, from the dataset's root folder.
+      label: the class, as text.
+      split: one of `listings.SPLITS`, or "" where the table has none.
+      super_label: the super class, as text; "" where the table has none.
+      place: where the row is: "line 4" or "row 3".
+    """
+
+    path: str
+    label: str
+    split: str
+    super_label: str
+    place: str
+
+
+def read_entries(file: epath.Path, root: paths.AnyPath | None = None) -> list[Entry]:
+    """Returns the rows of a table.
+
+    Args:
+      file: a .csv or a .parquet.
+      root: the dataset's root folder. Absolute paths below it are taken from there. Without it
+        absolute paths are refused.
+
+    Raises:
+      ValueError: a row is wrong, or an image is listed twice, or two of test and val and query go
+        together (which row, and why); the file does not exist, or is no table.
+    """
+    entries: dict[str, Entry] = {}
+    words: dict[str, str] = {}  # where each kind of split is first
+    for place, cells in _read_cells(file):
+        entry = _read_entry(cells, place, f"{file}, {place}", root)
+        if entry.path in entries:
+            raise ValueError(
+                f"{file}, {place}: {entry.path} was listed in {entries[entry.path].place} already"
+            )
+        entries[entry.path] = entry
+        if _SPLIT_WORDS.get(word := cells.get("split", "").lower()) == TEST:
+            words.setdefault("test" if word in _TEST_WORDS else "val", place)
+    if len(words) == 2:
+        raise ValueError(
+            f"{file}: has split test ({words['test']}) and val ({words['val']}), and one split is "
+            "searched: remove the rows of the other, or let them train"
+        )
+    _check_splits(file, list(entries.values()))
+    return list(entries.values())
+
+
+def is_data_frame(file: epath.Path) -> bool:
+    """Whether a file is a table with the columns that open-metric-learning needs."""
+    try:
+        names = _read_parquet_names(file) if file.suffix == ".parquet" else _read_csv_names(file)
+    except ValueError:
+        return False
+    return {*_NEEDED, "split", *_ROLES} <= set(names)
+
+
+def _read_entry(cells: dict[str, str], place: str, where: str, root: paths.AnyPath | None) -> Entry:
+    path = _path_from_root(cells["path"], root)
+    if paths.is_remote(path) or not paths.is_inside_root(path):
+        raise ValueError(
+            f"{where}: the path is {path!r:.120}, expected one inside --data_dir, from there, "
+            "with /"
+        )
+    label = cells["label"]
+    if not label:
+        raise ValueError(f"{where}: expected a label, found none")
+    if label.lower() in _EMPTY:
+        raise ValueError(
+            f"{where}: expected text or a whole number as the label, found {label!r}, which "
+            "stands for no label"
+        )
+    if boxed := [column for column in _BOX if not _is_empty(cells.get(column, ""))]:
+        raise ValueError(
+            f"{where}: has a bounding box ({', '.join(boxed)}), and images are read whole: crop "
+            "them and list the crops, or remove these columns"
+        )
+    split = _read_split(cells, where)
+    super_label = cells.get("super_label", "")
+    return Entry(
+        pathlib.PurePosixPath(path).as_posix(),  # ./a and a are the same path
+        _canonical(label),
+        split,
+        "" if _is_empty(super_label) else _canonical(super_label),
+        place,
+    )
+
+
+def _path_from_root(path: str, root: paths.AnyPath | None) -> str:
+    """Returns an absolute path below the root from there; any other path as it is."""
+    if root is None:
+        return path
+    roots = [str(root)]
+    if not paths.is_remote(root):
+        roots += [os.path.abspath(root), os.path.realpath(root)]
+    for top in roots:
+        if path.startswith(prefix := f"{top.rstrip('/')}/") and (
+            paths.is_remote(top) or os.path.isabs(top)
+        ):
+            return path.removeprefix(prefix)
+    return path
+
+
+def _is_empty(text: str) -> bool:
+    return text.lower() in _EMPTY
+
+
+def _canonical(text: str) -> str:
+    """Returns one text for the texts of a whole number, and of a truth value; others as they are.
+
+    10.0 and 10 are alike. 010 is a name, not a number.
+    """
+    if whole := _WHOLE_FLOAT.fullmatch(text):
+        return "0" if whole[1] == "-0" else whole[1]
+    return text.capitalize() if text.lower() in ("true", "false") else text
+
+
+def _read_split(cells: dict[str, str], where: str) -> str:
+    """Returns the split of a row by its columns split, is_query and is_gallery."""
+    text = cells.get("split", "")
+    split = "" if _is_empty(text) else _SPLIT_WORDS.get(text.lower())
+    if split is None:
+        raise ValueError(
+            f"{where}: the split is {text!r:.80}, expected one of {', '.join(SPLITS)}; val and "
+            "validation are read as test"
+        )
+    query, gallery = (_truth(cells.get(column, ""), column, where) for column in _ROLES)
+    if query is None and gallery is None:
+        return split
+    if split in ("", TRAIN):
+        if query or gallery:
+            raise ValueError(
+                f"{where}: is_query or is_gallery is true, and the split is {split or 'none'}: "
+                "expected validation or test"
+            )
+        return split
+    if not query and not gallery:
+        raise ValueError(
+            f"{where}: is_query and is_gallery are both false: expected one of them, or both, to "
+            f"be true where the split is {text}"
+        )
+    role = TEST if query and gallery else QUERY if query else GALLERY
+    if split not in (TEST, role):
+        raise ValueError(f"{where}: the split is {split}, and is_query and is_gallery say {role}")
+    return role
+
+
+def _truth(text: str, column: str, where: str) -> bool | None:
+    """Returns the truth value of a cell; None where it is empty."""
+    word = _canonical(text).lower()
+    if word in _EMPTY:
+        return None
+    if word not in _TRUE | _FALSE:
+        raise ValueError(f"{where}: {column} is {text!r:.80}, expected True, False or nothing")
+    return word in _TRUE
+
+
+def _check_splits(file: epath.Path, entries: list[Entry]) -> None:
+    """Raises ValueError unless all or no rows have a split, and no class is in train and not."""
+    places: dict[str, str] = {}
+    for entry in entries:
+        places.setdefault(entry.split, entry.place)
+    if "" in places and len(places) > 1:
+        raise ValueError(
+            f"{file}, {places['']}: some rows have a split and some have none, this one among them"
+        )
+    if TEST in places and (apart := sorted({QUERY, GALLERY} & places.keys())):
+        raise ValueError(
+            f"{file}: has splits test and query or gallery: {places[TEST]} is searched and found, "
+            f"{places[apart[0]]} is {apart[0]} alone: expected train and test, or train, query and "
+            "gallery"
+        )
+    train = {entry.label for entry in entries if entry.split == TRAIN}
+    test = {entry.label for entry in entries if entry.split not in (TRAIN, "")}
+    if common := sorted(train & test):
+        others = "/".join(sorted(places.keys() - {TRAIN}))
+        raise ValueError(
+            f"{file}: {len(common)} classes are in train and in {others}, such as "
+            f"{', '.join(common[:5])}"
+        )
+
+
+# ---- Files
+
+
+def _read_cells(file: epath.Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields ("line 2", {column: text}) for each row; a column's name and text are stripped."""
+    readers = {".csv": _read_csv, ".parquet": _read_parquet}
+    if file.suffix not in readers:
+        raise ValueError(f"{file}: expected a .csv or a .parquet")
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file")
+    return readers[file.suffix](file)
+
+
+def _has_columns(names: list[str]) -> bool:
+    """Whether the columns that are needed are there, and none that is known is there twice."""
+    known = [name for name in names if name in _KNOWN]
+    return set(names) >= _NEEDED and len(set(known)) == len(known)
+
+
+def _read_csv_names(file: epath.Path) -> list[str]:
+    _, text = next(_text_files.read_lines(file), (1, ""))
+    return _csv_cells(text, f"{file}, line 1")
+
+
+def _csv_cells(text: str, where: str) -> list[str]:
+    try:
+        cells = next(csv.reader([text], strict=True, skipinitialspace=True))
+    except csv.Error as error:  # also a quoted field that goes on in the next line
+        raise ValueError(f"{where}: not a table with commas: {error}") from None
+    return [cell.strip() for cell in cells]
+
+
+def _read_csv(file: epath.Path) -> Iterator[tuple[str, dict[str, str]]]:
+    header = []
+    for line, text in _text_files.read_lines(file):
+        cells = _csv_cells(text, f"{file}, line {line}")
+        if not header:
+            header = cells
+            if not _has_columns(header):
+                raise ValueError(
+                    f"{file}, line {line}: expected a header with the columns path and label, "
+                    f"found {','.join(header)!r:.120}"
+                )
+            continue
+        if len(cells) != len(header):
+            raise ValueError(
+                f"{file}, line {line}: expected {len(header)} fields, found {len(cells)}"
+            )
+        yield f"line {line}", dict(zip(header, cells, strict=True))
+    if not header:
+        raise ValueError(
+            f"{file}, line 1: expected a header with the columns path and label, found nothing"
+        )
+
+
+def _read_parquet_names(file: epath.Path) -> list[str]:
+    return [name.strip() for name in _open_parquet(file).schema_arrow.names]
+
+
+def _open_parquet(file: epath.Path):  # noqa: ANN202 (pyarrow is optional)
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError(
+            f"{file}: reading Parquet needs pyarrow (pip install pyarrow); a .csv needs nothing"
+        ) from None
+    try:
+        return parquet.ParquetFile(pa.BufferReader(file.read_bytes()))
+    except Exception as error:  # pyarrow's decoders raise errors of many kinds
+        raise ValueError(f"{file}: not a Parquet file: {_first_line(error)}") from error
+
+
+def _read_parquet(file: epath.Path) -> Iterator[tuple[str, dict[str, str]]]:
+    content = _open_parquet(file)
+    stored = content.schema_arrow.names
+    names = [name.strip() for name in stored]
+    if not _has_columns(names):
+        raise ValueError(
+            f"{file}: expected the columns path and label, each once, found {', '.join(names)}"
+        )
+    wanted = [name for name, known in zip(stored, names, strict=True) if known in _KNOWN]
+    try:
+        table = content.read(columns=wanted)
+        columns = {name.strip(): table.column(name).to_pylist() for name in wanted}
+    except Exception as error:
+        raise ValueError(f"{file}: not a Parquet file: {_first_line(error)}") from error
+    narrow = {"halffloat": np.float16, "float": np.float32}
+    floats = {
+        name.strip(): narrow.get(str(content.schema_arrow.field(name).type), float)
+        for name in wanted
+    }
+    for row in range(table.num_rows):
+        yield (
+            f"row {row}",
+            {
+                name: _cell_text(cells[row], floats[name], f"{file}, row {row}")
+                for name, cells in columns.items()
+            },
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else repr(error)
+
+
+def _cell_text(cell: object, float_type: type, where: str) -> str:
+    """Returns the text of a Parquet cell, as a .csv would hold it; "" where it is empty."""
+    if cell is None:
+        return ""
+    if isinstance(cell, float):
+        return str(float_type(cell))
+    if not isinstance(cell, str | int | decimal.Decimal):
+        raise ValueError(f"{where}: expected text or a whole number, found {cell!r:.80}")
+    return str(cell).strip()
