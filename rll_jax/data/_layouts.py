@@ -197,7 +197,7 @@ def _image_folders(
     for folder in list(folders):  # an archive unpacked into a folder of its own name
         if name and folder.name.lower() == name.lower():
             folders += tree.find_folders(folder, name)
-    if name and metadata == tree.top:
+    if metadata == tree.top:  # it may be a folder of lists alone, beside the images
         folders.append(tree.top.parent / name)
     named = [folder for folder in folders if name and folder.name.lower() == name.lower()]
     others = [folder for folder in folders if any_name]

@@ -11,7 +11,7 @@ import decimal
 import os
 import pathlib
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 import numpy as np
@@ -22,7 +22,8 @@ from rll_jax.data.listings import GALLERY, QUERY, SPLITS, TEST, TRAIN
 _NEEDED = {"path", "label"}
 _ROLES = ("is_query", "is_gallery")
 _BOX = ("x_1", "x_2", "y_1", "y_2")
-_KNOWN = (*_NEEDED, "split", "super_label", *_ROLES, *_BOX)
+_KNOWN = (*_NEEDED, "split", "super_label", "category", *_ROLES, *_BOX)
+_HEAD = 1 << 16  # bytes in which a header is looked for
 _EMPTY = {"", "nan", "-nan", "nat", "none", "null", "na", "n/a", "#na", "#n/a", "<na>"}
 _SPLIT_WORDS = {
     **{word: TRAIN for word in ("train", "training")},
@@ -90,7 +91,7 @@ def is_data_frame(file: epath.Path) -> bool:
     """Whether a file is a table with the columns that open-metric-learning needs."""
     try:
         names = _read_parquet_names(file) if file.suffix == ".parquet" else _read_csv_names(file)
-    except ValueError:
+    except (ValueError, OSError):
         return False
     return {*_NEEDED, "split", *_ROLES} <= set(names)
 
@@ -116,7 +117,9 @@ def _read_entry(cells: dict[str, str], place: str, where: str, root: paths.AnyPa
             "them and list the crops, or remove these columns"
         )
     split = _read_split(cells, where)
-    super_label = cells.get("super_label", "")
+    # open-metric-learning calls it category.
+    own = "category" if set(_ROLES) <= cells.keys() else "super_label"
+    super_label = cells.get("super_label", cells.get(own, ""))
     return Entry(
         pathlib.PurePosixPath(path).as_posix(),  # ./a and a are the same path
         _canonical(label),
@@ -240,8 +243,10 @@ def _has_columns(names: list[str]) -> bool:
 
 
 def _read_csv_names(file: epath.Path) -> list[str]:
-    _, text = next(_text_files.read_lines(file), (1, ""))
-    return _csv_cells(text, f"{file}, line 1")
+    with file.open("rb") as stream:  # the file may be large, and is perhaps no table
+        head = stream.read(_HEAD).removeprefix(b"\xef\xbb\xbf").lstrip()
+    line = (head.splitlines() or [b""])[0]
+    return _csv_cells(line.decode(), f"{file}, line 1")
 
 
 def _csv_cells(text: str, where: str) -> list[str]:
@@ -276,10 +281,16 @@ def _read_csv(file: epath.Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def _read_parquet_names(file: epath.Path) -> list[str]:
-    return [name.strip() for name in _open_parquet(file).schema_arrow.names]
+    _, parquet = _pyarrow(file)
+    try:
+        with file.open("rb") as stream:  # reads its end alone
+            return [name.strip() for name in parquet.read_schema(stream).names]
+    except Exception as error:  # pyarrow's decoders raise errors of many kinds
+        raise ValueError(f"{file}: not a Parquet file: {_first_line(error)}") from error
 
 
-def _open_parquet(file: epath.Path):  # noqa: ANN202 (pyarrow is optional)
+def _pyarrow(file: epath.Path) -> tuple[Any, Any]:
+    """Returns the modules pyarrow and pyarrow.parquet."""
     try:
         import pyarrow as pa
         from pyarrow import parquet
@@ -287,31 +298,26 @@ def _open_parquet(file: epath.Path):  # noqa: ANN202 (pyarrow is optional)
         raise ValueError(
             f"{file}: reading Parquet needs pyarrow (pip install pyarrow); a .csv needs nothing"
         ) from None
-    try:
-        return parquet.ParquetFile(pa.BufferReader(file.read_bytes()))
-    except Exception as error:  # pyarrow's decoders raise errors of many kinds
-        raise ValueError(f"{file}: not a Parquet file: {_first_line(error)}") from error
+    return pa, parquet
 
 
 def _read_parquet(file: epath.Path) -> Iterator[tuple[str, dict[str, str]]]:
-    content = _open_parquet(file)
-    stored = content.schema_arrow.names
-    names = [name.strip() for name in stored]
+    pa, parquet = _pyarrow(file)
+    names = _read_parquet_names(file)
     if not _has_columns(names):
         raise ValueError(
             f"{file}: expected the columns path and label, each once, found {', '.join(names)}"
         )
-    wanted = [name for name, known in zip(stored, names, strict=True) if known in _KNOWN]
     try:
-        table = content.read(columns=wanted)
-        columns = {name.strip(): table.column(name).to_pylist() for name in wanted}
-    except Exception as error:
+        content = parquet.ParquetFile(pa.BufferReader(file.read_bytes()))
+        schema = content.schema_arrow
+        stored = [name for name in schema.names if name.strip() in _KNOWN]
+        table = content.read(columns=stored)
+        columns = {name.strip(): table.column(name).to_pylist() for name in stored}
+    except Exception as error:  # pyarrow's decoders raise errors of many kinds
         raise ValueError(f"{file}: not a Parquet file: {_first_line(error)}") from error
     narrow = {"halffloat": np.float16, "float": np.float32}
-    floats = {
-        name.strip(): narrow.get(str(content.schema_arrow.field(name).type), float)
-        for name in wanted
-    }
+    floats = {name.strip(): narrow.get(str(schema.field(name).type), float) for name in stored}
     for row in range(table.num_rows):
         yield (
             f"row {row}",

@@ -129,7 +129,7 @@ def read_listing(name: str, directory: paths.AnyPath) -> Listing:
     if best:
         raise ValueError(_no_images(name, tree, *best, broken))
     if broken:
-        raise broken[0][1]
+        raise ValueError("; besides, ".join(str(error)[:500] for _, error in broken[:2]))
     raise ValueError(_no_metadata(name, tree))
 
 

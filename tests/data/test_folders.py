@@ -304,6 +304,24 @@ def test_data_frames_that_cannot_be(old, new, error, tmp_path):
         folders.read_index(index(tmp_path, text))
 
 
+def test_categories_of_open_metric_learning_are_super_classes(tmp_path):
+    rows = folders.read_index(index(tmp_path, FRAME.format("1,1", "1,1")))
+    assert [row.super_label for row in rows] == [0, 0, 1, 1]
+    plain = "path,label,category\na,1,x\nb,2,y\n"  # of a table of one's own it is ignored
+    assert {row.super_label for row in folders.read_index(index(tmp_path, plain))} == {0}
+
+
+def test_columns_that_are_there_twice(tmp_path):
+    pa, parquet = pyarrow()
+    table = pa.Table.from_arrays([pa.array(["a", "b"])] * 3, names=["path", "label", "label "])
+    parquet.write_table(table, tmp_path / "index.parquet")
+    with pytest.raises(ValueError, match="columns path and label, each once, found path, label"):
+        folders.read_index(tmp_path / "index.parquet")
+    with pytest.raises(ValueError, match="line 1: expected a header with the columns path and"):
+        folders.read_index(index(tmp_path, "path,label, label\na,1,1\n"))
+    assert len(folders.read_index(index(tmp_path, "path,label,,\na,1,,\nb,2,,\n"))) == 2
+
+
 def test_boxes_that_are_empty_are_none(tmp_path):
     text = "path,label,x_1,x_2,y_1,y_2\na,1,,nan,None,\nb,2,,,,\n"
     assert len(folders.read_index(index(tmp_path, text))) == 2

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import importlib
 import shutil
 
 import pytest
@@ -295,3 +296,27 @@ def test_boxes_of_open_metric_learning_are_refused(tmp_path):
     (tmp_path / "df.csv").unlink()
     with pytest.raises(ValueError, match="df_with_bboxes.csv, line 2: has a bounding box"):
         benchmarks.read_listing("cub", tmp_path)
+
+
+def test_a_benchmark_in_an_object_store(tmp_path, monkeypatch):
+    fsspec = pytest.importorskip("fsspec")
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Store(MemoryFileSystem):
+        protocol, store, pseudo_dirs = ("s3",), {}, [""]
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return "/" + str(path).removeprefix("s3://").strip("/")
+
+    registry = importlib.import_module("fsspec.registry")  # fsspec.registry is its table
+    monkeypatch.setitem(registry._registry, "s3", Store)
+    make_cub(tmp_path)
+    move(*CUB_TEXTS, f"{CUB}/images > birds/images/images")(tmp_path)
+    for path in tmp_path.rglob("*.*"):
+        if path.is_file():
+            name = path.relative_to(tmp_path).as_posix()
+            fsspec.filesystem("s3").pipe_file(f"s3://bucket/{name}", path.read_bytes())
+    local, remote = (benchmarks.read_listing("cub", top) for top in (tmp_path, "s3://bucket"))
+    assert remote.rows == local.rows
+    assert str(remote.root) == "s3://bucket/birds/images"
