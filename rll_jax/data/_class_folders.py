@@ -26,23 +26,24 @@ class ClassFolders(NamedTuple):
     Attributes:
       classes: the number of its classes.
       pattern: what the names of all of them match.
-      word: what the name of its own folder holds, in lower case.
     """
 
     classes: int
     pattern: str
-    word: str
 
 
-def find(tree: FolderTree, kind: ClassFolders, without: Sequence[epath.Path]) -> Listing | None:
+def find(
+    tree: FolderTree, kind: ClassFolders, words: Sequence[str], without: Sequence[epath.Path]
+) -> Listing | None:
     """Returns the images of the folders of classes near `tree.top`; None where there are none.
 
     Args:
       tree: the folders to search.
       kind: the benchmark's folders.
+      words: what the names of the benchmark's own folder may hold. Such folders come first.
       without: folders that are not searched, nor what is below them.
     """
-    for folder in tree.near(tree.top):
+    for folder in sorted(tree.near(tree.top), key=lambda near: not tree.is_named(near, words)):
         inside = tree.relative(folder).lower().split("/")
         if any(part.startswith(_NO_IMAGES) for part in inside):
             continue
@@ -51,7 +52,10 @@ def find(tree: FolderTree, kind: ClassFolders, without: Sequence[epath.Path]) ->
         parts = [name for name in tree.folders(folder) if name.lower() in _SPLITS]
         tops = [folder / part for part in parts] or [folder]
         names = {name for top in tops for name in tree.folders(top)}
-        if not _is_recognised(tree, folder, kind, names, halves=bool(parts)):
+        named = tree.is_named(folder, words)
+        is_likely = named and (bool(parts) or folder.name.lower() == "images")
+        is_meant = named or folder == tree.top
+        if not _are_classes(names, kind, is_likely=is_likely, is_meant=is_meant):
             continue
         try:
             listed = {top: folders.class_folders(top) for top in tops if tree.folders(top)}
@@ -66,16 +70,20 @@ def find(tree: FolderTree, kind: ClassFolders, without: Sequence[epath.Path]) ->
     return None
 
 
-def _is_recognised(
-    tree: FolderTree, folder: epath.Path, kind: ClassFolders, names: set[str], halves: bool
-) -> bool:
-    """Whether the folders in a folder are the classes: by number, by name, or by its own name."""
-    if len(names) < 2:
+def _are_classes(names: set[str], kind: ClassFolders, *, is_likely: bool, is_meant: bool) -> bool:
+    """Whether folders of these names are the classes.
+
+    Args:
+      names: the names.
+      kind: the benchmark's folders.
+      is_likely: whether they lie where the benchmark's classes would: any names will do.
+      is_meant: whether the benchmark or the user names their folder: the right number will do.
+    """
+    numbers = [int(found[1]) for name in names if (found := _NUMBER.match(name))]
+    if not 2 <= len(names) <= kind.classes or max(numbers, default=0) > kind.classes:
         return False
-    if len(names) == kind.classes or all(re.search(kind.pattern, name) for name in names):
-        return True
-    path = f"{tree.top.name}/{tree.relative(folder)}".lower()
-    return kind.word in path and (halves or folder.name.lower() == "images")
+    matches = all(re.search(kind.pattern, name) for name in names)
+    return matches or is_likely or (is_meant and len(names) == kind.classes)
 
 
 def _split(images: list[tuple[str, str]], count: int) -> list[Row]:

@@ -3,7 +3,7 @@
 The folder of the images is the one that holds some of the very files that the metadata name.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 import os
 from typing import NamedTuple
@@ -74,6 +74,12 @@ class FolderTree:
         """Returns the folders of a name, in any case, that are in a folder."""
         names = self.folders(folder)
         return [folder / inner for inner in names if inner.lower() == name.lower()]
+
+    def is_named(self, folder: epath.Path, words: Sequence[str]) -> bool:
+        """Whether one of the words is in the name of a folder, or of those above it near `top`."""
+        top = self.top if paths.is_remote(self.top) else epath.Path(os.path.abspath(self.top))
+        names = "/".join([*top.parts[-2:], self.relative(folder)]).lower()
+        return any(word in names for word in words)
 
     def relative(self, folder: epath.Path) -> str:
         """Returns the name of a folder from `top`, "." for `top` itself."""
@@ -150,10 +156,9 @@ def find_images(
         none of them are looked for as they are.
     """
     groups = {**groups, "": True}
-    places, looked_in, present, sampled = {}, [], 0, 0
+    places, present, sampled = {}, 0, 0
     for prefix, rests in _by_prefix(rows, list(groups)).items():
         folders = _image_folders(tree, metadata, prefix.rstrip("/"), groups[prefix])
-        looked_in += folders
         sample = _spread(rests)
         place = _best_place(tree, folders, sample)
         if not place and not paths.is_remote(tree.top):
@@ -164,7 +169,7 @@ def find_images(
             places[prefix] = place
             present += place.present
     listing = _moved(metadata, rows, list(groups), places)
-    return FoundImages(listing, present, sampled, list(dict.fromkeys(looked_in)))
+    return FoundImages(listing, present, sampled, list(tree.around(metadata)))
 
 
 def _by_prefix(rows: list[Row], prefixes: list[str]) -> dict[str, list[str]]:

@@ -26,6 +26,7 @@ class _Benchmark(NamedTuple):
       title: its name.
       download: how to get its files.
       files: the files that are looked for, in words.
+      words: what the name of its folder may hold, in lower case.
       class_folders: what its folders of classes look like; None where such folders are no layout.
       images: the published number of images of each split.
       classes: the published number of classes of each split.
@@ -34,6 +35,7 @@ class _Benchmark(NamedTuple):
     title: str
     download: str
     files: str
+    words: tuple[str, ...]
     class_folders: _class_folders.ClassFolders | None
     images: dict[str, int]
     classes: dict[str, int]
@@ -47,6 +49,7 @@ BENCHMARKS = {
         "https://cvgl.stanford.edu/projects/lifted_struct/ or from "
         "https://drive.google.com/uc?export=download&id=1TclrpQOF_ullUP99wk_gjGN8pKvtErG8",
         f"Ebay_train.txt {_FRAME}",
+        ("sop", "online"),
         None,
         {TRAIN: 59551, TEST: 60502},
         {TRAIN: 11318, TEST: 11316},
@@ -55,7 +58,8 @@ BENCHMARKS = {
         "CUB-200-2011",
         "download CUB_200_2011.tgz (1.1 GB) from https://data.caltech.edu/records/65de6-vp158",
         f"image_class_labels.txt, 200 folders such as 001.Black_footed_Albatross, {_FRAME}",
-        _class_folders.ClassFolders(200, r"^[0-9]{3}\.", "cub"),
+        ("cub",),
+        _class_folders.ClassFolders(200, r"^[0-9]{3}[._ -]"),
         {TRAIN: 5864, TEST: 5924},
         {TRAIN: 100, TEST: 100},
     ),
@@ -65,7 +69,8 @@ BENCHMARKS = {
         "https://github.com/pytorch/vision/issues/7545 says (the authors' page is gone)",
         "cars_annos.mat, cars_train_annos.mat, 196 folders such as 'AM General Hummer SUV 2000', "
         f"{_FRAME}",
-        _class_folders.ClassFolders(196, r"(19|20)[0-9]{2}$", "car"),
+        ("car",),
+        _class_folders.ClassFolders(196, r"(19|20)[0-9]{2}$"),
         {TRAIN: 8054, TEST: 8131},
         {TRAIN: 98, TEST: 98},
     ),
@@ -74,6 +79,7 @@ BENCHMARKS = {
         "ask for Img/img.zip and Eval/list_eval_partition.txt at "
         "https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html",
         f"list_eval_partition.txt {_FRAME}",
+        ("shop", "deepfashion"),
         None,
         {TRAIN: 25882, QUERY: 14218, GALLERY: 12612},
         {TRAIN: 3997, QUERY: 3985, GALLERY: 3985},
@@ -122,9 +128,9 @@ def read_listing(name: str, directory: paths.AnyPath) -> Listing:
             best = metadata, found
     if best and best[1].present:
         return best[1].listing
-    if classes := BENCHMARKS[name].class_folders:
-        within = [metadata.file.parent for metadata, _ in broken]
-        if listing := _class_folders.find(tree, classes, without=within):
+    if kind := BENCHMARKS[name].class_folders:
+        torn = [metadata.file.parent for metadata, _ in broken]
+        if listing := _class_folders.find(tree, kind, BENCHMARKS[name].words, without=torn):
             return listing
     if best:
         raise ValueError(_no_images(name, tree, *best, broken))
@@ -140,8 +146,20 @@ def _find_metadata(name: str, tree: FolderTree) -> Iterator[_Metadata]:
     for folder in tree.near(tree.top):
         for file in sorted(tree.names(folder)):
             if file.endswith((".csv", ".parquet")) and _tables.is_data_frame(folder / file):
-                read = functools.partial(folders.read_index, folder / file, root=tree.top)
+                read = functools.partial(_read_frame, name, tree, folder / file)
                 yield _Metadata(folder / file, read, {**images, "": True})
+
+
+def _read_frame(name: str, tree: FolderTree, file: epath.Path) -> list[Row]:
+    """Returns the images of a table of open-metric-learning, if it is of the benchmark."""
+    rows = folders.read_index(file, root=tree.top)
+    benchmark, folder = BENCHMARKS[name], file.parent
+    is_meant = folder == tree.top or tree.is_named(file, benchmark.words)
+    if not is_meant and (others := differences(name, rows)):
+        raise ValueError(
+            f"{file}: seems to be of another dataset ({others[0]}); give its folder if it is not"
+        )
+    return rows
 
 
 def _find_sop(tree: FolderTree) -> Iterator[_Metadata]:
@@ -173,8 +191,8 @@ def _read_cars_devkit(tree: FolderTree, train: epath.Path) -> list[Row]:
                     [(train, "fname", "cars_train/"), (folder / name, "fname", "cars_test/")]
                 )
     raise ValueError(
-        f"no cars_test_annos_withlabels.mat in {tree.top}: {BENCHMARKS['cars'].download} "
-        "(those in the devkit are without labels)"
+        f"no cars_test_annos_withlabels.mat in {tree.top}, and the annotations of the test images "
+        f"in the devkit are without labels: {BENCHMARKS['cars'].download}"
     )
 
 
@@ -244,10 +262,10 @@ def _no_metadata(name: str, tree: FolderTree) -> str:
             f"--dataset={name} --source={directory} --unpack does); "
             f"if that is something else, {how}"
         )
-    looked_in = _some_names(tree, list(tree.near(directory)))
-    return (
-        f"no {benchmark.title} in {directory} (looked for {benchmark.files} in {looked_in}): {how}"
-    )
+    looked = f"looked for {benchmark.files} in {_some_names(tree, list(tree.near(directory)))}"
+    if not directory.is_dir():
+        looked = "there is no such folder"
+    return f"no {benchmark.title} in {directory} ({looked}): {how}"
 
 
 def _some_names(tree: FolderTree, looked_in: list[epath.Path]) -> str:

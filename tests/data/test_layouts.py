@@ -286,6 +286,27 @@ def test_images_of_a_neighbour_are_not_taken(tmp_path):
     assert len(present) == 20 and all(row.path.startswith("cars_test/") for row in present)
 
 
+def test_another_dataset_beside_is_not_taken(tmp_path):
+    """Folders and tables that look alike: the benchmark's own are those of its name."""
+    for number in (1, 2, 257):
+        for folder in ("256_objects", "birds_of_cub"):
+            path = tmp_path / folder / f"{min(number, 200 if 'cub' in folder else 257):03d}.thing"
+            path.mkdir(parents=True)
+            (path / "1.jpg").write_bytes(jpeg(number))
+    assert benchmarks.read_listing("cub", tmp_path).root == tmp_path / "birds_of_cub"
+    shutil.rmtree(tmp_path / "birds_of_cub")
+    with pytest.raises(ValueError, match="no CUB-200-2011 in"):
+        benchmarks.read_listing("cub", tmp_path)
+    for name in ("cub", "sop"):
+        (tmp_path / f"the_{name}").mkdir()
+        MAKE[name](tmp_path / f"the_{name}")
+        frame(name, "df.csv")(tmp_path / f"the_{name}")
+    assert len(benchmarks.read_listing("cub", tmp_path).rows) == 40
+    assert len(benchmarks.read_listing("sop", tmp_path).rows) == 48
+    with pytest.raises(ValueError, match="the_cub/df.csv: seems to be of another dataset"):
+        benchmarks.read_listing("inshop", tmp_path)
+
+
 def test_boxes_of_open_metric_learning_are_refused(tmp_path):
     make_cub(tmp_path)
     frame("cub", "df.csv")(tmp_path)
