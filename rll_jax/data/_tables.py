@@ -98,7 +98,7 @@ def is_data_frame(file: epath.Path) -> bool:
 
 def _read_entry(cells: dict[str, str], place: str, where: str, root: paths.AnyPath | None) -> Entry:
     path = _path_from_root(cells["path"], root)
-    if paths.is_remote(path) or not paths.is_inside_root(path):
+    if _is_empty(path) or paths.is_remote(path) or not paths.is_inside_root(path):
         raise ValueError(
             f"{where}: the path is {path!r:.120}, expected one inside --data_dir, from there, "
             "with /"

@@ -9,7 +9,7 @@ import os
 import numpy as np
 import pytest
 
-from rll_jax.data import benchmarks
+from rll_jax.data import benchmarks, folders
 from tests.helpers.benchmark_trees import annotations, jpeg
 from tests.helpers.paths import SHARED
 
@@ -171,6 +171,15 @@ LAYOUTS = {
 
 
 FAST = ("sop, Revisiting_DML", "cars, Kaggle", "inshop, img/img", "cub")  # one of each is enough
+
+
+@pytest.mark.skipif(not CUB.exists(), reason=f"{CUB} is not here")
+def test_the_second_half_of_a_folder_is_the_protocol():
+    rows = folders.class_folders(CUB / "images", test_classes="second_half")
+    assert benchmarks.differences("cub", rows) == []
+    listing = benchmarks.read_listing("cub", CUB)
+    published = [(row.path.removeprefix("images/"), row.label, row.split) for row in listing.rows]
+    assert sorted(published) == sorted((row.path, row.label, row.split) for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,8 @@ def test_a_parquet_table_is_the_same(tmp_path):
         ("path,label\n", "lists no image"),
         ("path,label\na.jpg", "line 2: expected 2 fields, found 1"),
         ("path,label\na.jpg,", "line 2: expected a label, found none"),
+        ("path,label\na.jpg,1\n,1", "line 3: the path is '', expected one inside"),
+        ("path,label\na.jpg,1\nNaN,1", "line 3: the path is 'NaN', expected one inside"),
         ("path,label\n/etc/passwd,1", "line 2: the path is '/etc/passwd', expected one inside"),
         ("path,label\na/../../x,1", "line 2: the path is "),
         ("path,label\na,1\n\na,1", "line 4: a was listed in line 2 already"),
