@@ -69,8 +69,9 @@ def read_entries(file: epath.Path, root: paths.AnyPath | None = None) -> list[En
     """
     entries: dict[str, Entry] = {}
     words: dict[str, str] = {}  # where each kind of split is first
+    starts, name = _starts_of_paths(root), str(file)
     for place, cells in _read_cells(file):
-        entry = _read_entry(cells, place, f"{file}, {place}", root)
+        entry = _read_entry(cells, place, f"{name}, {place}", starts)
         if entry.path in entries:
             raise ValueError(
                 f"{file}, {place}: {entry.path} was listed in {entries[entry.path].place} already"
@@ -96,8 +97,10 @@ def is_data_frame(file: epath.Path) -> bool:
     return {*_NEEDED, "split", *_ROLES} <= set(names)
 
 
-def _read_entry(cells: dict[str, str], place: str, where: str, root: paths.AnyPath | None) -> Entry:
-    path = _path_from_root(cells["path"], root)
+def _read_entry(cells: dict[str, str], place: str, where: str, starts: list[str]) -> Entry:
+    path = cells["path"]
+    start = next((start for start in starts if path.startswith(start)), "")
+    path = path.removeprefix(start)
     if _is_empty(path) or paths.is_remote(path) or not paths.is_inside_root(path):
         raise ValueError(
             f"{where}: the path is {path!r:.120}, expected one inside --data_dir, from there, "
@@ -129,19 +132,13 @@ def _read_entry(cells: dict[str, str], place: str, where: str, root: paths.AnyPa
     )
 
 
-def _path_from_root(path: str, root: paths.AnyPath | None) -> str:
-    """Returns an absolute path below the root from there; any other path as it is."""
+def _starts_of_paths(root: paths.AnyPath | None) -> list[str]:
+    """Returns what absolute paths below the root start with, also where it is a link."""
     if root is None:
-        return path
-    roots = [str(root)]
-    if not paths.is_remote(root):
-        roots += [os.path.abspath(root), os.path.realpath(root)]
-    for top in roots:
-        if path.startswith(prefix := f"{top.rstrip('/')}/") and (
-            paths.is_remote(top) or os.path.isabs(top)
-        ):
-            return path.removeprefix(prefix)
-    return path
+        return []
+    is_remote = paths.is_remote(root)
+    roots = [str(root)] if is_remote else [os.path.abspath(root), os.path.realpath(root)]
+    return [f"{top.rstrip('/')}/" for top in roots]
 
 
 def _is_empty(text: str) -> bool:
@@ -258,9 +255,9 @@ def _csv_cells(text: str, where: str) -> list[str]:
 
 
 def _read_csv(file: epath.Path) -> Iterator[tuple[str, dict[str, str]]]:
-    header = []
+    header, name = [], str(file)
     for line, text in _text_files.read_lines(file):
-        cells = _csv_cells(text, f"{file}, line {line}")
+        cells = _csv_cells(text, f"{name}, line {line}")
         if not header:
             header = cells
             if not _has_columns(header):
@@ -319,13 +316,9 @@ def _read_parquet(file: epath.Path) -> Iterator[tuple[str, dict[str, str]]]:
     narrow = {"halffloat": np.float16, "float": np.float32}
     floats = {name.strip(): narrow.get(str(schema.field(name).type), float) for name in stored}
     for row in range(table.num_rows):
-        yield (
-            f"row {row}",
-            {
-                name: _cell_text(cells[row], floats[name], f"{file}, row {row}")
-                for name, cells in columns.items()
-            },
-        )
+        where = f"{file}, row {row}"
+        texts = {c: _cell_text(cells[row], floats[c], where) for c, cells in columns.items()}
+        yield f"row {row}", texts
 
 
 def _first_line(error: Exception) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 from experiments.engine import datasets, trained_network
 from experiments.engine.runtime import RuntimeOptions
+from rll_jax.data import benchmarks
 from tests.helpers.benchmark_trees import jpeg, make_cub, make_inshop, make_sop
 from tests.helpers.commands import SMALL, command, refused, run, scores
 
@@ -261,6 +262,26 @@ def test_the_second_half_of_the_classes_is_searched(folder, tmp_path):
         f"--workdir={tmp_path / 'run'}",
         name="folder",
     )
+
+
+def test_a_table_of_open_metric_learning_keeps_queries_and_gallery_apart(tmp_path):
+    make_inshop(tmp_path)
+    roles = {
+        "train": "train,,",
+        "query": "validation,True,False",
+        "gallery": "validation,False,True",
+    }
+    lines = [
+        f"{row.path},{row.label},{roles[row.split]}"
+        for row in benchmarks.read_listing("inshop", tmp_path).rows
+    ]
+    table = tmp_path / "df.csv"
+    table.write_text("\n".join(["path,label,split,is_query,is_gallery", *lines]))
+    options = datasets.DataOptions(dataset="folder", index=str(table))
+    splits, _ = datasets.open_usable(options, RuntimeOptions(data_dir=f"{tmp_path}/Img"))
+    gallery = splits["test"].in_gallery
+    assert len(splits["train"]) == 16 and gallery is not None
+    assert (gallery.sum(), (~gallery).sum()) == (12, 4)
 
 
 def test_border_crop_does_not_go_with_a_cache(folder, tmp_path):
