@@ -24,7 +24,7 @@ _ROLES = ("is_query", "is_gallery")
 _BOX = ("x_1", "x_2", "y_1", "y_2")
 _KNOWN = (*_NEEDED, "split", "super_label", "category", *_ROLES, *_BOX)
 _HEAD = 1 << 16  # bytes in which a header is looked for
-_EMPTY = {"", "nan", "-nan", "nat", "none", "null", "na", "n/a", "#na", "#n/a", "<na>"}
+_EMPTY = {"", "nan", "-nan", "nat", "none", "null", "nil", "na", "n/a", "#na", "#n/a", "<na>"}
 _SPLIT_WORDS = {
     **{word: TRAIN for word in ("train", "training")},
     **{word: TEST for word in ("test", "testing")},
@@ -165,10 +165,14 @@ def _read_split(cells: dict[str, str], where: str) -> str:
             "validation are read as test"
         )
     query, gallery = (_truth(cells.get(column, ""), column, where) for column in _ROLES)
+    if "is_gallery" not in cells and query is not None:
+        gallery = not query
+    if "is_query" not in cells and gallery is not None:
+        query = not gallery
     if query is None and gallery is None:
         return split
     if split in ("", TRAIN):
-        if query or gallery:
+        if (query and "is_query" in cells) or (gallery and "is_gallery" in cells):
             raise ValueError(
                 f"{where}: is_query or is_gallery is true, and the split is {split or 'none'}: "
                 "expected validation or test"
@@ -233,6 +237,14 @@ def _read_cells(file: epath.Path) -> Iterator[tuple[str, dict[str, str]]]:
     return readers[file.suffix](file)
 
 
+def _column_names(header: list[str]) -> list[str]:
+    """Returns the names of columns without spaces; in lower case where path or label are not."""
+    names = [name.strip() for name in header]
+    if set(names) >= _NEEDED:
+        return names
+    return [name.lower() if name.lower() in _KNOWN else name for name in names]
+
+
 def _has_columns(names: list[str]) -> bool:
     """Whether the columns that are needed are there, and none that is known is there twice."""
     known = [name for name in names if name in _KNOWN]
@@ -243,7 +255,7 @@ def _read_csv_names(file: epath.Path) -> list[str]:
     with file.open("rb") as stream:  # the file may be large, and is perhaps no table
         head = stream.read(_HEAD).removeprefix(b"\xef\xbb\xbf").lstrip()
     line = (head.splitlines() or [b""])[0]
-    return _csv_cells(line.decode(), f"{file}, line 1")
+    return _column_names(_csv_cells(line.decode(), f"{file}, line 1"))
 
 
 def _csv_cells(text: str, where: str) -> list[str]:
@@ -259,7 +271,7 @@ def _read_csv(file: epath.Path) -> Iterator[tuple[str, dict[str, str]]]:
     for line, text in _text_files.read_lines(file):
         cells = _csv_cells(text, f"{name}, line {line}")
         if not header:
-            header = cells
+            header = _column_names(cells)
             if not _has_columns(header):
                 raise ValueError(
                     f"{file}, line {line}: expected a header with the columns path and label, "
@@ -281,7 +293,7 @@ def _read_parquet_names(file: epath.Path) -> list[str]:
     _, parquet = _pyarrow(file)
     try:
         with file.open("rb") as stream:  # reads its end alone
-            return [name.strip() for name in parquet.read_schema(stream).names]
+            return _column_names(parquet.read_schema(stream).names)
     except Exception as error:  # pyarrow's decoders raise errors of many kinds
         raise ValueError(f"{file}: not a Parquet file: {_first_line(error)}") from error
 
@@ -308,13 +320,16 @@ def _read_parquet(file: epath.Path) -> Iterator[tuple[str, dict[str, str]]]:
     try:
         content = parquet.ParquetFile(pa.BufferReader(file.read_bytes()))
         schema = content.schema_arrow
-        stored = [name for name in schema.names if name.strip() in _KNOWN]
-        table = content.read(columns=stored)
-        columns = {name.strip(): table.column(name).to_pylist() for name in stored}
+        stored = {known: name for name, known in zip(schema.names, names, strict=True)}
+        stored = {known: name for known, name in stored.items() if known in _KNOWN}
+        table = content.read(columns=list(stored.values()))
+        columns = {known: table.column(name).to_pylist() for known, name in stored.items()}
     except Exception as error:  # pyarrow's decoders raise errors of many kinds
         raise ValueError(f"{file}: not a Parquet file: {_first_line(error)}") from error
     narrow = {"halffloat": np.float16, "float": np.float32}
-    floats = {name.strip(): narrow.get(str(schema.field(name).type), float) for name in stored}
+    floats = {
+        known: narrow.get(str(schema.field(name).type), float) for known, name in stored.items()
+    }
     for row in range(table.num_rows):
         where = f"{file}, row {row}"
         texts = {c: _cell_text(cells[row], floats[c], where) for c, cells in columns.items()}

@@ -324,6 +324,27 @@ def test_columns_that_are_there_twice(tmp_path):
     assert len(folders.read_index(index(tmp_path, "path,label,,\na,1,,\nb,2,,\n"))) == 2
 
 
+def test_one_of_the_two_columns_tells_the_other(tmp_path):
+    text = "path,label,split,{}\na,1,train,{}\nb,2,validation,True\nc,2,validation,0\n"
+    for column, expected in (("is_query", "query"), ("is_gallery", "gallery")):
+        other = {"query": "gallery", "gallery": "query"}[expected]
+        for train in ("", "False"):
+            rows = folders.read_index(index(tmp_path, text.format(column, train)))
+            assert [row.split for row in rows] == ["train", expected, other]
+
+
+def test_names_of_columns_in_capitals(tmp_path):
+    pa, parquet = pyarrow()
+    for names in (["Path", "LABEL ", "Split"], ["PATH", "Label", "SPLIT"]):
+        table = pa.table(dict(zip(names, (["a", "b"], [1.0, 2.0], ["train", "val"]), strict=True)))
+        parquet.write_table(table, tmp_path / "index.parquet")
+        rows = folders.read_index(tmp_path / "index.parquet")
+        assert rows == folders.read_index(
+            index(tmp_path, f"{','.join(names)}\na,1,train\nb,2,val\n")
+        )
+        assert [row.split for row in rows] == ["train", "test"]
+
+
 def test_boxes_that_are_empty_are_none(tmp_path):
     text = "path,label,x_1,x_2,y_1,y_2\na,1,,nan,None,\nb,2,,,,\n"
     assert len(folders.read_index(index(tmp_path, text))) == 2
