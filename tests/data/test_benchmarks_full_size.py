@@ -5,6 +5,7 @@ their published counts, over links to a few tiny images.
 """
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -45,8 +46,17 @@ def link(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def sop(tmp_path_factory, link):
-    root = tmp_path_factory.mktemp("sop")
+def new_root(tmp_path_factory):
+    """Makes folders that are gone after the tests: pytest would keep the hundred thousands."""
+    made = []
+    yield lambda name: made.append(tmp_path_factory.mktemp(name)) or made[-1]
+    for root in made:
+        shutil.rmtree(root)
+
+
+@pytest.fixture(scope="module")
+def sop(new_root, link):
+    root = new_root("sop")
     for name in SUPER_CLASSES:
         (root / f"{name}_final").mkdir()
     image = label = 0
@@ -70,9 +80,9 @@ def cars_labels():
 
 
 @pytest.fixture(scope="module")
-def cars(tmp_path_factory, link):
+def cars(new_root, link):
     """Both of the published layouts: devkit.mat, cars_train, cars_test; cars_annos.mat, car_ims."""
-    root = tmp_path_factory.mktemp("cars")
+    root = new_root("cars")
     labels = cars_labels()
     is_test = (
         np.arange(len(labels)) * 8041 // 16185 != np.arange(1, len(labels) + 1) * 8041 // 16185
@@ -102,8 +112,8 @@ def cars(tmp_path_factory, link):
 
 
 @pytest.fixture(scope="module")
-def inshop(tmp_path_factory, link):
-    root = tmp_path_factory.mktemp("inshop")
+def inshop(new_root, link):
+    root = new_root("inshop")
     rows = []
     queries, galleries = sizes(14218, 3985), sizes(12612, 3985)
     numbers = [(size, 0, 0) for size in sizes(25882, 3997)]
