@@ -2,8 +2,9 @@
 
     python -m experiments.cars --flagfile=experiments/flagfiles/cars_2020.flags --data_dir=DIR
 
-DIR holds the published files, unpacked: cars_annos.mat and car_ims/; or cars_train/, cars_test/,
-devkit/ and cars_test_annos_withlabels.mat.
+DIR holds the dataset's files, unpacked: cars_annos.mat and car_ims/; or cars_train/, cars_test/,
+devkit/ and cars_test_annos_withlabels.mat, as from torchvision or Kaggle; or a folder for each
+class.
 """
 
 from absl import app

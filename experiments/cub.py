@@ -2,7 +2,8 @@
 
     python -m experiments.cub --flagfile=experiments/flagfiles/cub_2020.flags --data_dir=DIR
 
-DIR holds CUB_200_2011.tgz, unpacked: images.txt, image_class_labels.txt and images/.
+DIR holds CUB_200_2011.tgz, unpacked: images.txt, image_class_labels.txt and images/; or a folder
+for each class, such as 001.Black_footed_Albatross.
 """
 
 from absl import app

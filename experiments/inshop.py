@@ -3,7 +3,7 @@
     python -m experiments.inshop --flagfile=experiments/flagfiles/inshop_2020.flags --data_dir=DIR
 
 3,997 items train. Images of 3,985 other items are the queries, searched in a gallery. DIR holds the
-published files: list_eval_partition.txt, or Eval/ with it, and img/, unpacked.
+published files: list_eval_partition.txt, or Eval/ with it, and img/ or img_highres/, unpacked.
 """
 
 from absl import app

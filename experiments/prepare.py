@@ -92,7 +92,15 @@ def main(_: Any) -> None:
 if __name__ == "__main__":
     flags.define(
         dataset="",
-        only=("dataset", "data_dir", "index", "test_share", "split_seed", "on_bad_image"),
+        only=(
+            "dataset",
+            "data_dir",
+            "index",
+            "test_share",
+            "test_classes",
+            "split_seed",
+            "on_bad_image",
+        ),
     )
     absl_flags.DEFINE_string(
         "source", None, "The folder of the dataset's files, or an archive.", required=True

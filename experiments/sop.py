@@ -3,7 +3,8 @@
     python -m experiments.sop --flagfile=experiments/flagfiles/sop_2020.flags --data_dir=DIR
 
 11,318 classes train, 11,316 others are searched. DIR holds the published archive, unpacked:
-Stanford_Online_Products/ with Ebay_train.txt, Ebay_test.txt and the images.
+Stanford_Online_Products/ with Ebay_train.txt, Ebay_test.txt and the images; or the lists in
+Info_Files/ and the images in images/.
 """
 
 from absl import app

@@ -60,6 +60,13 @@ class DataOptions(Section):
         low=0.01,
         high=0.99,
     )
+    test_classes: str = option(
+        folders.DRAWN,
+        "Which classes are searched in --dataset=folder, where neither the folder nor the index "
+        "has a split: a share that is drawn (--test_share, --split_seed), or the second half in "
+        "the order of their names.",
+        choices=folders.TEST_CLASSES,
+    )
     split_seed: int = option(
         0, "The seed that draws the classes of --test_share and --validation_share.", low=0
     )
@@ -114,6 +121,20 @@ class DataOptions(Section):
             )
         if self.index and self.dataset != "folder":
             raise ValueError(f"--index={self.index} goes with --dataset=folder, not {self.dataset}")
+        if self.test_classes != folders.DRAWN:
+            self._check_test_classes()
+
+    def _check_test_classes(self) -> None:
+        if self.dataset != "folder":
+            raise ValueError(
+                f"--test_classes={self.test_classes} goes with --dataset=folder: {self.dataset} "
+                "has a split of its own"
+            )
+        if self.test_share != 0.5:
+            raise ValueError(
+                f"--test_classes={self.test_classes} and --test_share={self.test_share} do not go "
+                "together: leave one of them out"
+            )
 
     @property
     def entry(self) -> DatasetEntry:
@@ -163,10 +184,11 @@ def _open_folder(data: DataOptions, runtime: RuntimeOptions) -> Splits:
     prepared = pathlib.Path(data_dir) / "dataset_info.json"
     if paths.is_remote(data_dir) or not prepared.exists():
         return image_dataset.from_rows(*list_images(data, data_dir))
-    if data.index or (data.test_share, data.split_seed) != (0.5, 0):
+    drawn = (data.test_share, data.split_seed, data.test_classes)
+    if data.index or drawn != (0.5, 0, folders.DRAWN):
         raise ValueError(
-            f"--data_dir={data_dir} was prepared with its own split: --index, --test_share and "
-            "--split_seed go with the folder"
+            f"--data_dir={data_dir} was prepared with its own split: --index, --test_share, "
+            "--split_seed and --test_classes go with the folder"
         )
     return array_records.open_dataset(data_dir)
 
@@ -256,10 +278,13 @@ def list_images(data: DataOptions, data_dir: str) -> listings.Listing:
     Differences from a benchmark's published counts are printed on stderr.
     """
     if data.dataset == "folder":
+        how = (data.test_share, data.split_seed)
         if data.index:
-            rows = folders.read_index(data.index, data.test_share, data.split_seed)
+            rows = folders.read_index(
+                data.index, *how, test_classes=data.test_classes, root=data_dir
+            )
         else:
-            rows = folders.class_folders(data_dir, data.test_share, data.split_seed)
+            rows = folders.class_folders(data_dir, *how, test_classes=data.test_classes)
         return listings.Listing(epath.Path(data_dir), rows)
     listing = benchmarks.read_listing(data.dataset, data_dir)
     _print_differences(data.dataset, listing.rows)

@@ -1,19 +1,16 @@
 """Datasets of one's own: a folder for each class, or a table of paths and classes."""
 
-from collections.abc import Iterator
 from concurrent import futures
-import csv
-import pathlib
 from typing import NamedTuple
 
 from etils import epath
 import numpy as np
 
-from rll_jax.data import _text_files, paths
-from rll_jax.data.listings import GALLERY, QUERY, SPLITS, TEST, TRAIN, Row
+from rll_jax.data import _tables, paths
+from rll_jax.data.listings import TEST, TRAIN, Row
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_COLUMNS = ("path", "label", "split", "super_label")
+TEST_CLASSES = DRAWN, SECOND_HALF = ("drawn", "second_half")
 _SPLIT_LIKE = ("train", "test", "val", "valid", "validation")  # no names of classes
 
 
@@ -25,7 +22,13 @@ class _ClassFolder(NamedTuple):
     images: list[str]
 
 
-def class_folders(directory: paths.AnyPath, test_share: float = 0.5, seed: int = 0) -> list[Row]:
+def class_folders(
+    directory: paths.AnyPath,
+    test_share: float = 0.5,
+    seed: int = 0,
+    *,
+    test_classes: str = DRAWN,
+) -> list[Row]:
     """Lists the images of a folder that has one folder for each class.
 
     The folder may also have train/ and test/, each with one folder for each class. Classes are
@@ -36,10 +39,13 @@ def class_folders(directory: paths.AnyPath, test_share: float = 0.5, seed: int =
       directory: the folder, local or in an object store.
       test_share: the share of the classes that is test, where there are no train/ and test/.
       seed: draws these classes.
+      test_classes: "drawn", or "second_half": the first half of the classes, in the order of their
+        names, trains, and the others are test. `test_share` and `seed` are then not used.
 
     Raises:
       ValueError: the folder does not exist, has fewer than two classes with images, has folders
-        named like splits other than train and test, or has a class in both train/ and test/.
+        named like splits other than train and test, or has a class in both train/ and test/; or it
+        has train/ and test/ where `test_classes` is "second_half".
     """
     directory = epath.Path(directory)
     if not directory.is_dir():
@@ -53,9 +59,10 @@ def class_folders(directory: paths.AnyPath, test_share: float = 0.5, seed: int =
         )
     if has_splits:
         _check_class_names(directory, classes)
+        _refuse_halves(test_classes, f"{directory}: has train/ and test/")
         splits = [folder.split for folder in classes]
     else:
-        splits = split_classes(len(classes), test_share, seed)
+        splits = split_classes(len(classes), test_share, seed, test_classes=test_classes)
     return [
         Row(f"{folder.path}/{image}", label, split)
         for label, (folder, split) in enumerate(zip(classes, splits, strict=True))
@@ -63,38 +70,68 @@ def class_folders(directory: paths.AnyPath, test_share: float = 0.5, seed: int =
     ]
 
 
-def split_classes(classes: int, test_share: float, seed: int) -> list[str]:
+def split_classes(
+    classes: int, test_share: float, seed: int, *, test_classes: str = DRAWN
+) -> list[str]:
     """Returns train or test for each class number.
 
-    A share of the classes, drawn by the seed, is test; at least one class is test and one train.
+    Args:
+      classes: the number of classes, at least two.
+      test_share: the share of the classes that is test: at least one class is test and one train.
+      seed: draws them.
+      test_classes: "drawn", or "second_half": the first half trains, as in the protocols of
+        CUB-200-2011 and CARS196. Of an odd number of classes one more is test.
+
+    Raises:
+      ValueError: `test_classes` is neither of the two.
     """
+    if test_classes not in TEST_CLASSES:
+        raise ValueError(
+            f"test_classes={test_classes!r}: expected one of {', '.join(TEST_CLASSES)}"
+        )
+    if test_classes == SECOND_HALF:
+        return [TRAIN if label < classes // 2 else TEST for label in range(classes)]
     num_test = min(max(round(classes * test_share), 1), classes - 1)
     test = set(np.random.default_rng(seed).permutation(classes)[:num_test].tolist())
     return [TEST if label in test else TRAIN for label in range(classes)]
 
 
-def read_index(file: paths.AnyPath, test_share: float = 0.5, seed: int = 0) -> list[Row]:
-    """Lists the images of a table: a .csv or .parquet file.
+def read_index(
+    file: paths.AnyPath,
+    test_share: float = 0.5,
+    seed: int = 0,
+    *,
+    test_classes: str = DRAWN,
+    root: paths.AnyPath | None = None,
+) -> list[Row]:
+    """Lists the images of a table: a .csv or .parquet file, also one of open-metric-learning.
 
-    Its columns are path and label, and optionally split and super_label. Other columns are ignored.
-    A path starts from the dataset's root folder. A label is any text or number; classes are
-    numbered in the order of their labels, and numbers by size where all labels are numbers. A split
-    is train or test, or else train, query or gallery.
+    Its columns are path and label, and optionally split, super_label, is_query and is_gallery.
+    Other columns are ignored, except x_1, x_2, y_1 and y_2: bounding boxes are refused.
+
+    A path starts from the dataset's root folder, or is absolute and below `root`. A label is any
+    text or number, but no word for an empty cell, such as nan, None or NA. Classes are numbered in
+    the order of their labels, and numbers by size where all labels are whole numbers from 0; 10.0
+    is 10, and 010 is text. A split is train or test, or else train, query or gallery; val, valid,
+    validation and dev mean test. Where is_query and is_gallery are given, test rows with both are
+    test, and those with one are query or gallery.
 
     Args:
       file: the table, local or in an object store.
       test_share: the share of the classes that is test, where the table has no splits.
       seed: draws these classes.
+      test_classes: "drawn", or "second_half": see `split_classes`. The order is that of the labels.
+      root: the dataset's root folder, or None: absolute paths are then refused.
 
     Raises:
       ValueError: a row is wrong (which one, and why), the splits share a class or do not go
-        together, the file does not exist, or it is neither a .csv nor a .parquet.
+        together, the file does not exist, or it is neither a .csv nor a .parquet; or it has splits
+        where `test_classes` is "second_half".
     """
     file = epath.Path(file)
-    entries = _read_entries(file)
+    entries = _tables.read_entries(file, root)
     if not entries:
         raise ValueError(f"{file}: lists no image")
-    _check_entry_splits(file, entries)
     labels = _numbered({entry.label for entry in entries})
     super_labels = _numbered({entry.super_label for entry in entries})
     splits = [entry.split for entry in entries]
@@ -103,12 +140,20 @@ def read_index(file: paths.AnyPath, test_share: float = 0.5, seed: int = 0) -> l
             raise ValueError(
                 f"{file}: expected at least two classes, to be split, found {len(labels)}"
             )
-        split_of_class = split_classes(len(labels), test_share, seed)
+        split_of_class = split_classes(len(labels), test_share, seed, test_classes=test_classes)
         splits = [split_of_class[labels[entry.label]] for entry in entries]
+    else:
+        _refuse_halves(test_classes, f"{file}: has a split for each row")
     return [
         Row(entry.path, labels[entry.label], split, super_labels[entry.super_label])
         for entry, split in zip(entries, splits, strict=True)
     ]
+
+
+def _refuse_halves(test_classes: str, why: str) -> None:
+    """Raises ValueError where classes should be halved though the dataset has a split."""
+    if test_classes == SECOND_HALF:
+        raise ValueError(f"{why}, so test_classes=second_half does not go with it: leave it out")
 
 
 def _has_split_folders(directory: epath.Path) -> bool:
@@ -185,66 +230,6 @@ def _image_names(folder: epath.Path) -> list[str]:
     )
 
 
-class _Entry(NamedTuple):
-    """A row of a table, checked by itself, and where it is: "line 4" or "row 3"."""
-
-    path: str
-    label: str
-    split: str
-    super_label: str
-    place: str
-
-
-def _read_entries(file: epath.Path) -> list[_Entry]:
-    readers = {".csv": _read_csv, ".parquet": _read_parquet}
-    if file.suffix not in readers:
-        raise ValueError(f"{file}: expected a .csv or a .parquet")
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file")
-    entries: dict[str, _Entry] = {}
-    for place, cells in readers[file.suffix](file):
-        path, label, split, super_label = (cells.get(column, "") for column in _COLUMNS)
-        if not paths.is_inside_root(path):
-            raise ValueError(
-                f"{file}, {place}: the path is {path!r:.120}, expected one inside --data_dir, "
-                "from there, with /"
-            )
-        if not label:
-            raise ValueError(f"{file}, {place}: expected a label, found none")
-        if split not in (*SPLITS, ""):
-            raise ValueError(
-                f"{file}, {place}: the split is {split!r:.80}, expected one of {', '.join(SPLITS)}"
-            )
-        path = pathlib.PurePosixPath(path).as_posix()  # ./a and a are the same path
-        if path in entries:
-            raise ValueError(f"{file}, {place}: {path} was listed in {entries[path].place} already")
-        entries[path] = _Entry(path, label, split, super_label, place)
-    return list(entries.values())
-
-
-def _check_entry_splits(file: epath.Path, entries: list[_Entry]) -> None:
-    """Raises ValueError unless all or no entries have a split, and no class is in train and not."""
-    splits = {entry.split for entry in entries}
-    if "" in splits and len(splits) > 1:
-        first = next(entry.place for entry in entries if not entry.split)
-        raise ValueError(
-            f"{file}, {first}: some rows have a split and some have none, this one among them"
-        )
-    if TEST in splits and splits & {QUERY, GALLERY}:
-        raise ValueError(
-            f"{file}: has splits test and query or gallery: expected train and test, or train, "
-            "query and gallery"
-        )
-    train = {entry.label for entry in entries if entry.split == TRAIN}
-    test = {entry.label for entry in entries if entry.split not in (TRAIN, "")}
-    if common := sorted(train & test):
-        others = "/".join(sorted(splits - {TRAIN}))
-        raise ValueError(
-            f"{file}: {len(common)} classes are in train and in {others}, such as "
-            f"{', '.join(common[:5])}"
-        )
-
-
 def _numbered(names: set[str]) -> dict[str, int]:
     """Returns {name: number from 0}, in the order of the names, by size where all are numbers."""
 
@@ -257,61 +242,3 @@ def _numbered(names: set[str]) -> dict[str, int]:
     else:
         ordered = sorted(names)
     return {name: number for number, name in enumerate(ordered)}
-
-
-def _read_csv(file: epath.Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields ("line 2", {column: text}) for each row of a .csv."""
-    header = []
-    for line, text in _text_files.read_lines(file):
-        try:
-            cells = [cell.strip() for cell in next(csv.reader([text], strict=True))]
-        except csv.Error as error:  # also a quoted field that goes on in the next line
-            raise ValueError(f"{file}, line {line}: not a table with commas: {error}") from None
-        if not header:
-            header = cells
-            if not {"path", "label"} <= set(header) or len(set(header)) != len(header):
-                raise ValueError(
-                    f"{file}, line {line}: expected a header with the columns path and label, "
-                    f"found {','.join(header)!r:.120}"
-                )
-            continue
-        if len(cells) != len(header):
-            raise ValueError(
-                f"{file}, line {line}: expected {len(header)} fields, found {len(cells)}"
-            )
-        yield f"line {line}", dict(zip(header, cells, strict=True))
-    if not header:
-        raise ValueError(
-            f"{file}, line 1: expected a header with the columns path and label, found nothing"
-        )
-
-
-def _read_parquet(file: epath.Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields ("row 0", {column: text}) for each row of a .parquet."""
-    try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ImportError:
-        raise ValueError(
-            f"{file}: reading Parquet needs pyarrow (pip install pyarrow); a .csv needs nothing"
-        ) from None
-    try:
-        content = parquet.ParquetFile(pa.BufferReader(file.read_bytes()))
-        names = content.schema_arrow.names
-        table = content.read(columns=[column for column in _COLUMNS if column in names])
-    except Exception as error:  # pyarrow's decoders raise errors of many kinds
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
-        raise ValueError(f"{file}: not a Parquet file: {reason}") from error
-    if not {"path", "label"} <= set(names):
-        raise ValueError(f"{file}: expected the columns path and label, found {', '.join(names)}")
-    for row, cells in enumerate(table.to_pylist()):
-        yield f"row {row}", {name: _cell_text(cell, file, row) for name, cell in cells.items()}
-
-
-def _cell_text(cell: object, file: epath.Path, row: int) -> str:
-    """Returns the text of a Parquet cell; "" where it is empty."""
-    if isinstance(cell, float) and cell.is_integer():
-        cell = int(cell)  # pandas makes floats of whole numbers with gaps
-    if cell is not None and not isinstance(cell, str | int):
-        raise ValueError(f"{file}, row {row}: expected text or a whole number, found {cell!r:.80}")
-    return "" if cell is None else str(cell)

@@ -3,7 +3,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from rll_jax.data import folders, listings, paths
+from rll_jax.data import folders, image_dataset, listings, paths
 from tests.helpers.benchmark_trees import make_folders
 
 
@@ -48,6 +48,29 @@ def test_folders_that_cannot_be(tmp_path):
         ValueError, match="expected a folder of images for each class .* found 1 with images"
     ):
         folders.class_folders(tmp_path)
+
+
+def test_the_second_half_of_the_classes(tmp_path):
+    make_folders(tmp_path, ["b", "c", "A", "e", "d"])
+    rows = folders.class_folders(tmp_path, test_classes="second_half")
+    assert {(row.path[0], row.split) for row in rows} == {
+        ("A", "train"), ("b", "train"), ("c", "test"), ("d", "test"), ("e", "test")
+    }  # fmt: skip
+    assert rows == folders.class_folders(tmp_path, 0.1, 7, test_classes="second_half")
+    with pytest.raises(
+        ValueError, match="test_classes='first': expected one of drawn, second_half"
+    ):
+        folders.class_folders(tmp_path, test_classes="first")
+    table = "path,label\n" + "".join(f"{label}.jpg,{label}\n" for label in (10, 9, 2, 1))
+    rows = folders.read_index(index(tmp_path, table), test_classes="second_half")
+    assert [row.split for row in rows] == ["test", "test", "train", "train"]
+    table = index(tmp_path, "path,label,split\na,1,train\nb,2,test\n")
+    with pytest.raises(ValueError, match="index.csv: has a split for each row, so test_classes"):
+        folders.read_index(table, test_classes="second_half")
+    make_folders(tmp_path / "split" / "train", ["a", "b"])
+    make_folders(tmp_path / "split" / "test", ["c", "d"])
+    with pytest.raises(ValueError, match="has train/ and test/, so test_classes=second_half"):
+        folders.class_folders(tmp_path / "split", test_classes="second_half")
 
 
 @pytest.mark.parametrize(
@@ -135,12 +158,14 @@ def test_a_parquet_table_is_the_same(tmp_path):
         ("path,label\n", "lists no image"),
         ("path,label\na.jpg", "line 2: expected 2 fields, found 1"),
         ("path,label\na.jpg,", "line 2: expected a label, found none"),
+        ("path,label\na.jpg,1\n,1", "line 3: the path is '', expected one inside"),
+        ("path,label\na.jpg,1\nNaN,1", "line 3: the path is 'NaN', expected one inside"),
         ("path,label\n/etc/passwd,1", "line 2: the path is '/etc/passwd', expected one inside"),
         ("path,label\na/../../x,1", "line 2: the path is "),
         ("path,label\na,1\n\na,1", "line 4: a was listed in line 2 already"),
         (
-            "path,label,split\na,1,val",
-            "line 2: the split is 'val', expected one of train, test, query, gallery",
+            "path,label,split\na,1,holdout",
+            "line 2: the split is 'holdout', expected one of train, test, query, gallery",
         ),
         ("path,label,split\na,1,train\nb,1,", "line 3: some rows have a split and some have none"),
         ("path,label\na,1", "expected at least two classes"),
@@ -165,6 +190,179 @@ def test_other_files_are_no_tables(tmp_path):
         folders.read_index(tmp_path / "index.xls")
     with pytest.raises(ValueError, match="index.csv: no such file"):
         folders.read_index(tmp_path / "index.csv")
+
+
+@pytest.mark.parametrize(
+    "label",
+    ["", '""', "nan", "NaN", "None", "NA", "N/A", "null", "NULL", "<NA>", "  ", '" "', "none"],
+)
+def test_empty_labels_are_refused_by_row(label, tmp_path):
+    text = f"path,label\na.jpg,Nanette\nb.jpg,{label}\n"
+    with pytest.raises(ValueError, match="index.csv, line 3: expected .* label, found"):
+        folders.read_index(index(tmp_path, text))
+    pa, parquet = pyarrow()
+    parquet.write_table(
+        pa.table({"path": ["a.jpg", "b.jpg"], "label": ["Nanette", label.strip('"')]}),
+        tmp_path / "index.parquet",
+    )
+    with pytest.raises(ValueError, match="index.parquet, row 1: expected .* label, found"):
+        folders.read_index(tmp_path / "index.parquet")
+
+
+def pyarrow():
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import parquet
+
+    return pa, parquet
+
+
+LABELS = {
+    "integers": ([2, 10, 2, -3], None, ["2", "10", "2", "-3"]),
+    "floats": ([10.0, 9.0, 2.0, 10.0], None, ["10.0", "9.0", "2.0", "10.0"]),
+    "parts": ([1.5, 0.1, 1.0, 1.5], "float32", ["1.5", "0.1", "1.0", "1.5"]),
+    "large": ([1e16, 1e15, 1e16, 2.0], None, ["1e+16", "1000000000000000.0", "1e+16", "2.0"]),
+    "zeros": (["007", "07", "7", "7.0"], None, ["007", "07", "7", "7.0"]),
+    "mixed": (["10", "10.0", "9", "9.00"], None, ["10", "10.0", "9", "9.00"]),
+    "truth": ([True, False, True, False], None, ["true", "False", "TRUE", "false"]),
+    "spaces": (["a ", " a", "b", "c"], None, ["a", " a", '"b"', ' "c"']),
+    "names": (["x,y", "é", "Nan Goldin", "nano"], None, ['"x,y"', "é", "Nan Goldin", "nano"]),
+    "categories": (["b", "a", "b", "c"], "dictionary", ["b", "a", "b", "c"]),
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_a_table_has_the_same_classes_in_both_kinds(kind, tmp_path):
+    pa, parquet = pyarrow()
+    cells, stored_as, texts = LABELS[kind]
+    column = pa.array(cells, type=pa.float32()) if stored_as == "float32" else pa.array(cells)
+    column = column.dictionary_encode() if stored_as == "dictionary" else column
+    names = [f"{i}.jpg" for i in range(len(cells))]
+    parquet.write_table(pa.table({"path": names, " label": column}), tmp_path / "index.parquet")
+    lines = "".join(f"{name},{text}\r\n" for name, text in zip(names, texts, strict=True))
+    found = folders.read_index(index(tmp_path, f"path , label\r\n{lines}"))
+    assert found == folders.read_index(tmp_path / "index.parquet")
+    alike = {"floats": [1, 0], "zeros": [0, 1, 2, 2], "mixed": [1, 1, 0, 0], "truth": [1, 0, 1, 0]}
+    labels = [row.label for row in found]
+    expected = {**alike, "floats": [2, 1, 0, 2], "spaces": [0, 0, 1, 2]}.get(kind, labels)
+    assert labels == expected
+
+
+@pytest.mark.parametrize("word", ["val", "valid", "VALIDATION", "Dev", "Test", "testing", " test "])
+def test_words_for_the_searched_split(word, tmp_path):
+    text = f"path,label,split\na,1,Train\nb,1,TRAINING\nc,2,{word}\nd,2,{word}\n"
+    rows = folders.read_index(index(tmp_path, text))
+    assert [row.split for row in rows] == ["train", "train", "test", "test"]
+    assert len(folders.read_index(index(tmp_path, text.replace(word, "NaN").replace("Train", "")
+                                        .replace("TRAINING", "None")))) == 4  # fmt: skip
+
+
+FRAME = """,path,label,split,is_query,is_gallery,category,sequence
+0,a.jpg,5,train,,,x,
+1,b.jpg,5,train,,,x,
+2,c.jpg,7,validation,{},y,1
+3,d.jpg,7,validation,{},y,1
+"""
+
+
+@pytest.mark.parametrize(
+    "roles, expected",
+    [
+        (("True,False", "False,True"), ["query", "gallery"]),
+        (("1.0,0.0", "0.0,1.0"), ["query", "gallery"]),
+        (("True,True", "1,1"), ["test", "test"]),
+        ((",", "nan,None"), ["test", "test"]),
+    ],
+)
+def test_data_frames_of_open_metric_learning(roles, expected, tmp_path):
+    rows = folders.read_index(index(tmp_path, FRAME.format(*roles)))
+    assert [row.split for row in rows] == ["train", "train", *expected]
+    gallery = image_dataset.from_rows(tmp_path, rows)["test"].in_gallery
+    assert (gallery is None) == (expected[0] == "test")
+    assert gallery is None or gallery.tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    "old, new, error",
+    [
+        (
+            "True,True,y,1\n3",
+            "False,False,y,1\n3",
+            "line 4: is_query and is_gallery are both false",
+        ),
+        ("True,True,y,1\n3", "True,False,y,1\n3", "line 5 is searched and found, line 4 is query"),
+        ("True,True,y,1\n3", "maybe,True,y,1\n3", "line 4: is_query is 'maybe', expected True"),
+        ("train,,,x,\n1", "train,True,,x,\n1", "line 2: is_query or is_gallery is true"),
+        (
+            "validation,True,True,y,1\n3",
+            "test,True,True,y,1\n3",
+            r"test \(line 4\) and val \(line 5",
+        ),
+        ("category", "x_1", r"line 2: has a bounding box \(x_1\), and images are read whole"),
+    ],
+)
+def test_data_frames_that_cannot_be(old, new, error, tmp_path):
+    text = FRAME.format("True,True", "True,True").replace(old, new, 1)
+    with pytest.raises(ValueError, match=f"index.csv.*{error}"):
+        folders.read_index(index(tmp_path, text))
+
+
+def test_categories_of_open_metric_learning_are_super_classes(tmp_path):
+    rows = folders.read_index(index(tmp_path, FRAME.format("1,1", "1,1")))
+    assert [row.super_label for row in rows] == [0, 0, 1, 1]
+    plain = "path,label,category\na,1,x\nb,2,y\n"  # of a table of one's own it is ignored
+    assert {row.super_label for row in folders.read_index(index(tmp_path, plain))} == {0}
+
+
+def test_columns_that_are_there_twice(tmp_path):
+    pa, parquet = pyarrow()
+    table = pa.Table.from_arrays([pa.array(["a", "b"])] * 3, names=["path", "label", "label "])
+    parquet.write_table(table, tmp_path / "index.parquet")
+    with pytest.raises(ValueError, match="columns path and label, each once, found path, label"):
+        folders.read_index(tmp_path / "index.parquet")
+    with pytest.raises(ValueError, match="line 1: expected a header with the columns path and"):
+        folders.read_index(index(tmp_path, "path,label, label\na,1,1\n"))
+    assert len(folders.read_index(index(tmp_path, "path,label,,\na,1,,\nb,2,,\n"))) == 2
+
+
+def test_one_of_the_two_columns_tells_the_other(tmp_path):
+    text = "path,label,split,{}\na,1,train,{}\nb,2,validation,True\nc,2,validation,0\n"
+    for column, expected in (("is_query", "query"), ("is_gallery", "gallery")):
+        other = {"query": "gallery", "gallery": "query"}[expected]
+        for train in ("", "False"):
+            rows = folders.read_index(index(tmp_path, text.format(column, train)))
+            assert [row.split for row in rows] == ["train", expected, other]
+
+
+def test_names_of_columns_in_capitals(tmp_path):
+    pa, parquet = pyarrow()
+    for names in (["Path", "LABEL ", "Split"], ["PATH", "Label", "SPLIT"]):
+        table = pa.table(dict(zip(names, (["a", "b"], [1.0, 2.0], ["train", "val"]), strict=True)))
+        parquet.write_table(table, tmp_path / "index.parquet")
+        rows = folders.read_index(tmp_path / "index.parquet")
+        assert rows == folders.read_index(
+            index(tmp_path, f"{','.join(names)}\na,1,train\nb,2,val\n")
+        )
+        assert [row.split for row in rows] == ["train", "test"]
+
+
+def test_boxes_that_are_empty_are_none(tmp_path):
+    text = "path,label,x_1,x_2,y_1,y_2\na,1,,nan,None,\nb,2,,,,\n"
+    assert len(folders.read_index(index(tmp_path, text))) == 2
+    with pytest.raises(ValueError, match="line 3: has a bounding box"):
+        folders.read_index(index(tmp_path, text.replace("b,2,,", "b,2,0,")))
+
+
+def test_absolute_paths_below_the_root(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    text = f"path,label\n{tmp_path}/a/x.jpg,1\na/y.jpg,2\n"
+    for root in (tmp_path, tmp_path / "link", f"{tmp_path}/"):
+        rows = folders.read_index(index(tmp_path, text), root=root)
+        assert [row.path for row in rows] == ["a/x.jpg", "a/y.jpg"]
+    for path in (f"{tmp_path}x/a.jpg", "/etc/passwd", f"{tmp_path}/../a.jpg", "s3://bucket/a.jpg"):
+        with pytest.raises(ValueError, match="index.csv, line 2: the path is .*inside --data_dir"):
+            folders.read_index(index(tmp_path, f"path,label\n{path},1\nb,2"), root=tmp_path)
+    with pytest.raises(ValueError, match="line 3: a/x.jpg was listed in line 2 already"):
+        folders.read_index(index(tmp_path, text.replace("a/y", "./a//x")), root=tmp_path)
 
 
 @settings(

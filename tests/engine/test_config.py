@@ -21,7 +21,7 @@ FREE_ON_RESUME = {
 def test_the_names_of_all_options_differ():
     parts = [type(part.default) for part in dataclasses.fields(config.Config)]
     names = [field.name for section in parts for field in dataclasses.fields(section)]
-    assert len(names) == len(set(names)) == len(OPTIONS) == 81
+    assert len(names) == len(set(names)) == len(OPTIONS) == 82
 
 
 def test_a_section_says_what_may_change_on_resume():
@@ -78,6 +78,15 @@ def test_a_damaged_flags_txt_is_refused_by_line(line, text, tmp_path):
         ({"ema": 1.0}, "--ema=1.0: expected between 0 and 0.999999"),
         ({"memory_size": 64, "gallery_gradient": True}, "is constant; give one of them"),
         ({"memory_size": 64, "class_augment": True}, "another way in each batch"),
+        (
+            {"dataset": "cub", "test_classes": "second_half"},
+            "--test_classes=second_half goes with --dataset=folder: cub has a split of its own",
+        ),
+        (
+            {"dataset": "folder", "test_classes": "second_half", "test_share": 0.3},
+            "--test_classes=second_half and --test_share=0.3 do not go together",
+        ),
+        ({"test_classes": "first"}, "--test_classes=first: expected one of drawn, second_half"),
         ({"process_id": 1}, "--num_processes and --process_id go together, with --multihost"),
         ({"profile_steps": "5:5"}, "--profile_steps=5:5: expected A:B with A below B"),
     ],
@@ -106,7 +115,7 @@ def test_help_shows_what_matters_first_and_helpfull_all_by_section():
     short, full = (run(f"--{name}").stdout for name in ("help", "helpfull"))
     shown = re.findall(r"^  --(?:\[no\])?(\w+)$", short, re.M)
     assert shown == [name for name, known in OPTIONS.items() if known.metadata["main"]]
-    assert len(shown) == 20 and "--helpfull shows all 81 options" in short
+    assert len(shown) == 20 and "--helpfull shows all 82 options" in short
     titles = ["Data", "Batches", "Loss", "Network", "Optimiser", "Schedule", "Devices"]
     assert re.findall(r"^(\w+):$", full, re.M) == [*titles, "Processes", "Runtime"]
     assert re.findall(r"^  --(?:\[no\])?(\w+)$", full, re.M) == list(OPTIONS)

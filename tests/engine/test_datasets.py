@@ -12,6 +12,7 @@ import pytest
 
 from experiments.engine import datasets, trained_network
 from experiments.engine.runtime import RuntimeOptions
+from rll_jax.data import benchmarks
 from tests.helpers.benchmark_trees import jpeg, make_cub, make_inshop, make_sop
 from tests.helpers.commands import SMALL, command, refused, run, scores
 
@@ -223,6 +224,64 @@ def test_other_pictures_are_another_run(folder, tmp_path):
     for name, more in (("folder", arguments[:-1]), ("evaluate", [])):
         told = run(*more, f"--workdir={tmp_path / 'run'}", name=name)
         assert told.returncode == 2 and "holds a run on other images" in told.stderr, told.stderr
+
+
+def test_the_second_half_of_the_classes_is_searched(folder, tmp_path):
+    """In a folder and in a table of absolute paths; a prepared folder keeps its split."""
+    flat = tmp_path / "flat"
+    for c in [*(folder / "train").iterdir(), *(folder / "test").iterdir()]:
+        shutil.copytree(c, flat / c.name)
+    table = tmp_path / "index.csv"
+    lines = [f"{path},{path.parent.name}" for path in sorted(flat.rglob("*.jpg"))]
+    table.write_text("\n".join(["path,label", *lines]))
+    half = "--test_classes=second_half"
+    for index in ("", str(table)):
+        options = datasets.DataOptions(dataset="folder", index=index, test_classes="second_half")
+        rows = datasets.list_images(options, str(flat)).rows
+        assert {(row.path[:2], row.split) for row in rows} == {
+            (f"c{c}", "train" if c < 4 else "test") for c in range(8)
+        }
+    made = run("--dataset=folder", f"--source={flat}", half, name="prepare")
+    assert made.returncode == 0, made.stderr
+    options = datasets.DataOptions(dataset="folder")
+    splits = datasets.open_datasets(options, RuntimeOptions(data_dir=f"{flat}/prepared_folder"))
+    assert {path[:2] for path in splits["test"].paths} == {"c4", "c5", "c6", "c7"}
+    refused(
+        "has train/ and test/, so test_classes=second_half does not go with it",
+        *SMALL,
+        half,
+        f"--data_dir={folder}",
+        f"--workdir={tmp_path / 'run'}",
+        name="folder",
+    )
+    refused(
+        "--test_classes go with the folder",
+        *SMALL,
+        half,
+        f"--data_dir={flat}/prepared_folder",
+        f"--workdir={tmp_path / 'run'}",
+        name="folder",
+    )
+
+
+def test_a_table_of_open_metric_learning_keeps_queries_and_gallery_apart(tmp_path):
+    make_inshop(tmp_path)
+    roles = {
+        "train": "train,,",
+        "query": "validation,True,False",
+        "gallery": "validation,False,True",
+    }
+    lines = [
+        f"{row.path},{row.label},{roles[row.split]}"
+        for row in benchmarks.read_listing("inshop", tmp_path).rows
+    ]
+    table = tmp_path / "df.csv"
+    table.write_text("\n".join(["path,label,split,is_query,is_gallery", *lines]))
+    options = datasets.DataOptions(dataset="folder", index=str(table))
+    splits, _ = datasets.open_usable(options, RuntimeOptions(data_dir=f"{tmp_path}/Img"))
+    gallery = splits["test"].in_gallery
+    assert len(splits["train"]) == 16 and gallery is not None
+    assert (gallery.sum(), (~gallery).sum()) == (12, 4)
 
 
 def test_border_crop_does_not_go_with_a_cache(folder, tmp_path):
