@@ -100,6 +100,9 @@ def _differences(path: pathlib.Path, now: Mapping[str, str]) -> list[str]:
     for line in path.read_text().splitlines():
         name, _, value = line.removeprefix("--").partition("=")
         before[name] = value
+    for name, known in OPTIONS.items():  # the file may be older than some options
+        if name in now:
+            before.setdefault(name, options.to_text(known.metadata["earlier"]))
     return [
         f"--{name}={before.get(name, '(swept)')} there, {now.get(name, '(swept)')} here"
         for name in {**OPTIONS, **now}
