@@ -89,8 +89,8 @@ def _download(name: str) -> str:
     """Returns the file of a hub repository's weights, which is downloaded once."""
     if name.count("/") != 1:
         raise ValueError(
-            f"no such file or folder; expected {weights.KINDS}, a run's workdir or a hub name such "
-            "as timm/resnet50.tv_in1k"
+            f"expected {weights.KINDS}, a run's workdir or a hub name such as "
+            "timm/resnet50.tv_in1k, and there is no such file or folder"
         )
     try:
         import huggingface_hub  # pyright: ignore[reportMissingImports] (optional)

@@ -115,7 +115,9 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            content, is_whole = torch.load(path, map_location="cpu", weights_only=True), True
+            # Not the path: torch would go by its ending.
+            with path.open("rb") as file:
+                content, is_whole = torch.load(file, map_location="cpu", weights_only=True), True
         except pickle.UnpicklingError:  # its text tells how to execute the file all the same
             content, is_whole = _load_tensors_alone(path), False
     found = dict(_tensors(content, torch.Tensor))
@@ -217,6 +219,7 @@ def _load_tensors_alone(path: pathlib.Path) -> Any:
     )
     try:
         # Not its own safe unpickler, which refuses the whole file: nothing runs in ours either.
-        return torch.load(path, map_location="cpu", pickle_module=inert, weights_only=False)
+        with path.open("rb") as file:
+            return torch.load(file, map_location="cpu", pickle_module=inert, weights_only=False)
     except Exception:  # a pickle may raise anything
         return None
