@@ -6,7 +6,7 @@ import re
 from absl import flags
 import pytest
 
-from experiments.engine import config, options
+from experiments.engine import config, many_runs, options
 from experiments.engine import flags as engine_flags
 from experiments.engine.config import OPTIONS
 from tests.helpers.commands import run
@@ -113,6 +113,19 @@ def test_a_run_older_than_an_option_goes_on_as_it_began(tmp_path):
     assert config.as_begun(before, path) == (before, {})
     path.write_text("".join(lines))
     assert config.as_begun(now, path) == (now, {}) and config.from_flagfile(path) == now
+
+
+def test_a_sweep_older_than_an_option_is_the_same_sweep(tmp_path):
+    now = {name: options.to_text(value) for name, value in config.from_flat().flat().items()}
+    lines = [f"--{name}={text}" for name, text in now.items() if name != "margin"]
+    lines = [line for line in lines if "batch_norm_momentum" not in line]
+    path = tmp_path / "sweep.flags"
+    path.write_text("\n".join([*lines, "--sweep=margin=0.2,0.4"]))
+    swept = {name: text for name, text in now.items() if name != "margin"}
+    assert many_runs._differences(path, swept) == []
+    assert many_runs._differences(path, now) == ["--margin=(swept) there, 0.4 here"]
+    other = swept | {"batch_norm_momentum": "0.5"}
+    assert many_runs._differences(path, other) == ["--batch_norm_momentum=0.9 there, 0.5 here"]
 
 
 def test_texts_of_values():
