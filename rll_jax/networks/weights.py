@@ -28,7 +28,10 @@ _LEAVES = {
     "var": "running_var",
 }
 # The layers of the task that published weights were trained for.
-_CLASSIFIERS = ("fc", "last_linear", "classifier", "head")
+_CLASSIFIERS = (
+    "fc", "last_linear", "classifier", "head", "heads", "linear", "logits", "projection_head",
+    "projector", "predictor", "prototypes", "queue", "queue_ptr",
+)  # fmt: skip
 # What wrappers put before or within names: DataParallel, torch.compile, FSDP.
 _MARKERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _PREFERRED = {"ema", "teacher"}  # words of prefixes: what is evaluated, where there are several

@@ -220,12 +220,17 @@ def assert_same(ours, theirs, **tolerance):
 )  # fmt: skip
 def test_what_names_begin_with_is_found_and_taken_off(prefix, resnet):
     model, published, variables = resnet
-    head = {f"{prefix}fc.weight": np.ones((9, 64)), "projector.0.weight": np.ones((2, 2))}
+    head = {f"{prefix}fc.weight": np.ones((9, 64)), "others.0.weight": np.ones((2, 2))}
+    head |= {
+        f"{prefix}projection_head.0.bias": np.ones(2),
+        f"{prefix}prototypes.weight": np.ones(2),
+    }
     arrays = beginning(prefix, published, **head)
     found = weights.find_prefix(arrays, variables, model.backbone, heads=False)
     assert found == prefix
     assert_same(loaded(arrays, model), variables)
-    assert set(weights.take_prefix(arrays, prefix)) == {*published, "fc.weight"}
+    behind = {"fc.weight", "projection_head.0.bias", "prototypes.weight"}
+    assert set(weights.take_prefix(arrays, prefix)) == {*published, *behind}
 
 
 def test_of_several_networks_the_averaged_one_is_taken_or_the_named_one(resnet):
