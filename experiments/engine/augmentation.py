@@ -8,20 +8,21 @@ import numpy as np
 
 from rll_jax import typing
 from rll_jax.data import views
+from rll_jax.data.images import Interpolation
 
 _RESIZE = 256 / 227  # the recipes resize to 256 pixels and keep 227
 
 
 class Views(NamedTuple):
-    """Two ways to look at an image, each made for a size in pixels.
+    """Two ways to look at an image, each made for a size in pixels and an interpolation.
 
     Attributes:
-      train: size -> a random view: (image, rng) -> (size, size, 3) uint8.
-      test: size -> a fixed view: image -> (size, size, 3) uint8.
+      train: (size, interpolation) -> a random view: (image, rng) -> (size, size, 3) uint8.
+      test: (size, interpolation) -> a fixed view: image -> (size, size, 3) uint8.
     """
 
-    train: Callable[[int], typing.View]
-    test: Callable[[int], Callable[[Any], np.ndarray]]
+    train: Callable[[int, Interpolation], typing.View]
+    test: Callable[[int, Interpolation], Callable[[Any], np.ndarray]]
 
 
 def resized_side(size: int) -> int:
@@ -29,33 +30,56 @@ def resized_side(size: int) -> int:
     return round(size * _RESIZE)
 
 
-def _whole_image(size: int) -> Callable[[Any], np.ndarray]:
-    return functools.partial(views.resize_center_crop, size=size, resize=size)
+def _whole_image(size: int, interpolation: Interpolation) -> Callable[[Any], np.ndarray]:
+    return functools.partial(
+        views.resize_center_crop, size=size, resize=size, interpolation=interpolation
+    )
 
 
-def _centre(size: int) -> Callable[[Any], np.ndarray]:
-    return functools.partial(views.resize_center_crop, size=size, resize=resized_side(size))
+def _centre(size: int, interpolation: Interpolation) -> Callable[[Any], np.ndarray]:
+    return functools.partial(
+        views.resize_center_crop,
+        size=size,
+        resize=resized_side(size),
+        interpolation=interpolation,
+    )
 
 
-def _border_centre(size: int) -> Callable[[Any], np.ndarray]:
-    return functools.partial(views.border_center_crop, size=size, fit=resized_side(size))
+def _border_centre(size: int, interpolation: Interpolation) -> Callable[[Any], np.ndarray]:
+    return functools.partial(
+        views.border_center_crop, size=size, fit=resized_side(size), interpolation=interpolation
+    )
 
 
-def _resize_crop(size: int) -> typing.View:
-    return views.ResizeCrop(size, resized_side(size))
+def _affine(size: int, interpolation: Interpolation) -> typing.View:
+    del interpolation  # always bicubic
+    return views.RandomAffine(size)
 
 
-def _border_crop(size: int) -> typing.View:
-    return views.BorderCrop(size, resized_side(size))
+def _random_resized_crop(size: int, interpolation: Interpolation) -> typing.View:
+    return views.RandomResizedCrop(size, interpolation=interpolation)
 
 
-def _jittered(size: int, *, strong: bool) -> typing.View:
-    return views.Jittered(views.RandomResizedCrop(size), strong=strong)
+def _scaled_crop(size: int, interpolation: Interpolation) -> typing.View:
+    return views.ScaledCrop(size, resized_side(size), interpolation=interpolation)
+
+
+def _resize_crop(size: int, interpolation: Interpolation) -> typing.View:
+    return views.ResizeCrop(size, resized_side(size), interpolation)
+
+
+def _border_crop(size: int, interpolation: Interpolation) -> typing.View:
+    return views.BorderCrop(size, resized_side(size), interpolation)
+
+
+def _jittered(size: int, interpolation: Interpolation, *, strong: bool) -> typing.View:
+    return views.Jittered(_random_resized_crop(size, interpolation), strong=strong)
 
 
 VIEWS = {
-    "affine": Views(views.RandomAffine, _whole_image),
-    "random_resized_crop": Views(views.RandomResizedCrop, _centre),
+    "affine": Views(_affine, _whole_image),
+    "random_resized_crop": Views(_random_resized_crop, _centre),
+    "scaled_crop": Views(_scaled_crop, _centre),
     "resize_crop": Views(_resize_crop, _centre),
     "border_crop": Views(_border_crop, _border_centre),
     "colour_jitter": Views(functools.partial(_jittered, strong=False), _centre),

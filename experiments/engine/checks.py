@@ -14,6 +14,7 @@ from experiments.engine import (
     batches,
     datasets,
     network_inputs,
+    options,
     pretrained,
     processes,
 )
@@ -56,7 +57,7 @@ def check_run(config: Config) -> CheckedRun:
       ValueError: the options, the data or the workdir are at fault.
     """
     workdir = pathlib.Path(config.runtime.workdir)
-    _check_workdir(workdir, config)
+    config = _check_workdir(workdir, config)
     runner = devices.make_runner(config.devices.parallel)
     config.batches.check_devices(runner.num_devices, config.devices.embed_chunk)
     _check_memory(config, runner.num_devices)
@@ -75,7 +76,7 @@ def check_run(config: Config) -> CheckedRun:
         config.batches, splits["train"], config.schedule.seed, config.data.dataset
     )
     # A view may need a package that is not installed.
-    augmentation.VIEWS[config.data.augmentation].train(config.data.image_size)
+    config.data.train_view()
     splits = cached_splits(splits, config.data, config.runtime)
     if config.network.frozen_views:
         network_inputs.check_room(config, splits)
@@ -120,8 +121,12 @@ def _check_frozen_views(config: Config) -> None:
         )
 
 
-def _check_workdir(workdir: pathlib.Path, config: Config) -> None:
-    """Raises ValueError unless the workdir is local, and free or holds this very run."""
+def _check_workdir(workdir: pathlib.Path, config: Config) -> Config:
+    """Returns the options with which the run in the workdir begins or goes on.
+
+    Raises:
+      ValueError: the workdir is not local, or neither free nor holding this very run.
+    """
     if paths.is_remote(config.runtime.workdir):
         raise ValueError(f"--workdir={config.runtime.workdir}: expected a local folder")
     saved = workdir / "flags.txt"
@@ -130,12 +135,18 @@ def _check_workdir(workdir: pathlib.Path, config: Config) -> None:
             raise ValueError(
                 f"--workdir={workdir} is in use and holds no run to resume: choose another folder"
             )
-        return
+        return config
+    config, changed = config_lib.as_begun(config, saved)
     if differing := config_lib.differences(config_lib.from_flagfile(saved), config):
         raise ValueError(
             f"--workdir={workdir} holds another run ({'; '.join(differing)}): choose another "
-            f"--workdir, and --init_from={workdir} to start from its weights"
+            f"--workdir, and --init_from={workdir} to start from its weights; or go on with that "
+            f"run by --flagfile={saved}"
         )
+    if changed and processes.is_first():
+        earlier = " ".join(f"--{name}={options.to_text(value)}" for name, value in changed.items())
+        print(f"the run in {workdir} goes on as it began: {earlier}", flush=True)
+    return config
 
 
 def _has_files(folder: pathlib.Path) -> bool:
@@ -193,7 +204,7 @@ def cached_splits(splits: Splits, data: DataOptions, runtime: RuntimeOptions) ->
     print(f"cache: about {need / 2**20:,.0f} MiB {where} for {images} images", flush=True)
     if data.cache == "disk":
         return {
-            split: cache.on_disk(part, short_side, runtime.data_dir, split)
+            split: cache.on_disk(part, short_side, runtime.data_dir, split, data.interpolation)
             for split, part in splits.items()
         }
     if need > (free := cache.free_memory()):
@@ -201,7 +212,10 @@ def cached_splits(splits: Splits, data: DataOptions, runtime: RuntimeOptions) ->
             f"--cache=memory would take {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: "
             "use --cache=disk or none"
         )
-    return {split: cache.in_memory(part, short_side) for split, part in splits.items()}
+    return {
+        split: cache.in_memory(part, short_side, data.interpolation)
+        for split, part in splits.items()
+    }
 
 
 def _check_cache(data: DataOptions, runtime: RuntimeOptions) -> None:

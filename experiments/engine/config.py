@@ -92,7 +92,7 @@ class Option:
       section: the class of its section.
       kind: the type of its value.
       default: its default.
-      metadata: what `options.option` was told: help, low, high, choices, main.
+      metadata: what `options.option` was told: help, low, high, choices, main, earlier.
     """
 
     name: str
@@ -148,6 +148,8 @@ def from_flat(**values: Any) -> Config:
 def from_flagfile(path: pathlib.Path) -> Config:
     """Returns the options of a run from its flags.txt.
 
+    Options that the file is older than have the values of what runs did before there were these.
+
     Raises:
       ValueError: the file is no such file; the message names the line.
     """
@@ -162,7 +164,32 @@ def from_flagfile(path: pathlib.Path) -> Config:
             values[name] = options.from_text(name, OPTIONS[name].kind, text)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {line!r}: {error}") from error
-    return from_flat(**values)
+    earlier = {name: known.metadata["earlier"] for name, known in OPTIONS.items()}
+    return from_flat(**{**earlier, **values})
+
+
+def as_begun(config: Config, path: pathlib.Path) -> tuple[Config, dict[str, Any]]:
+    """Returns the options with which a run goes on that may be older than some of them.
+
+    Args:
+      config: the options of the command.
+      path: the run's flags.txt.
+
+    Returns:
+      The options, and {option: value} of those that are not `config`'s: options that the file is
+      older than, that the command leaves at their defaults, and whose defaults are not what runs
+      did before.
+    """
+    written = {line.partition("=")[0].removeprefix("--") for line in path.read_text().splitlines()}
+    flat = config.flat()
+    changed = {
+        name: known.metadata["earlier"]
+        for name, known in OPTIONS.items()
+        if name not in written
+        and flat[name] == known.default
+        and known.metadata["earlier"] != known.default
+    }
+    return config.replace(**changed), changed
 
 
 def differences(before: Config, after: Config) -> list[str]:

@@ -8,11 +8,21 @@ import sys
 from typing import Any, ClassVar, NamedTuple
 
 from etils import epath
+import numpy as np
 
 from experiments.engine.augmentation import VIEWS
 from experiments.engine.options import Section, option
 from experiments.engine.runtime import RuntimeOptions
-from rll_jax.data import array_records, benchmarks, folders, image_dataset, listings, paths
+from rll_jax import typing
+from rll_jax.data import (
+    array_records,
+    benchmarks,
+    folders,
+    image_dataset,
+    images,
+    listings,
+    paths,
+)
 from rll_jax.data.image_dataset import EncodedImageDataset
 
 Splits = dict[str, EncodedImageDataset]  # "train" and "test"
@@ -88,6 +98,12 @@ class DataOptions(Section):
         "usual for the dataset.",
         choices=("", *VIEWS),
     )
+    interpolation: images.Interpolation = option(
+        "bilinear",
+        "How images are resized, antialiased: bilinear, which is faster, or bicubic, as the "
+        "authors' recipes do.",
+        choices=images.INTERPOLATIONS,
+    )
     class_augment: bool = option(
         False,
         "Mirror, turn and recolour all images of a class in a batch alike, so that the class "
@@ -145,6 +161,18 @@ class DataOptions(Section):
     def augmentation(self) -> str:
         """--augment, or what is usual for the dataset."""
         return self.augment or self.entry.augment
+
+    def train_view(self) -> typing.View:
+        """Returns the random view of training images: (image, rng) -> pixels.
+
+        Raises:
+          ValueError: the view needs a package that is not installed.
+        """
+        return VIEWS[self.augmentation].train(self.image_size, self.interpolation)
+
+    def test_view(self) -> Callable[[Any], np.ndarray]:
+        """Returns the view of test images: image -> pixels."""
+        return VIEWS[self.augmentation].test(self.image_size, self.interpolation)
 
 
 Opener = Callable[[DataOptions, RuntimeOptions], Splits]

@@ -97,9 +97,14 @@ def claim_folder(
 
 def _differences(path: pathlib.Path, now: Mapping[str, str]) -> list[str]:
     before: dict[str, str] = {}
+    swept: set[str] = set()
     for line in path.read_text().splitlines():
         name, _, value = line.removeprefix("--").partition("=")
         before[name] = value
+        if name == "sweep":
+            swept.add(value.partition("=")[0])
+    for name in OPTIONS.keys() - swept:  # the file may be older than some options
+        before.setdefault(name, options.to_text(OPTIONS[name].metadata["earlier"]))
     return [
         f"--{name}={before.get(name, '(swept)')} there, {now.get(name, '(swept)')} here"
         for name in {**OPTIONS, **now}

@@ -1,13 +1,13 @@
 """The network of a run: its options, the model, and the weights that it starts from."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
-from experiments.engine.options import Section, option
+from experiments.engine.options import Section, option, to_text
 from rll_jax import typing
-from rll_jax.networks import backbones, embedding_net, resnet, weights
+from rll_jax.networks import backbones, embedding_net, pooling, resnet, weights
 from rll_jax.training import devices, steps
 
 # Changes of a `ResNetConfig` by the names of --stem.
@@ -46,10 +46,15 @@ class NetworkOptions(Section):
     )
     pretrained: str = option(
         "",
-        "The weights to start from: a .safetensors, .pth or .npz file in the names of torchvision, "
-        "timm or Caffe; another run's workdir; or a repository of the Hugging Face hub such as "
-        "timm/resnet50.tv_in1k. Empty: random weights.",
+        "The weights to start from: a file of safetensors, PyTorch or .npz in the names of "
+        "torchvision, timm or Caffe; another run's workdir; or a repository of the Hugging Face "
+        "hub such as timm/resnet50.tv_in1k. Empty: random weights.",
         main=True,
+    )
+    pretrained_prefix: str = option(
+        "",
+        "What the names of the weights of --pretrained begin with, such as student.backbone., "
+        "which is taken off. Empty: the beginning under which the most names are the network's.",
     )
     pretrained_head: bool = option(
         False, "Take the embedding heads of --pretrained too, not the backbone alone."
@@ -69,6 +74,26 @@ class NetworkOptions(Section):
         "each device's share (local), or the running ones (frozen; frozen_affine holds scales "
         "and biases too).",
         choices=embedding_net.BATCH_NORMS,
+    )
+    batch_norm_momentum: float = option(
+        0.9,
+        "The share of batch norm's running statistics that a step keeps. Caffe's default is 0.999.",
+        low=0,
+        high=0.999999,
+    )
+    pool_rounding: pooling.PoolRounding = option(
+        "up",
+        "How the average pools of L and M, and of a ResNet's stem for small images, round the "
+        "number of their windows: up, as Caffe, so that all of a map is seen; or down, where its "
+        "last rows and columns may be lost.",
+        choices=pooling.POOL_ROUNDINGS,
+        earlier="down",
+    )
+    pixel_mean: tuple[float, ...] = option(
+        (),
+        "The mean of the pixel values 0-255 that is taken off: three numbers in the order that the "
+        "backbone's weights expect, which is blue, green, red for googlenet_v2. Empty: the "
+        "backbone's own.",
     )
     dtype: str = option(
         "float32", "The dtype of the convolutions.", choices=("float32", "bfloat16")
@@ -114,6 +139,17 @@ class NetworkOptions(Section):
                 f"--levels={text}: --backbone={self.backbone} has only {stages} stages"
             )
         self._check_stages(stages)
+        if self.pixel_mean and (
+            len(self.pixel_mean) != 3 or not all(0 <= mean <= 255 for mean in self.pixel_mean)
+        ):
+            raise ValueError(
+                f"--pixel_mean={to_text(self.pixel_mean)}: expected three numbers between 0 and 255"
+            )
+        if self.pretrained_prefix and not self.pretrained:
+            raise ValueError(
+                f"--pretrained_prefix={self.pretrained_prefix} is of the names in --pretrained: "
+                "give --pretrained too"
+            )
         if self.frozen_views and not self.frozen_stages:
             raise ValueError(
                 f"--frozen_views={self.frozen_views} caches the features of frozen stages: give "
@@ -139,24 +175,26 @@ class NetworkOptions(Section):
 
     @property
     def backbone_config(self) -> typing.Backbone:
-        """--backbone, changed by --stem, --width and --stage_sizes."""
-        config = backbones.BACKBONES[self.backbone]
+        """--backbone, changed by the options that are about it."""
+        config: Any = backbones.BACKBONES[self.backbone]
+        if self.pixel_mean:
+            config = dataclasses.replace(config, mean=self.pixel_mean)
         changes: dict[str, object] = dict(_STEMS.get(self.stem, {}))
         if self.width:
             changes["width"] = self.width
         if self.stage_sizes:
             changes["stage_sizes"] = self.stage_sizes
-        if not changes:
-            return config
-        if not isinstance(config, resnet.ResNetConfig):
+        if isinstance(config, resnet.ResNetConfig):
+            try:
+                return dataclasses.replace(config, **changes, pool_rounding=self.pool_rounding)
+            except ValueError as error:
+                raise ValueError(f"--{error}") from error
+        if changes:
             raise ValueError(
                 "--stem, --width and --stage_sizes are of ResNets, and "
                 f"--backbone={self.backbone} is none"
             )
-        try:
-            return dataclasses.replace(config, **changes)
-        except ValueError as error:
-            raise ValueError(f"--{error}") from error
+        return config
 
     @property
     def starting_weights(self) -> str:
@@ -186,4 +224,6 @@ def make_model(options: NetworkOptions) -> embedding_net.EmbeddingNet:
         axis_name=devices.AXIS,
         remat=options.remat,
         frozen_stages=options.frozen_stages,
+        pool_rounding=options.pool_rounding,
+        batch_norm_momentum=options.batch_norm_momentum,
     )

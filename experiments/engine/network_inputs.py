@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.engine import augmentation, build, network
+from experiments.engine import build, network
 from experiments.engine.config import Config
 from experiments.engine.datasets import Splits
 from rll_jax import typing
@@ -45,16 +45,16 @@ def make_inputs(
       OSError: features cannot be written.
       images.BadImageError: an image does not decode.
     """
-    views = augmentation.VIEWS[config.data.augmentation]
-    size = config.data.image_size
-    train_view, test_view = views.train(size), views.test(size)
+    train_view, test_view = config.data.train_view(), config.data.test_view()
     if not config.network.frozen_views:
         inputs = {
             "train": Input(splits["train"], train_view),
             "test": Input(splits["test"], test_view),
         }
         return state, inputs
-    model = cached_features.trainable_part(network.make_model(config.network), size)
+    model = cached_features.trainable_part(
+        network.make_model(config.network), config.data.image_size
+    )
     write = functools.partial(_cache_features, config, model, runner, state)
     train = write("train", splits["train"], config.network.frozen_views, train_view)
     test = write("test", splits["test"], 1, lambda image, rng: test_view(image))
@@ -119,6 +119,7 @@ def cache_name(
         config.network.dtype,
         config.data.image_size,
         config.data.augmentation,
+        config.data.interpolation,
         config.data.cache,
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

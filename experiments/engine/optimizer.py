@@ -10,7 +10,7 @@ import optax
 
 from experiments.engine.network import NetworkOptions
 from experiments.engine.options import Section, option
-from rll_jax.networks import weights
+from rll_jax.networks import embedding_net, weights
 from rll_jax.training import steps
 
 
@@ -25,7 +25,16 @@ class OptimizerOptions(Section):
     )
     learning_rate: float = option(2e-3, "The highest learning rate.", low=1e-12, main=True)
     head_lr_multiplier: float = option(
-        1.0, "The factor of the learning rate of the embedding heads L, M and H.", low=0
+        1.0,
+        "The factor of the learning rate of the embedding heads L, M and H, of the layers that "
+        "--head_lr_layers names.",
+        low=0,
+    )
+    head_lr_layers: str = option(
+        "all",
+        "The layers of the heads that --head_lr_multiplier is of: all, or the last one, which "
+        "gives the embedding, as in the authors' recipes.",
+        choices=("all", "last"),
     )
     weight_decay: float = option(
         0.05, "The weight decay: decoupled for adamw, an L2 penalty for sgd.", low=0
@@ -96,7 +105,9 @@ def make_optimizer(
     if options.clip_gradient:
         parts.insert(0, optax.clip_by_global_norm(options.clip_gradient))
     if options.head_lr_multiplier != 1:
-        heads = _modules(lambda name: name.startswith(weights.HEAD_PREFIXES))
+        last = options.head_lr_layers == "last"
+        names = embedding_net.LAST_LAYERS if last else weights.HEAD_PREFIXES
+        heads = _modules(lambda name: name.startswith(names))
         parts.append(optax.masked(optax.scale(options.head_lr_multiplier), heads))
     if proxy_lr_multiplier != 1:
         proxies = _modules(lambda name: name == steps.PROXIES)

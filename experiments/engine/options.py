@@ -13,6 +13,7 @@ def option(
     high: float | None = None,
     choices: Sequence[str] = (),
     main: bool = False,
+    earlier: Any = None,
 ) -> Any:
     """Declares a field of a `Section`.
 
@@ -23,8 +24,16 @@ def option(
       high: the highest value allowed, or None.
       choices: the texts allowed; empty for any.
       main: whether the option is among those that --help shows.
+      earlier: what runs did before there was this option; None for the default.
     """
-    metadata = {"help": help, "low": low, "high": high, "choices": tuple(choices), "main": main}
+    metadata = {
+        "help": help,
+        "low": low,
+        "high": high,
+        "choices": tuple(choices),
+        "main": main,
+        "earlier": default if earlier is None else earlier,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -86,9 +95,13 @@ def from_text(name: str, kind: Any, text: str) -> Any:
         return kind(text)
     item = get_args(kind)[0]
     parts = [part.strip() for part in text.split(",")] if text else []
+    expected = ValueError(f"--{name}={text}: expected numbers with commas between")
     if item is int and not all(part.isdecimal() for part in parts):
-        raise ValueError(f"--{name}={text}: expected numbers with commas between")
-    return tuple(item(part) for part in parts)
+        raise expected
+    try:
+        return tuple(item(part) for part in parts)
+    except ValueError:
+        raise expected from None
 
 
 def _boolean(name: str, text: str) -> bool:

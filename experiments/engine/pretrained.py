@@ -7,9 +7,14 @@ import pathlib
 import jax
 import numpy as np
 
-from experiments.engine import build, trained_network
+from experiments.engine import build, processes, trained_network
 from experiments.engine.config import Config
 from rll_jax.networks import weights
+
+# What the Hugging Face hub's folders of a model have.
+_FILES_OF_MODELS = ("model.safetensors", "pytorch_model.bin")
+# A name that ends so is a file's, not one of the hub's.
+_ENDINGS = (".safetensors", ".npz", ".pth", ".pt", ".tar", ".ckpt", ".bin", ".pkl", ".th", ".h5")
 
 
 def read_starting_weights(config: Config) -> dict[str, np.ndarray] | None:
@@ -24,40 +29,68 @@ def read_starting_weights(config: Config) -> dict[str, np.ndarray] | None:
     if not name:
         return None
     try:
-        if options.init_from or pathlib.Path(name).is_dir():
+        if options.init_from or (pathlib.Path(name) / "flags.txt").is_file():
             trained = trained_network.load(name)
             backbone = trained.config.network.backbone_config
             arrays = weights.to_named_arrays(trained.variables, backbone)
         else:
             arrays = _read_file(name)
-        _check(arrays, config)
+        return _checked(arrays, config)
     except ValueError as error:
         flag = "pretrained" if options.pretrained else "init_from"
         raise ValueError(f"--{flag}={name}: {error}") from error
-    return arrays
 
 
-def _check(arrays: dict[str, np.ndarray], config: Config) -> None:
-    """Raises ValueError where the weights are not of this network."""
+def _checked(arrays: dict[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
+    """Returns the weights without what their names begin with.
+
+    Raises:
+      ValueError: the weights are not of this network.
+    """
+    options = config.network
     shapes = jax.eval_shape(functools.partial(build.create_state, config))
     variables = {"params": shapes.params, "batch_stats": shapes.batch_stats}
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variables)
-    weights.from_named_arrays(
-        arrays, zeros, config.network.backbone_config, heads=config.network.loads_heads
+    backbone, heads = options.backbone_config, options.loads_heads
+    prefix = weights.find_prefix(
+        arrays, zeros, backbone, heads=heads, ending=options.pretrained_prefix
     )
+    taken = weights.take_prefix(arrays, prefix)
+    try:
+        weights.from_named_arrays(taken, zeros, backbone, heads=heads, prefix="")
+    except weights.OtherNetworkError as error:
+        how = "choose --backbone, --stem, --width and --stage_sizes as the weights have them"
+        if not options.init_from:
+            how += ", or say by --pretrained_prefix what their names begin with"
+        raise ValueError(f"{error}; {how}") from error
+    if prefix and processes.is_first():
+        left = len(arrays) - len(taken)
+        others = f"; left out {left} arrays whose names begin otherwise" if left else ""
+        print(f'--pretrained={options.pretrained}: took off "{prefix}"{others}', flush=True)
+    return taken
 
 
 def _read_file(name: str) -> dict[str, np.ndarray]:
     path = pathlib.Path(name)
-    return weights.read(path if path.suffix in weights.SUFFIXES else _download(name))
+    if path.is_dir():
+        files = [path / file for file in _FILES_OF_MODELS if (path / file).is_file()]
+        if not files:
+            raise ValueError(
+                f"the folder holds no run and no weights: expected flags.txt, or one of "
+                f"{', '.join(_FILES_OF_MODELS)}"
+            )
+        return weights.read(files[0])
+    if path.exists() or path.suffix in _ENDINGS:
+        return weights.read(path)
+    return weights.read(_download(name))
 
 
 def _download(name: str) -> str:
     """Returns the file of a hub repository's weights, which is downloaded once."""
     if name.count("/") != 1:
         raise ValueError(
-            f"expected a file ({', '.join(weights.SUFFIXES)}), a run's workdir or a hub name such "
-            "as timm/resnet50.tv_in1k"
+            f"expected {weights.KINDS}, a run's workdir or a hub name such as "
+            "timm/resnet50.tv_in1k, and there is no such file or folder"
         )
     try:
         import huggingface_hub  # pyright: ignore[reportMissingImports] (optional)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import optax
 
-from experiments.engine import augmentation, build, network
+from experiments.engine import build, network
 from experiments.engine import config as config_lib
 from experiments.engine.config import Config
 from experiments.engine.errors import first_line
@@ -91,7 +91,7 @@ def load(workdir: str, step: int | None = None, best: bool = False) -> TrainedNe
     embed = functools.partial(
         embedding.embed_images,
         runner.to_local(state),
-        view=augmentation.VIEWS[config.data.augmentation].test(config.data.image_size),
+        view=config.data.test_view(),
         embed=runner.embed(steps.embed_step),
         runner=runner,
         batch_size=config.schedule.eval_batch_size,

@@ -57,18 +57,25 @@ def free_memory() -> int:
     return max(min(left), 0)
 
 
-def in_memory(data: EncodedImageDataset, short_side: int) -> EncodedImageDataset:
+def in_memory(
+    data: EncodedImageDataset, short_side: int, interpolation: images.Interpolation = "bilinear"
+) -> EncodedImageDataset:
     """Returns the dataset with images that are shrunk and cached in memory at their first use.
 
     Args:
       data: the dataset.
       short_side: the shorter side that larger images are shrunk to, pixels.
+      interpolation: how images are shrunk, see `images.shrink`.
     """
-    return dataclasses.replace(data, read=_MemoryReader(data, short_side))
+    return dataclasses.replace(data, read=_MemoryReader(data, short_side, interpolation))
 
 
 def on_disk(
-    data: EncodedImageDataset, short_side: int, directory: paths.AnyPath, name: str
+    data: EncodedImageDataset,
+    short_side: int,
+    directory: paths.AnyPath,
+    name: str,
+    interpolation: images.Interpolation = "bilinear",
 ) -> EncodedImageDataset:
     """Returns the dataset with shrunk images that are read from an ArrayRecord file.
 
@@ -80,6 +87,7 @@ def on_disk(
       short_side: the shorter side that larger images are shrunk to, pixels.
       directory: the folder of the file, a local one.
       name: a part of the file's name, such as the split.
+      interpolation: how images are shrunk, see `images.shrink`.
 
     Raises:
       ValueError: the images would take more than is free in the folder (how much).
@@ -87,10 +95,11 @@ def on_disk(
     """
     from array_record.python import array_record_data_source
 
-    path = pathlib.Path(directory, f"cache_{name}_{short_side}_{digest(data)}.arrayrecord")
+    how = "" if interpolation == "bilinear" else f"_{interpolation}"
+    path = pathlib.Path(directory, f"cache_{name}_{short_side}{how}_{digest(data)}.arrayrecord")
     if not path.exists():
         try:
-            _write(data, short_side, path)
+            _write(data, short_side, path, interpolation)
         except RuntimeError as error:  # raised by array_record
             raise OSError(f"cannot write the cache {path}: {str(error).splitlines()[0]}") from error
     records = array_record_data_source.ArrayRecordDataSource(str(path))
@@ -123,7 +132,12 @@ def _free_in_control_group() -> int:
     return limit - int((_CGROUP / "memory.current").read_text()) + reclaimable
 
 
-def _write(data: EncodedImageDataset, short_side: int, path: pathlib.Path) -> None:
+def _write(
+    data: EncodedImageDataset,
+    short_side: int,
+    path: pathlib.Path,
+    interpolation: images.Interpolation,
+) -> None:
     from array_record.python import (
         array_record_module,  # pyright: ignore[reportAttributeAccessIssue]  # compiled
     )
@@ -138,17 +152,20 @@ def _write(data: EncodedImageDataset, short_side: int, path: pathlib.Path) -> No
         writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
         rows = tqdm.tqdm(range(len(data)), desc=f"writing {path.name}", unit="image", mininterval=1)
         for row in rows:
-            writer.write(_shrunk(data.image_bytes(row), str(data.paths[row]), short_side))
+            encoded = data.image_bytes(row)
+            writer.write(_shrunk(encoded, str(data.paths[row]), short_side, interpolation))
         writer.close()
 
 
-def _shrunk(encoded: bytes, name: str, short_side: int) -> bytes:
+def _shrunk(
+    encoded: bytes, name: str, short_side: int, interpolation: images.Interpolation
+) -> bytes:
     """Returns the shrunk image as uncompressed PPM, which is read as fast as memory.
 
     An image that does not decode is returned as it is.
     """
     try:
-        image = images.shrink(encoded, name, short_side)
+        image = images.shrink(encoded, name, short_side, interpolation)
     except images.BadImageError:
         return encoded
     out = io.BytesIO()
@@ -159,8 +176,11 @@ def _shrunk(encoded: bytes, name: str, short_side: int) -> bytes:
 class _MemoryReader:
     """Reads the shrunk image at a position, from memory after its first use."""
 
-    def __init__(self, data: EncodedImageDataset, short_side: int) -> None:
+    def __init__(
+        self, data: EncodedImageDataset, short_side: int, interpolation: images.Interpolation
+    ) -> None:
         self._read, self._short_side = data.read, short_side
+        self._interpolation: images.Interpolation = interpolation
         names = zip(data.positions.tolist(), data.paths.tolist(), strict=True)
         self._name_at: dict[int, str] = dict(names)
         self._cached: dict[int, bytes] = {}
@@ -168,7 +188,7 @@ class _MemoryReader:
     def __call__(self, position: int) -> bytes:
         if position not in self._cached:
             encoded, name = self._read(position), self._name_at[position]
-            self._cached[position] = _shrunk(encoded, name, self._short_side)
+            self._cached[position] = _shrunk(encoded, name, self._short_side, self._interpolation)
         return self._cached[position]
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 import contextlib
 import io
+from typing import Literal, get_args
 
 import cv2
 import numpy as np
@@ -12,6 +13,13 @@ import simplejpeg
 _WHITE = (255, 255, 255)
 _EXIF_ORIENTATION = 0x0112
 _SIDES_SWAPPED = (5, 6, 7, 8)  # orientations whose stored rows are columns
+
+Interpolation = Literal["bilinear", "bicubic"]
+INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
+RESAMPLING: dict[Interpolation, Image.Resampling] = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -95,25 +103,36 @@ class EncodedImage:
             return Image.fromarray(pixels)
 
     def resized(
-        self, size: tuple[int, int], box: Box | None = None, *, nearest: bool = False
+        self,
+        size: tuple[int, int],
+        box: Box | None = None,
+        *,
+        nearest: bool = False,
+        interpolation: Interpolation = "bilinear",
     ) -> np.ndarray:
-        """Returns a box of the image, resized with bilinear interpolation.
+        """Returns a box of the image, resized.
 
-        A JPEG is decoded at the smallest scale (1, 1/2, 1/4 or 1/8, from its coefficients) at which
-        the box still has seven eighths of `size`. Where the box is then at most twice `size`, each
-        pixel is interpolated from its four neighbours. All else is done by Pillow.
+        With bilinear interpolation a JPEG is decoded at the smallest scale (1, 1/2, 1/4 or 1/8,
+        from its coefficients) at which the box still has seven eighths of `size`. Where the box is
+        then at most twice `size`, each pixel is interpolated from its four neighbours. All else is
+        done by Pillow. With bicubic interpolation Pillow resizes the full image, antialiased.
 
         Args:
           size: (width, height) of the result.
           box: (left, top, right, bottom) in pixels of the image; None: the full image.
           nearest: move the edges of the box to the nearest pixels, of the scale that a JPEG is
-            decoded at, and interpolate images of all formats as a JPEG. This is faster.
+            decoded at, and interpolate images of all formats as a JPEG. This is faster. It is of
+            bilinear interpolation alone.
+          interpolation: "bilinear" or "bicubic".
 
         Returns:
           (height, width, 3) uint8.
         """
         with self._errors_named():
-            return self._resized(size, Image.Resampling.BILINEAR, box, 2.0, nearest=nearest)
+            resample = RESAMPLING[interpolation]
+            if resample == Image.Resampling.BICUBIC:
+                return np.asarray(self.rgb().resize(size, resample, box=box))
+            return self._resized(size, resample, box, 2.0, nearest=nearest)
 
     def _resized(
         self,
@@ -218,8 +237,16 @@ def decode(data: bytes, name: str) -> Image.Image:
     return EncodedImage(data, name).rgb()
 
 
-def shrink(data: bytes, name: str, short_side: int) -> Image.Image:
+def shrink(
+    data: bytes, name: str, short_side: int, interpolation: Interpolation = "bilinear"
+) -> Image.Image:
     """Returns the full image in `data`, shrunk where its shorter side is longer than `short_side`.
+
+    Args:
+      data: the encoded image.
+      name: what errors call the image.
+      short_side: pixels.
+      interpolation: "bilinear" or "bicubic"; both are antialiased.
 
     Raises:
       BadImageError: as `EncodedImage`.
@@ -229,6 +256,8 @@ def shrink(data: bytes, name: str, short_side: int) -> Image.Image:
     if scale >= 1:
         return image.rgb()
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    if interpolation == "bicubic":
+        return Image.fromarray(image.resized(size, interpolation=interpolation))
     return image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from rll_jax.data import images
+from rll_jax.data.images import Interpolation
 from rll_jax.typing import View
 
 AnyImage = Image.Image | images.EncodedImage
@@ -26,31 +27,37 @@ _BORDER_GREY = 250  # a row or column is border where all of it is at least so l
 _BORDER_KEPT = 15  # pixels of the border that stay
 
 
-def resize_center_crop(image: AnyImage, size: int, resize: int) -> np.ndarray:
+def resize_center_crop(
+    image: AnyImage, size: int, resize: int, interpolation: Interpolation = "bilinear"
+) -> np.ndarray:
     """Returns the test view of the recipes: the centre of the image resized to a square.
 
     Args:
       image: the image.
       size: side of the result, pixels.
       resize: side of the square that the full image is resized to, whatever its aspect.
+      interpolation: "bilinear" or "bicubic".
     """
     edge = (resize - size) // 2
-    return _resized(image, resize)[edge : edge + size, edge : edge + size]
+    pixels = _resized(image, resize, interpolation=interpolation)
+    return pixels[edge : edge + size, edge : edge + size]
 
 
-def border_center_crop(image: AnyImage, size: int, fit: int) -> np.ndarray:
+def border_center_crop(
+    image: AnyImage, size: int, fit: int, interpolation: Interpolation = "bilinear"
+) -> np.ndarray:
     """Returns the (size, size, 3) test view that goes with `BorderCrop`: its centre crop."""
     edge = (fit - size) // 2
-    return _without_border(image, fit)[edge : edge + size, edge : edge + size]
+    return _without_border(image, fit, interpolation)[edge : edge + size, edge : edge + size]
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomResizedCrop:
     """A random window of the image, resized to a square, mirrored half of the time.
 
-    The training view of the 2020 recipes: they resize the image to 256 x 256 and crop a window of
-    scale 0.5-1 and aspect 3/4-4/3 from that. Here it is one resize. Of an `images.EncodedImage` the
-    edges of the window are moved to whole pixels.
+    As torchvision's of the image resized to a square, but in one resize. Of an
+    `images.EncodedImage` the edges of the window are moved to whole pixels where the interpolation
+    is bilinear. The window of the 2020 recipes is `ScaledCrop`.
 
     Args:
       size: side of the result, pixels.
@@ -58,12 +65,14 @@ class RandomResizedCrop:
       ratio: range of the window's aspect (width / height) in the square image; its logarithm is
         drawn uniformly.
       flip: mirror half of the time.
+      interpolation: "bilinear" or "bicubic".
     """
 
     size: int
     scale: tuple[float, float] = (0.5, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
+    interpolation: Interpolation = "bilinear"
 
     def __call__(self, image: AnyImage, rng: np.random.Generator) -> np.ndarray:
         """Returns (size, size, 3) uint8."""
@@ -76,8 +85,50 @@ class RandomResizedCrop:
         left, top = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
         right, bottom = min(left + width, 1), min(top + height, 1)
         box = (left * image.width, top * image.height, right * image.width, bottom * image.height)
-        pixels = _resized(image, self.size, box)
+        pixels = _resized(image, self.size, box, self.interpolation)
         return _randomly_mirrored(pixels, rng) if self.flip else pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaledCrop:
+    """A random window of the image resized to a square, resized again, mirrored half of the time.
+
+    The training view of the authors' 2020 recipes. The window is `resize` s wide and `resize` s r
+    high, with s and r drawn uniformly. Where a side would be longer than `resize` - 1, both sides
+    shrink until it is not. The window then has a random place, in whole pixels.
+
+    Args:
+      size: side of the result, pixels.
+      resize: side of the square that the full image is resized to, whatever its aspect.
+      scale: range of s.
+      ratio: range of r, the window's height / width.
+      interpolation: "bilinear" or "bicubic", of both resizes.
+    """
+
+    size: int
+    resize: int
+    scale: tuple[float, float] = (0.5, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: Interpolation = "bilinear"
+
+    def __call__(self, image: AnyImage, rng: np.random.Generator) -> np.ndarray:
+        """Returns (size, size, 3) uint8."""
+        left, top, width, height = self.window(rng)
+        square = _resized(image, self.resize, interpolation=self.interpolation)
+        window = Image.fromarray(square[top : top + height, left : left + width])
+        return _randomly_mirrored(
+            _resized(window, self.size, interpolation=self.interpolation), rng
+        )
+
+    def window(self, rng: np.random.Generator) -> tuple[int, int, int, int]:
+        """Draws the left, top, width and height of a window, in pixels of the square."""
+        width = self.resize * rng.uniform(*self.scale)
+        height = width * rng.uniform(*self.ratio)
+        shrink = min(1.0, (self.resize - 1) / max(width, height))
+        width, height = max(1, round(width * shrink)), max(1, round(height * shrink))
+        left = int(rng.integers(0, self.resize - width + 1))
+        top = int(rng.integers(0, self.resize - height + 1))
+        return left, top, width, height
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,16 +138,18 @@ class ResizeCrop:
     Args:
       size: side of the result, pixels.
       resize: side of the square that the full image is resized to, whatever its aspect.
+      interpolation: "bilinear" or "bicubic".
     """
 
     size: int
     resize: int
+    interpolation: Interpolation = "bilinear"
 
     def __call__(self, image: AnyImage, rng: np.random.Generator) -> np.ndarray:
         """Returns (size, size, 3) uint8."""
         left, top = rng.integers(0, self.resize - self.size + 1, 2)
-        pixels = _resized(image, self.resize)[top : top + self.size, left : left + self.size]
-        return _randomly_mirrored(pixels, rng)
+        pixels = _resized(image, self.resize, interpolation=self.interpolation)
+        return _randomly_mirrored(pixels[top : top + self.size, left : left + self.size], rng)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,16 +163,18 @@ class BorderCrop:
     Args:
       size: side of the result, pixels.
       fit: side of the white square, pixels.
+      interpolation: "bilinear" or "bicubic".
     """
 
     size: int
     fit: int
+    interpolation: Interpolation = "bilinear"
 
     def __call__(self, image: AnyImage, rng: np.random.Generator) -> np.ndarray:
         """Returns (size, size, 3) uint8."""
         left, top = rng.integers(0, self.fit - self.size + 1, 2)
-        pixels = _without_border(image, self.fit)[top : top + self.size, left : left + self.size]
-        return _randomly_mirrored(pixels, rng)
+        pixels = _without_border(image, self.fit, self.interpolation)
+        return _randomly_mirrored(pixels[top : top + self.size, left : left + self.size], rng)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,14 +334,21 @@ def _pillow(image: AnyImage) -> Image.Image:
     return image.rgb() if isinstance(image, images.EncodedImage) else image
 
 
-def _resized(image: AnyImage, side: int, box: images.Box | None = None) -> np.ndarray:
+def _resized(
+    image: AnyImage,
+    side: int,
+    box: images.Box | None = None,
+    interpolation: Interpolation = "bilinear",
+) -> np.ndarray:
     """Returns the image, or a box of it, resized to (side, side, 3)."""
     if isinstance(image, images.EncodedImage):
         # A random window may move to the nearest pixels: the moved one is as good, and faster.
-        return image.resized((side, side), box, nearest=box is not None)
-    return np.asarray(
-        image.resize((side, side), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
-    )
+        return image.resized(
+            (side, side), box, nearest=box is not None, interpolation=interpolation
+        )
+    gap = 2.0 if interpolation == "bilinear" else None
+    resample = images.RESAMPLING[interpolation]
+    return np.asarray(image.resize((side, side), resample, box=box, reducing_gap=gap))
 
 
 def _randomly_mirrored(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -294,7 +356,7 @@ def _randomly_mirrored(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarr
     return cv2.flip(pixels, 1) if rng.random() < 0.5 else pixels
 
 
-def _without_border(image: AnyImage, fit: int) -> np.ndarray:
+def _without_border(image: AnyImage, fit: int, interpolation: Interpolation) -> np.ndarray:
     """Returns the image without its white border, fitted into a white (fit, fit, 3)."""
     image = _pillow(image)
     drawn = np.asarray(image.convert("L")) < _BORDER_GREY
@@ -308,4 +370,6 @@ def _without_border(image: AnyImage, fit: int) -> np.ndarray:
                 min(int(rows[-1]) + 1 + _BORDER_KEPT, image.height),
             )
         )
-    return np.asarray(ImageOps.pad(image, (fit, fit), Image.Resampling.BILINEAR, color=_WHITE))
+    return np.asarray(
+        ImageOps.pad(image, (fit, fit), images.RESAMPLING[interpolation], color=_WHITE)
+    )

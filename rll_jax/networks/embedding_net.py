@@ -2,8 +2,8 @@
 
 The levels are those of Ranked List Loss (Wang et al. 2019). H is taken from the end of the last
 stage: a global average pool and a linear layer without a bias. M and L are taken from the ends of
-the two stages before it: an average pool, a 1x1 convolution, batch norm, ReLU, a linear layer,
-batch norm, ReLU, and a linear layer without a bias. Each embedding is L2-normalised.
+the two stages before it: a 5x5 average pool of stride 3, a 1x1 convolution, batch norm, ReLU, a
+linear layer, batch norm, ReLU, and a linear layer without a bias. Each embedding is L2-normalised.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from rll_jax.loss.rows import normalize_rows
 from rll_jax.networks._stages import ModuleMaker
 from rll_jax.networks.convolution import conv_general_dilated
 from rll_jax.networks.normalization import BatchNorm, relu
-from rll_jax.networks.pooling import avg_pool
+from rll_jax.networks.pooling import NO_PADDING, PoolRounding, avg_pool, last_window_padding
 from rll_jax.typing import Backbone
 
 BatchNormMode = Literal["train", "local", "frozen", "frozen_affine"]
@@ -30,6 +30,7 @@ BatchNormMode = Literal["train", "local", "frozen", "frozen_affine"]
 LEVELS = ("L", "M", "H")
 BATCH_NORMS: tuple[BatchNormMode, ...] = get_args(BatchNormMode)
 HEAD_PREFIXES = tuple(f"{level}_" for level in LEVELS)  # of the names of the heads' modules
+LAST_LAYERS = tuple(f"{level}_embedding" for level in LEVELS)  # of the heads
 HEAD_CHANNELS = 128  # of the maps that the heads' linear layers L_dense and M_dense take flattened
 _HEAD_UNITS = 1024
 
@@ -65,6 +66,10 @@ class EmbeddingNet(nn.Module):
       cached_stages: ((stage, (h, w, channels)), ...): the network takes cached feature maps of
         these stages instead of images, as `rll_jax.training.cached_features` keeps them. Stages
         before the last of them are not computed.
+      pool_rounding: whether the pools of L and M round the number of their windows "up", as Caffe,
+        where the last one averages what it holds of the map; or "down", where the last rows and
+        columns of most maps are lost.
+      batch_norm_momentum: the share of the running averages that a step keeps.
 
     Raises:
       ValueError: by `init` and `apply`: `levels` or `batch_norm` that do not exist, stages that
@@ -81,6 +86,8 @@ class EmbeddingNet(nn.Module):
     remat: tuple[int, ...] = ()
     frozen_stages: int = 0
     cached_stages: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    pool_rounding: PoolRounding = "up"
+    batch_norm_momentum: float = 0.9
 
     @nn.compact
     def __call__(
@@ -180,6 +187,7 @@ class EmbeddingNet(nn.Module):
         return functools.partial(
             _FixedBatchNorm if frozen and self.batch_norm == "frozen_affine" else BatchNorm,
             use_running_average=frozen or not train,
+            momentum=self.batch_norm_momentum,
             dtype=self.dtype,
             axis_name=self.axis_name if train and self.batch_norm != "local" else None,
         )
@@ -191,7 +199,9 @@ class EmbeddingNet(nn.Module):
         if level == "H":
             x = jnp.mean(x, axis=(1, 2))
         else:
-            x = avg_pool(x, _pool_window(x.shape[1:3]), strides=(3, 3))
+            window, strides = _pool_window(x.shape[1:3]), (3, 3)
+            padding = last_window_padding(x.shape[1:3], window, strides, self.pool_rounding)
+            x = avg_pool(x, window, strides, padding, count_include_pad=padding == NO_PADDING)
             x = conv(HEAD_CHANNELS, (1, 1), name=f"{level}_conv")(x)
             x = relu(norm(name=f"{level}_bn1")(x))
             x = dense(_HEAD_UNITS, name=f"{level}_dense")(x.reshape(x.shape[0], -1))

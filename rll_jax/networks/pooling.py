@@ -8,14 +8,20 @@ platform the program is that of `flax.linen.max_pool` and `flax.linen.avg_pool`.
 from collections.abc import Callable, Sequence
 import functools
 import itertools
+import math
 import operator
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from flax import linen as nn
 import jax
 from jax import lax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+import numpy as np
+
+PoolRounding = Literal["up", "down"]
+POOL_ROUNDINGS: tuple[PoolRounding, ...] = get_args(PoolRounding)
+NO_PADDING = ((0, 0), (0, 0))
 
 # Returns from (place in the window, slice of the windows) what these windows give to the values
 # that they have at this place.
@@ -34,7 +40,7 @@ def max_pool(
     x: jax.Array,
     window_shape: Sequence[int],
     strides: Sequence[int] = (1, 1),
-    padding: Sequence[Sequence[int]] = ((0, 0), (0, 0)),
+    padding: Sequence[Sequence[int]] = NO_PADDING,
 ) -> jax.Array:
     """Returns the maxima of windows of maps. The gradient goes to the first maximum, row by row.
 
@@ -60,15 +66,18 @@ def avg_pool(
     x: jax.Array,
     window_shape: Sequence[int],
     strides: Sequence[int] = (1, 1),
-    padding: Sequence[Sequence[int]] = ((0, 0), (0, 0)),
+    padding: Sequence[Sequence[int]] = NO_PADDING,
+    count_include_pad: bool = True,
 ) -> jax.Array:
-    """Returns the means of windows of maps. What is beyond the edges counts as zeros.
+    """Returns the means of windows of maps.
 
     Args:
       x: (B, H, W, C) floating.
       window_shape: the height and width of a window.
       strides: the steps from one window to the next.
       padding: how far windows reach over the edges of a map, before and after each side.
+      count_include_pad: whether what is beyond the edges counts as zeros. Otherwise a window
+        averages what it holds of the map.
 
     Returns:
       (B, h, w, C) of the same dtype.
@@ -76,7 +85,44 @@ def avg_pool(
     Raises:
       ValueError: a pad is as large as the window's side, or larger.
     """
-    return _avg_pool(x, _window(window_shape, strides, padding))
+    return _avg_pool(x, _window(window_shape, strides, padding), count_include_pad)
+
+
+def last_window_padding(
+    sides: Sequence[int],
+    window_shape: Sequence[int],
+    strides: Sequence[int],
+    rounding: PoolRounding,
+) -> tuple[tuple[int, int], ...]:
+    """Returns the padding that gives a pool Caffe's number of windows.
+
+    Caffe rounds the number of windows up, so that every row and column is in a window, unless the
+    stride is larger than the window. The last window then hangs over the edge. PyTorch does so with
+    `ceil_mode=True`.
+
+    Args:
+      sides: the height and width of the maps, at least those of a window.
+      window_shape: the height and width of a window.
+      strides: the steps from one window to the next.
+      rounding: "up" as Caffe; or "down", which gives no padding.
+
+    Returns:
+      ((0, rows), (0, columns)), below the window's sides.
+
+    Raises:
+      ValueError: another rounding.
+    """
+    if rounding not in POOL_ROUNDINGS:
+        raise ValueError(f"pool_rounding={rounding!r}: expected one of {', '.join(POOL_ROUNDINGS)}")
+    if rounding == "down":
+        return NO_PADDING
+    overhangs = []
+    for side, window, stride in zip(sides, window_shape, strides, strict=True):
+        steps = math.ceil((side - window) / stride)
+        if steps * stride >= side:  # a window that would begin beyond the edge
+            steps -= 1
+        overhangs.append(max(0, steps * stride + window - side))
+    return tuple((0, overhang) for overhang in overhangs)
 
 
 def _window(
@@ -126,31 +172,61 @@ def _max_pool_backward(window: _Window, x: jax.Array, gradient: jax.Array) -> tu
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _avg_pool(x: jax.Array, window: _Window) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _avg_pool(x: jax.Array, window: _Window, with_pads: bool) -> jax.Array:
+    def on_cpu(x: jax.Array) -> jax.Array:
+        total = functools.reduce(operator.add, _slices(x, window, 0))
+        return (total / counts).astype(x.dtype)
+
+    counts = _counts(x, window, with_pads)
     return lax.platform_dependent(
-        x,
-        cpu=lambda x: functools.reduce(operator.add, _slices(x, window, 0)) / _size(window),
-        default=lambda x: _flax_pool(nn.avg_pool, x, window),
+        x, cpu=on_cpu, default=functools.partial(_flax_avg_pool, window=window, with_pads=with_pads)
     )
 
 
-def _avg_pool_forward(x: jax.Array, window: _Window) -> tuple[jax.Array, jax.Array]:
-    return _avg_pool(x, window), x
+def _avg_pool_forward(
+    x: jax.Array, window: _Window, with_pads: bool
+) -> tuple[jax.Array, jax.Array]:
+    return _avg_pool(x, window, with_pads), x
 
 
-def _avg_pool_backward(window: _Window, x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+def _avg_pool_backward(
+    window: _Window, with_pads: bool, x: jax.Array, gradient: jax.Array
+) -> tuple[jax.Array]:
     def by_flax(gradient: jax.Array) -> jax.Array:
-        return jax.linear_transpose(lambda x: _flax_pool(nn.avg_pool, x, window), x)(gradient)[0]
+        pool = functools.partial(_flax_avg_pool, window=window, with_pads=with_pads)
+        return jax.linear_transpose(pool, x)(gradient)[0]
 
     def on_cpu(gradient: jax.Array) -> jax.Array:
-        gradient = _surrounded(gradient, window, 0)
-        return _sum_of_shares(lambda _, at: gradient[at], x.shape, x.dtype, window) / _size(window)
+        if with_pads:
+            shares = _surrounded(gradient, window, 0)
+            total = _sum_of_shares(lambda _, at: shares[at], x.shape, x.dtype, window)
+            return total / _size(window)
+        divided = (gradient / _counts(x, window, with_pads)).astype(x.dtype)
+        shares = _surrounded(divided, window, 0)
+        return _sum_of_shares(lambda _, at: shares[at], x.shape, x.dtype, window)
 
     return (lax.platform_dependent(gradient, cpu=on_cpu, default=by_flax),)
 
 
 _avg_pool.defvjp(_avg_pool_forward, _avg_pool_backward)
+
+
+def _counts(x: jax.Array, window: _Window, with_pads: bool) -> int | jax.Array:
+    """Returns the number of values that a window averages, or (h, w, 1) numbers."""
+    if with_pads:
+        return _size(window)
+    along = []
+    sides = zip(x.shape[1:3], *window, strict=True)
+    for side, width, stride, (before, after) in sides:
+        starts = np.arange(-before, side + after - width + 1, stride)
+        along.append(np.minimum(starts + width, side) - np.maximum(starts, 0))
+    return jnp.asarray(np.multiply.outer(*along)[..., None], jnp.float32)
+
+
+def _flax_avg_pool(x: jax.Array, window: _Window, with_pads: bool) -> jax.Array:
+    pool = functools.partial(nn.avg_pool, count_include_pad=with_pads)
+    return _flax_pool(pool, x, window).astype(x.dtype)
 
 
 def _flax_pool(pool: Callable[..., jax.Array], x: jax.Array, window: _Window) -> jax.Array:

@@ -13,7 +13,13 @@ from jax import lax
 
 from rll_jax.networks._stages import ModuleMaker, cached_ends
 from rll_jax.networks.normalization import relu
-from rll_jax.networks.pooling import avg_pool, max_pool
+from rll_jax.networks.pooling import (
+    NO_PADDING,
+    PoolRounding,
+    avg_pool,
+    last_window_padding,
+    max_pool,
+)
 
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 _PUBLISHED = {"downsample_conv": "downsample.0", "downsample_bn": "downsample.1"}
@@ -36,6 +42,8 @@ class ResNetConfig:
         Keras) instead of in the 3x3 convolution (v1.5: torchvision, timm).
       mean: the mean of the RGB values 0-255 that the weights expect.
       std: the standard deviation that goes with `mean`.
+      pool_rounding: whether the average pool in the stem rounds the number of its windows "up", so
+        that maps with odd sides lose no edge, or "down".
 
     Raises:
       ValueError: there is no stage, or a stage size, the width or the pool is below 1.
@@ -49,6 +57,7 @@ class ResNetConfig:
     stride_in_first: bool = False
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    pool_rounding: PoolRounding = "up"
 
     def __post_init__(self) -> None:
         if not self.stage_sizes or min(self.stage_sizes) < 1:
@@ -127,7 +136,8 @@ class ResNetConfig:
         x = relu(norm(name="bn1")(x))
         if self.small_images:
             window = (self.stem_pool, self.stem_pool)
-            return avg_pool(x, window, window)
+            padding = last_window_padding(x.shape[1:3], window, window, self.pool_rounding)
+            return avg_pool(x, window, window, padding, count_include_pad=padding == NO_PADDING)
         return max_pool(x, (3, 3), (2, 2), padding=[(1, 1)] * 2)
 
 

@@ -1,23 +1,24 @@
 """Weights under their published names: torchvision's and timm's for ResNets, Caffe's for GoogLeNet.
 
 A backbone's configuration has the names of its family (`array_name`). Files are read as data and
-never executed: safetensors, .npz, and PyTorch's .pth where torch is installed.
+never executed: safetensors, .npz, and PyTorch's where torch is installed.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-import os
-import pathlib
-import pickle
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rll_jax.networks import embedding_net
+from rll_jax.networks._weight_files import KINDS as KINDS
+from rll_jax.networks._weight_files import read as read
+from rll_jax.networks._weight_files import write_safetensors as write_safetensors
 from rll_jax.typing import Backbone
 
 HEAD_PREFIXES = embedding_net.HEAD_PREFIXES  # names of the heads' modules and arrays begin so
-SUFFIXES = (".safetensors", ".npz", ".pth", ".pt")
 
 _LEAVES = {
     "kernel": "weight",
@@ -27,8 +28,19 @@ _LEAVES = {
     "var": "running_var",
 }
 # The layers of the task that published weights were trained for.
-_CLASSIFIERS = ("fc", "last_linear", "classifier", "head")
-_LISTED = 20  # names of each kind in an error
+_CLASSIFIERS = (
+    "fc", "last_linear", "classifier", "head", "heads", "linear", "logits", "projection_head",
+    "projector", "predictor", "prototypes", "queue", "queue_ptr",
+)  # fmt: skip
+# What wrappers put before or within names: DataParallel, torch.compile, FSDP.
+_MARKERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_PREFERRED = {"ema", "teacher"}  # words of prefixes: what is evaluated, where there are several
+_FOLLOWING = {"student", "momentum", "target", "k"}  # such as MoCo's encoder_k
+_LISTED = 5  # names of each kind in an error
+
+
+class OtherNetworkError(ValueError):
+    """Weights that are not of a network: their names or shapes are not the network's."""
 
 
 def to_named_arrays(variables: Mapping[str, Any], backbone: Backbone) -> dict[str, np.ndarray]:
@@ -50,11 +62,13 @@ def from_named_arrays(
     backbone: Backbone,
     *,
     heads: bool,
+    prefix: str | None = None,
 ) -> dict[str, Any]:
     """Returns variables with the values of arrays under their published names.
 
     Classifiers and batch norms' counters among the arrays are ignored. A bias of a convolution is
-    subtracted from the running mean of the batch norm behind it, which changes no output.
+    subtracted from the running mean of the batch norm behind it, which changes no output. Arrays of
+    a batch norm may have sides of 1 more: (1, C) or (1, C, 1, 1).
 
     Args:
       arrays: {name: array} in PyTorch's layout.
@@ -62,12 +76,19 @@ def from_named_arrays(
         shapes and dtypes.
       backbone: the backbone of this network.
       heads: whether the heads are taken from the arrays too, instead of from `variables`.
+      prefix: what the names of the arrays begin with. Arrays of other names are ignored. None: what
+        `find_prefix` finds.
 
     Raises:
-      ValueError: names are missing or not expected, or shapes differ. The message lists up to 20
-        names of each kind.
+      OtherNetworkError: names are missing or not expected, or shapes differ. The message lists up
+        to 5 names of each kind. It is a ValueError.
+      ValueError: no name begins with `prefix`; or arrays are not of a floating type, or hold NaN or
+        infinity.
     """
-    arrays = _fold_convolution_biases(_without_classifier(arrays))
+    if prefix is None:
+        prefix = find_prefix(arrays, variables, backbone, heads=heads)
+    arrays = take_prefix(arrays, prefix) if arrays else arrays
+    arrays = _fold_convolution_biases(_flat_vectors(_without_classifier(arrays)))
     expected = {
         name: _to_pytorch(name, np.asarray(leaf)).shape
         for name, leaf in _named(variables, backbone)
@@ -75,7 +96,12 @@ def from_named_arrays(
     if not heads:
         arrays = {name: x for name, x in arrays.items() if not name.startswith(HEAD_PREFIXES)}
         expected = {name: x for name, x in expected.items() if not name.startswith(HEAD_PREFIXES)}
+    arrays = {
+        name: x.reshape(-1) if len(expected.get(name, ())) == 1 and _is_vector(x) else x
+        for name, x in arrays.items()
+    }
     _check_names_and_shapes(arrays, expected)
+    _check_values({name: arrays[name] for name in expected})
     leaves = [
         _to_flax(name, arrays[name]).astype(leaf.dtype) if name in expected else leaf
         for name, leaf in _named(variables, backbone)
@@ -83,84 +109,66 @@ def from_named_arrays(
     return jax.tree.unflatten(jax.tree.structure(variables), leaves)
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Reads {name: array} from a .safetensors, .npz, .pth or .pt file.
+def find_prefix(
+    names: Iterable[str],
+    variables: Mapping[str, Any],
+    backbone: Backbone,
+    *,
+    heads: bool,
+    ending: str = "",
+) -> str:
+    """Returns what the names begin with under which the most of a network's names are found.
 
-    A .pth or .pt file holds a state dict, or has one under "state_dict" or "model". A leading
-    "module." of the names is removed.
+    Wrappers put the beginning before the names: "module.", "model.backbone.", "teacher.". Where
+    the same number of names is found under several, an average of weights or a teacher comes first,
+    a student or a copy that follows last, and else the first in order.
+
+    Args:
+      names: the names of the arrays, as `read` returns them.
+      variables: {"params": ..., "batch_stats": ...} of the network.
+      backbone: the backbone of the network.
+      heads: whether the names of the heads count too.
+      ending: what the prefix ends with.
+
+    Returns:
+      The prefix, with its dot; `ending` where no name of the network is found behind such a prefix.
+    """
+    expected = {
+        name
+        for name, _ in _named(variables, backbone)
+        if heads or not name.startswith(HEAD_PREFIXES)
+    }
+    ending = _dotted(ending)
+    found: dict[str, set[str]] = {ending: set()}
+    for name in names:
+        parts = name.split(".")
+        for first, part in enumerate(parts):
+            inner = _without_markers(parts[first:])
+            prefix = "".join(f"{part}." for part in parts[:first])
+            fits = part not in _MARKERS and f".{prefix}".endswith(f".{ending}" if ending else "")
+            if fits and inner in expected:
+                found.setdefault(prefix, set()).add(inner)
+    return max(found, key=lambda prefix: (len(found[prefix]), _preference(prefix)))
+
+
+def take_prefix(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """Returns the arrays whose names begin with a prefix, without it.
+
+    What wrappers put within the names, such as "_orig_mod.", is taken off too.
 
     Raises:
-      ValueError: the file does not exist, is of another kind or is damaged; or it is a .pth or .pt
-        file that holds more than tensors, or there is no torch to read it.
+      ValueError: no name begins so; the message has some of the beginnings that there are.
     """
-    path = pathlib.Path(path)
-    readers = {
-        ".safetensors": _read_safetensors,
-        ".npz": _read_npz,
-        ".pth": _read_torch,
-        ".pt": _read_torch,
+    dotted = _dotted(prefix)
+    taken = {
+        _without_markers(name.removeprefix(dotted).split(".")): array
+        for name, array in arrays.items()
+        if name.startswith(dotted)
     }
-    if path.suffix not in readers:
-        raise ValueError(f"{path}: expected weights in .safetensors, .npz, .pth or .pt")
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        arrays = readers[path.suffix](path)
-    except ImportError as error:
-        raise ValueError(
-            f"{path}: reading it needs {error.name}; install it, or convert the file to "
-            ".safetensors elsewhere"
-        ) from None
-    except Exception as error:  # each library has its own for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
-        raise ValueError(f"{path}: cannot be read as weights: {reason}") from error
-    return {name.removeprefix("module."): array for name, array in arrays.items()}
-
-
-def write_safetensors(path: str | os.PathLike[str], weights: Mapping[str, np.ndarray]) -> None:
-    """Writes {name: array} to a .safetensors file, in place.
-
-    A caller that must not leave half a file writes to a temporary path and renames it.
-    """
-    from safetensors import numpy as safetensors
-
-    safetensors.save_file(
-        {name: np.ascontiguousarray(array) for name, array in weights.items()}, path
-    )
-
-
-def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    from safetensors import numpy as safetensors
-
-    return safetensors.load_file(path)
-
-
-def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
-        return dict(file)
-
-
-def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
-    import torch  # pyright: ignore[reportMissingImports] (optional)
-
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # its text tells how to execute the file all the same
-        raise ValueError(
-            "it is damaged or holds more than tensors, which would have to be executed: save its "
-            "state_dict() alone, or as .safetensors"
-        ) from None
-    for key in ("state_dict", "model"):
-        state = state.get(key, state) if isinstance(state, dict) else {}
-    entries = state.items() if isinstance(state, dict) else ()
-    tensors = {name: x for name, x in entries if isinstance(x, torch.Tensor)}
-    if not tensors:
-        raise ValueError('expected a state dict, or one under "state_dict" or "model"')
-    # NumPy has no bfloat16.
-    return {
-        name: (x.float() if x.dtype == torch.bfloat16 else x).detach().numpy()
-        for name, x in tensors.items()
-    }
+    if not taken:
+        beginnings = sorted({name.partition(".")[0] for name in arrays})
+        raise ValueError(f"no name begins with {dotted!r}; names begin with {_some(beginnings)}")
+    return taken
 
 
 def _named(variables: Mapping[str, Any], backbone: Backbone) -> Iterator[tuple[str, Any]]:
@@ -172,12 +180,40 @@ def _named(variables: Mapping[str, Any], backbone: Backbone) -> Iterator[tuple[s
         yield f"{module}.{_LEAVES[kind]}", leaf
 
 
+def _dotted(prefix: str) -> str:
+    return prefix if not prefix or prefix.endswith(".") else f"{prefix}."
+
+
+def _without_markers(parts: Sequence[str]) -> str:
+    return ".".join(part for part in parts if part not in _MARKERS)
+
+
+def _preference(prefix: str) -> int:
+    """Returns 1 for averages and teachers, -1 for students and followers, 0 for all else."""
+    words = set(re.split(r"[._]", prefix))
+    return bool(words & _PREFERRED) - bool(words & _FOLLOWING)
+
+
 def _without_classifier(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns the arrays without those of classifiers and the counters of batch norms."""
     return {
         name: array
         for name, array in arrays.items()
         if name.split(".")[0] not in _CLASSIFIERS and not name.endswith(".num_batches_tracked")
+    }
+
+
+def _is_vector(array: np.ndarray) -> bool:
+    """Returns whether all sides but one are 1."""
+    return array.ndim > 1 and max(array.shape) == array.size
+
+
+def _flat_vectors(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the arrays with biases and running statistics as (C,)."""
+    names = (".bias", ".running_mean", ".running_var")
+    return {
+        name: array.reshape(-1) if name.endswith(names) and _is_vector(array) else array
+        for name, array in arrays.items()
     }
 
 
@@ -198,7 +234,7 @@ def _fold_convolution_biases(arrays: Mapping[str, np.ndarray]) -> dict[str, np.n
 def _check_names_and_shapes(
     arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Raises ValueError unless the arrays have the expected names and shapes."""
+    """Raises OtherNetworkError unless the arrays have the expected names and shapes."""
     faults = {
         "missing": sorted(expected.keys() - arrays.keys()),
         "unexpected": sorted(arrays.keys() - expected.keys()),
@@ -212,7 +248,33 @@ def _check_names_and_shapes(
         parts = [
             f"{len(names)} {fault} ({_some(names)})" for fault, names in faults.items() if names
         ]
-        raise ValueError(f"the weights are not of this network: {'; '.join(parts)}")
+        hint = ""
+        if any("_dense.weight (" in fault for fault in faults["of another shape"]):
+            hint = (
+                "; L_dense and M_dense take maps whose size depends on the images' size and on "
+                "pool_rounding, which was down before there was a choice"
+            )
+        raise OtherNetworkError(f"the weights are not of this network: {'; '.join(parts)}{hint}")
+
+
+def _check_values(arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError unless the arrays are of a floating type and finite."""
+    whole = [name for name, x in arrays.items() if not jnp.issubdtype(x.dtype, jnp.floating)]
+    if whole:
+        raise ValueError(
+            f"{len(whole)} arrays are not of a floating type, such as {whole[0]} of "
+            f"{arrays[whole[0]].dtype}: quantised weights cannot be trained"
+        )
+    wrong = [
+        name
+        for name, x in arrays.items()
+        if not np.isfinite(x.astype(np.float32, copy=False)).all()
+    ]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} arrays hold NaN or infinity ({_some(wrong)}): the run that wrote them "
+            "diverged, or the file is damaged; take an earlier checkpoint"
+        )
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,4 +1,5 @@
 from concurrent import futures
+import functools
 import io
 import itertools
 import sys
@@ -224,7 +225,7 @@ def test_a_bomb_is_refused_in_threads_too(monkeypatch):
 
 @pytest.mark.parametrize("size", [(64, 64), (640, 320), (100, 400)])
 def test_the_random_window_is_of_the_squeezed_picture(size):
-    """Scale and aspect are those of the image resized to a square first, as in the 2020 recipe."""
+    """Scale and aspect are those of the image resized to a square first."""
     boxes = []
 
     class Spy:
@@ -241,6 +242,78 @@ def test_the_random_window_is_of_the_squeezed_picture(size):
     assert 0.5 <= area.min() < 0.52 and 0.98 < area.max() <= 1
     assert 0.75 - 1e-6 <= aspect.min() < 0.77 and 1.3 < aspect.max() <= 4 / 3 + 1e-6
     assert min(left.min(), top.min()) >= 0 and max(right.max(), bottom.max()) <= 1
+
+
+def test_the_window_of_the_2020_recipe():
+    """256 s wide and 256 s r high, s in 0.5-1 and r in 3/4-4/3, both uniform, at most 255."""
+    view = views.ScaledCrop(227, 256)
+    rng = np.random.default_rng(0)
+    left, top, width, height = np.array([view.window(rng) for _ in range(20000)]).T
+    assert max(width.max(), height.max()) == 255 and min(left.min(), top.min()) == 0
+    assert (left + width).max() == (top + height).max() == 256
+    ratio, share = height / width, width * height / 256**2
+    assert 0.74 < ratio.min() < 0.76 and 1.32 < ratio.max() < 1.35
+    assert abs(ratio.mean() - (3 / 4 + 4 / 3) / 2) < 0.01  # also of windows that shrank
+    assert 0.18 < share.min() < 0.2 and 0.95 < share.max() < 1
+    expected = np.random.default_rng(1).uniform([0.5, 3 / 4], [1, 4 / 3], (20000, 2))
+    sides = 256 * np.stack([expected[:, 0], expected.prod(axis=1)])
+    sides *= np.minimum(1, 255 / sides.max(axis=0))
+    for ours, theirs in ((width, sides[0]), (height, sides[1]), (share, sides.prod(0) / 256**2)):
+        np.testing.assert_allclose(
+            np.quantile(ours, [0.1, 0.5, 0.9]), np.quantile(theirs, [0.1, 0.5, 0.9]), rtol=0.02
+        )
+    assert 0.55 < share.mean() < 0.62
+
+
+def test_the_2020_view_is_that_window_of_the_square_resized_twice():
+    image = photograph((300, 200))
+    view = views.ScaledCrop(48, 64, interpolation="bicubic")
+    left, top, width, height = view.window(np.random.default_rng(3))
+    square = image.resize((64, 64), Image.Resampling.BICUBIC)
+    window = square.crop((left, top, left + width, top + height))
+    expected = np.asarray(window.resize((48, 48), Image.Resampling.BICUBIC))
+    seen = view(image, np.random.default_rng(3))
+    assert any((seen == side).all() for side in (expected, expected[:, ::-1]))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize(
+    "view",
+    [
+        functools.partial(views.resize_center_crop, size=57, resize=64),
+        functools.partial(views.border_center_crop, size=57, fit=64),
+        functools.partial(views.resize_center_crop, size=360, resize=400),
+    ],
+)
+def test_bicubic_views_of_encoded_images_are_pillows(view, kind):
+    """Antialiased, from the full image: also of JPEGs, which are not decoded smaller."""
+    data = encoded(photograph((300, 200)), kind)
+    ours = view(images.EncodedImage(data, "x"), interpolation="bicubic")
+    theirs = view(images.decode(data, "x"), interpolation="bicubic")
+    np.testing.assert_array_equal(ours, theirs)
+    other = view(images.decode(data, "x"), interpolation="bilinear")
+    assert (ours != other).any()
+
+
+@pytest.mark.parametrize(
+    "view", [views.ResizeCrop(24, 28, "bicubic"), views.BorderCrop(24, 28, "bicubic"),
+             views.RandomResizedCrop(24, interpolation="bicubic")],
+)  # fmt: skip
+def test_bicubic_random_views_of_encoded_images_are_pillows(view):
+    data = encoded(photograph((300, 200)), "JPEG")
+    ours, theirs = (
+        view(image, np.random.default_rng(5))
+        for image in (images.EncodedImage(data, "x"), images.decode(data, "x"))
+    )
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_shrinking_for_a_cache_is_bicubic_too():
+    data = encoded(photograph((300, 200)), "JPEG")
+    shrunk = images.shrink(data, "x", 50, "bicubic")
+    expected = images.decode(data, "x").resize((75, 50), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(np.asarray(shrunk), np.asarray(expected))
+    assert images.shrink(data, "x", 400, "bicubic").size == (300, 200)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.engine import checks
+from experiments.engine import checks, config
 from experiments.engine.datasets import DataOptions
 from experiments.engine.runtime import RuntimeOptions
 from rll_jax.data import cache, image_dataset, listings
@@ -17,3 +17,17 @@ def test_a_cache_that_does_not_fit_into_memory(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--cache=memory would take 1048576.0 GiB"):
         checks.cached_splits({"train": data}, options, RuntimeOptions())
     assert [p.name for p in tmp_path.iterdir()] == ["a.jpg"]
+
+
+def test_a_run_from_before_the_rounding_of_pools_goes_on_with_its_own(tmp_path, capsys):
+    now = config.from_flat(workdir=str(tmp_path))
+    lines = now.as_flagfile().splitlines(keepends=True)
+    old = "".join(line for line in lines if "--pool_rounding" not in line)
+    (tmp_path / "flags.txt").write_text(old)
+    begun = checks._check_workdir(tmp_path, now)
+    assert begun.network.pool_rounding == "down"
+    said = f"the run in {tmp_path} goes on as it began: --pool_rounding=down\n"
+    assert capsys.readouterr().out == said
+    assert checks._check_workdir(tmp_path, begun) == begun and not capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds another run .*go on with that run by --flagfile="):
+        checks._check_workdir(tmp_path, now.replace(batch_norm_momentum=0.5))

@@ -6,7 +6,7 @@ import re
 from absl import flags
 import pytest
 
-from experiments.engine import config, options
+from experiments.engine import config, many_runs, options
 from experiments.engine import flags as engine_flags
 from experiments.engine.config import OPTIONS
 from tests.helpers.commands import run
@@ -21,7 +21,7 @@ FREE_ON_RESUME = {
 def test_the_names_of_all_options_differ():
     parts = [type(part.default) for part in dataclasses.fields(config.Config)]
     names = [field.name for section in parts for field in dataclasses.fields(section)]
-    assert len(names) == len(set(names)) == len(OPTIONS) == 82
+    assert len(names) == len(set(names)) == len(OPTIONS) == 88
 
 
 def test_a_section_says_what_may_change_on_resume():
@@ -87,6 +87,10 @@ def test_a_damaged_flags_txt_is_refused_by_line(line, text, tmp_path):
             "--test_classes=second_half and --test_share=0.3 do not go together",
         ),
         ({"test_classes": "first"}, "--test_classes=first: expected one of drawn, second_half"),
+        ({"pixel_mean": "1,2"}, "--pixel_mean=1.0,2.0: expected three numbers between 0 and 255"),
+        ({"pixel_mean": "1,2,x"}, "--pixel_mean=1,2,x: expected numbers with commas between"),
+        ({"pool_rounding": "even"}, "--pool_rounding=even: expected one of up, down"),
+        ({"pretrained_prefix": "a."}, "--pretrained_prefix=a. is of the names in --pretrained"),
         ({"process_id": 1}, "--num_processes and --process_id go together, with --multihost"),
         ({"profile_steps": "5:5"}, "--profile_steps=5:5: expected A:B with A below B"),
     ],
@@ -106,6 +110,33 @@ def test_a_flags_help_is_a_sentence_that_stands_alone(name):
     assert not re.search(r"next three|see above|these options|the same as before", text)
 
 
+def test_a_run_older_than_an_option_goes_on_as_it_began(tmp_path):
+    now = config.from_flat(seed=3)
+    lines = now.as_flagfile().splitlines(keepends=True)
+    path = tmp_path / "flags.txt"
+    path.write_text("".join(line for line in lines if "--pool_rounding" not in line))
+    before = config.from_flagfile(path)
+    assert before.network.pool_rounding == "down" and now.network.pool_rounding == "up"
+    begun, changed = config.as_begun(now, path)
+    assert begun == before and changed == {"pool_rounding": "down"}
+    assert config.as_begun(before, path) == (before, {})
+    path.write_text("".join(lines))
+    assert config.as_begun(now, path) == (now, {}) and config.from_flagfile(path) == now
+
+
+def test_a_sweep_older_than_an_option_is_the_same_sweep(tmp_path):
+    now = {name: options.to_text(value) for name, value in config.from_flat().flat().items()}
+    lines = [f"--{name}={text}" for name, text in now.items() if name != "margin"]
+    lines = [line for line in lines if "batch_norm_momentum" not in line]
+    path = tmp_path / "sweep.flags"
+    path.write_text("\n".join([*lines, "--sweep=margin=0.2,0.4"]))
+    swept = {name: text for name, text in now.items() if name != "margin"}
+    assert many_runs._differences(path, swept) == []
+    assert many_runs._differences(path, now) == ["--margin=(swept) there, 0.4 here"]
+    other = swept | {"batch_norm_momentum": "0.5"}
+    assert many_runs._differences(path, other) == ["--batch_norm_momentum=0.9 there, 0.5 here"]
+
+
 def test_texts_of_values():
     for value, text in (((1, 2), "1,2"), ((), ""), (None, ""), (True, "True"), (0.5, "0.5")):
         assert options.to_text(value) == text
@@ -115,7 +146,7 @@ def test_help_shows_what_matters_first_and_helpfull_all_by_section():
     short, full = (run(f"--{name}").stdout for name in ("help", "helpfull"))
     shown = re.findall(r"^  --(?:\[no\])?(\w+)$", short, re.M)
     assert shown == [name for name, known in OPTIONS.items() if known.metadata["main"]]
-    assert len(shown) == 20 and "--helpfull shows all 82 options" in short
+    assert len(shown) == 20 and "--helpfull shows all 88 options" in short
     titles = ["Data", "Batches", "Loss", "Network", "Optimiser", "Schedule", "Devices"]
     assert re.findall(r"^(\w+):$", full, re.M) == [*titles, "Processes", "Runtime"]
     assert re.findall(r"^  --(?:\[no\])?(\w+)$", full, re.M) == list(OPTIONS)

@@ -1,5 +1,6 @@
 """The network of a run: backbones by flags, and weights from the hub."""
 
+import dataclasses
 import sys
 import types
 
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 
 from experiments.engine import config, network, pretrained
+from rll_jax.data import views
 from rll_jax.networks import backbones, weights
 from tests.helpers.networks import variables_of
+from tests.helpers.recipes import recipe
 
 
 def test_names_of_the_hub(tmp_path, monkeypatch):
@@ -59,9 +62,111 @@ def test_names_of_the_hub(tmp_path, monkeypatch):
             pretrained.read_starting_weights(options)
 
 
+TINY = dict(backbone="resnet18", stage_sizes="1,1", width=4, embedding_dim=8, image_size=32)
+
+
+@pytest.fixture(scope="module")
+def published():
+    model = network.make_model(config.from_flat(**TINY).network)
+    arrays = weights.to_named_arrays(variables_of(model, 32), model.backbone)
+    return {name: array for name, array in arrays.items() if not name.startswith("H_")}
+
+
+@pytest.mark.parametrize("ending", ["", ".pth.tar", ".ckpt", ".bin", ".weights"])
+def test_a_file_that_is_there_is_read_whatever_its_ending(ending, published, tmp_path, capsys):
+    path = tmp_path / f"w{ending}"
+    arrays = {f"module.backbone.{name}": array for name, array in published.items()}
+    arrays |= {"module.head.mlp.weight": np.ones((2, 2)), "queue": np.ones(3)}
+    weights.write_safetensors(path, arrays)
+    options = config.from_flat(**TINY, pretrained=str(path))
+    assert pretrained.read_starting_weights(options).keys() == published.keys()
+    said = capsys.readouterr().out
+    assert said == (
+        f'--pretrained={path}: took off "module.backbone."; left out 2 arrays whose names begin '
+        "otherwise\n"
+    )
+    weights.write_safetensors(path, published)
+    assert pretrained.read_starting_weights(options).keys() == published.keys()
+    assert not capsys.readouterr().out
+
+
+def test_a_prefix_that_is_named(published, tmp_path, capsys):
+    path = tmp_path / "w.bin"
+    arrays = {
+        f"{who}.backbone.{name}": array + shift
+        for who, shift in (("student", 0), ("teacher", 1))
+        for name, array in published.items()
+    }
+    weights.write_safetensors(path, arrays)
+    for prefix, value in (("", 1), ("student", None), ("student.backbone.", 0), ("backbone.", 1)):
+        options = config.from_flat(**TINY, pretrained=str(path), pretrained_prefix=prefix)
+        if value is None:
+            with pytest.raises(ValueError, match=r"unexpected \(backbone.bn1.bias, .*--pretr"):
+                pretrained.read_starting_weights(options)
+            continue
+        read = pretrained.read_starting_weights(options)
+        assert (read["bn1.weight"] == value).all()
+        assert f'took off "{("student", "teacher")[value]}.backbone."' in capsys.readouterr().out
+    options = config.from_flat(**TINY, pretrained=str(path), pretrained_prefix="net.")
+    with pytest.raises(ValueError, match="no name begins with 'net.'; names begin with student"):
+        pretrained.read_starting_weights(options)
+
+
+def test_weights_of_another_network_say_a_few_names_and_what_to_do(published, tmp_path):
+    path = tmp_path / "w.ckpt"
+    weights.write_safetensors(path, {f"blocks.{i}.weight": np.ones(3) for i in range(40)})
+    options = config.from_flat(**TINY, pretrained=str(path))
+    with pytest.raises(ValueError) as raised:
+        pretrained.read_starting_weights(options)
+    text = str(raised.value)
+    assert " missing (" in text and "40 unexpected (blocks.0.weight, " in text
+    assert "choose --backbone" in text and "--pretrained_prefix" in text and len(text) < 600
+    with pytest.raises(ValueError, match="none.ckpt: no such file"):
+        pretrained.read_starting_weights(options.replace(pretrained=str(tmp_path / "none.ckpt")))
+    with pytest.raises(ValueError, match="the folder holds no run and no weights"):
+        pretrained.read_starting_weights(options.replace(pretrained=str(tmp_path)))
+    weights.write_safetensors(tmp_path / "model.safetensors", published)  # a folder of the hub's
+    read = pretrained.read_starting_weights(options.replace(pretrained=str(tmp_path)))
+    assert read.keys() == published.keys()
+
+
+def test_heads_of_maps_that_were_rounded_down_say_so(tmp_path):
+    tiny = dict(backbone="resnet_smaller", levels="L,M,H", embedding_dim=8, image_size=32)
+    old = network.make_model(config.from_flat(**tiny, pool_rounding="down").network)
+    path = tmp_path / "exported"
+    weights.write_safetensors(path, weights.to_named_arrays(variables_of(old, 32), old.backbone))
+    options = config.from_flat(**tiny, pretrained=str(path), pretrained_head=True)
+    with pytest.raises(
+        ValueError, match=r"1 of another shape \(L_dense.weight .*pool_rounding, which was down"
+    ):
+        pretrained.read_starting_weights(options)
+    assert pretrained.read_starting_weights(options.replace(pool_rounding="down"))
+    assert pretrained.read_starting_weights(options.replace(pretrained_head=False))
+
+
+def test_the_recipes_networks_are_the_authors():
+    for name in ("sop_2019", "cub_2019", "cars_2020", "inshop_2020"):
+        one = recipe(name)
+        model = network.make_model(one.network)
+        assert model.backbone.mean == (104, 117, 123) and model.backbone.bgr
+        assert (model.pool_rounding, model.batch_norm_momentum) == ("up", 0.999)
+        view = one.data.train_view()
+        expected = views.ScaledCrop if name.endswith("2020") else views.BorderCrop
+        assert type(view) is expected and view.interpolation == "bicubic"
+        assert one.data.test_view().keywords["interpolation"] == "bicubic"
+    converted = config.from_flat(backbone="googlenet_v2").network.backbone_config
+    assert converted.mean == (104, 117, 128)  # of PyTorch's conversion of the weights
+
+
 @pytest.mark.parametrize(
     "options, expected",
     [
+        (
+            dict(backbone="resnet50", pixel_mean="1,2,3", pool_rounding="down"),
+            dataclasses.replace(
+                backbones.BACKBONES["resnet50"], mean=(1.0, 2.0, 3.0), pool_rounding="down"
+            ),
+        ),
         (dict(backbone="resnet_small"), backbones.BACKBONES["resnet_small"]),
         (
             dict(backbone="resnet50", stem="3x3"),

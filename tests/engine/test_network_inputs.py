@@ -40,6 +40,8 @@ def test_the_name_of_the_cache_depends_on_all_that_changes_it():
         {"stem": "3x3"},
         {"image_size": 40},
         {"augment": "resize_crop"},
+        {"interpolation": "bicubic"},
+        {"pixel_mean": "1,2,3"},
         {"dtype": "bfloat16"},
         {"cache": "memory"},
         {"frozen_stages": 2},

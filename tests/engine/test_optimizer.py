@@ -1,12 +1,60 @@
 """Learning rates over the steps, the heads' own, and what decays."""
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.engine import config, optimizer
+from experiments.engine import config, network, optimizer
 from experiments.engine.optimizer import OptimizerOptions
+from tests.helpers.recipes import recipe
+
+# The authors' prototxts: base rate, multiplier of the last linear layers, decay, the rate's falls.
+SOP_2019 = (0.01, 10, 1e-5, 0.5, (5000, 10000, 15000))
+CUB = (0.001, 100, 2e-5, 0.5, (2000, 4000, 6000, 8000))
+RATES = {
+    "sop_2019": SOP_2019, "inshop_2019": SOP_2019, "cub_2019": CUB, "cars_2019": CUB,
+    "sop_2020": (0.01, 10, 2e-5, 0.2, (12000, 22000)), "cub_2020": CUB, "cars_2020": CUB,
+    "inshop_2020": (0.01, 10, 2e-5, 0.2, (12000, 24000)),
+}  # fmt: skip
+
+
+@functools.cache
+def shapes_of_the_papers_network(embedding_dim):
+    model = network.make_model(recipe("sop_2019").network).clone(embedding_dim=embedding_dim)
+    model = model.clone(axis_name=None)
+    images = jax.ShapeDtypeStruct((1, 227, 227, 3), np.uint8)
+    return jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_every_parameter_of_a_recipe_moves_at_the_authors_rate(name):
+    """An update without momentum: the gradient alone, and the decay alone, of every parameter."""
+    base, multiplier, decay, factor, falls = RATES[name]
+    one = recipe(name)
+    shapes = shapes_of_the_papers_network(one.network.embedding_dim)
+    assert shapes["M_dense"]["kernel"].shape == (512, 1024)
+    # One value stands for an array: the optimiser goes by names and numbers of dimensions.
+    zeros = jax.tree.map(lambda leaf: np.zeros((1,) * leaf.ndim, np.float32), shapes)
+    ones = jax.tree.map(np.ones_like, zeros)
+    tx = optimizer.make_optimizer(one.optimizer, one.network, one.schedule.steps)
+    moved, _ = tx.update(ones, tx.init(zeros), zeros)
+    decayed, _ = tx.update(zeros, tx.init(ones), ones)
+    fast = set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(moved):
+        module = path[0].key
+        expected = base * (multiplier if module.endswith("_embedding") else 1)
+        assert leaf == pytest.approx(-expected), path
+        fast |= {module} if expected > base else set()
+    assert fast == {"L_embedding", "M_embedding", "H_embedding"}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, decay * b, rtol=1e-5), decayed, moved)
+    rate = optimizer.learning_rate(one.optimizer, one.schedule.steps)
+    for step in range(0, one.schedule.steps, 500):
+        passed = sum(fall <= step for fall in falls)
+        assert math.isclose(rate(step), base * factor**passed, rel_tol=1e-5)
 
 
 def test_schedules():

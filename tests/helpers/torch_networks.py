@@ -102,7 +102,8 @@ class EmbeddingResNet(ResNetStages):
         if level == "H":
             x = x.mean((2, 3))
         else:
-            x = self.layer(level, "conv")(F.avg_pool2d(x, 5, 3))
+            x = F.avg_pool2d(x, 5, 3, ceil_mode=True, count_include_pad=False)
+            x = self.layer(level, "conv")(x)
             x = F.relu(self.layer(level, "bn1")(x))
             x = self.layer(level, "dense")(x.flatten(1))
             x = F.relu(self.layer(level, "bn2")(x))

@@ -1,5 +1,6 @@
 """The layers of the networks give what Flax's and XLA's give, by other programs on CPUs."""
 
+import dataclasses
 import functools
 import re
 
@@ -98,21 +99,102 @@ def test_other_dimensions_are_refused():
 @given(
     height=st.integers(1, 8), width=st.integers(1, 8), kind=st.sampled_from(["max", "avg"]),
     window=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    strides=st.tuples(st.integers(1, 4), st.integers(1, 4)), data=st.data(),
+    strides=st.tuples(st.integers(1, 4), st.integers(1, 4)), inside=st.booleans(), data=st.data(),
 )  # fmt: skip
-def test_a_pool_is_that_of_flax(height, width, kind, window, strides, data):
+def test_a_pool_is_that_of_flax(height, width, kind, window, strides, inside, data):
     pads = tuple(
         data.draw(st.tuples(st.integers(0, side - 1), st.integers(0, side - 1))) for side in window
     )
     if height + sum(pads[0]) < window[0] or width + sum(pads[1]) < window[1]:
         return
     x = jnp.round(maps(0, 2, height, width, 3))  # with equal maxima
-    ours = getattr(pooling, f"{kind}_pool")
-    theirs = getattr(nn, f"{kind}_pool")
+    more = {"count_include_pad": not inside} if kind == "avg" else {}
+    ours = functools.partial(getattr(pooling, f"{kind}_pool"), **more)
+    theirs = functools.partial(getattr(nn, f"{kind}_pool"), **more)
     assert_equal(
         with_gradients(lambda x: ours(x, window, strides, pads), x),
         with_gradients(lambda x: theirs(x, window, strides=strides, padding=pads), x),
     )
+
+
+def averages_rounded_up(x, window, strides):
+    padding = pooling.last_window_padding(x.shape[1:3], window, strides, "up")
+    return pooling.avg_pool(x, window, strides, padding, count_include_pad=False)
+
+
+@pytest.mark.parametrize(
+    "sides, window, strides",
+    [
+        ((7, 7), (5, 5), (3, 3)), ((14, 14), (5, 5), (3, 3)), ((8, 9), (5, 5), (3, 3)),
+        ((5, 4), (5, 4), (3, 3)), ((33, 32), (2, 2), (2, 2)), ((6, 7), (2, 3), (4, 5)),
+        ((28, 13), (5, 5), (3, 3)), ((1, 2), (1, 2), (3, 3)), ((10, 11), (3, 4), (2, 3)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_average_pool_that_rounds_up_is_that_of_pytorch(sides, window, strides, dtype):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    x = maps(0, 2, *sides, 3).astype(dtype)
+    value, gradient = with_gradients(lambda x: averages_rounded_up(x, window, strides), x)
+    theirs = torch.tensor(np.asarray(x, np.float32)).permute(0, 3, 1, 2).requires_grad_()
+    pooled = torch.nn.functional.avg_pool2d(
+        theirs, window, strides, ceil_mode=True, count_include_pad=False
+    )
+    pooled.backward(torch.tensor(np.asarray(maps(9, *value.shape))).permute(0, 3, 1, 2))
+    expected = [x.permute(0, 2, 3, 1).numpy() for x in (pooled.detach(), theirs.grad)]
+    assert value.dtype == gradient.dtype == x.dtype
+    assert_equal(
+        [np.asarray(x, np.float32) for x in (value, gradient)],
+        expected,
+        2e-5 if dtype == "float32" else 2e-2,
+    )
+
+
+def test_pools_of_a_resnet_lose_no_edge():
+    """Neither those of L and M, nor the one in the stem for small images of odd sides."""
+    config = backbones.ResNetConfig((1, 1, 1), width=4, small_images=True, stem_pool=2)
+
+    def inputs_of_dense(rounding, side):
+        backbone = dataclasses.replace(config, pool_rounding=rounding)
+        model = embedding_net.EmbeddingNet(backbone, 8, ("L", "M"), pool_rounding=rounding)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
+        kernels = (shapes["params"][name]["kernel"] for name in ("L_dense", "M_dense"))
+        return [kernel.shape[0] // 128 for kernel in kernels]
+
+    # maps of 17 and 9, or of 16 and 8
+    assert inputs_of_dense("up", 33) == [25, 9] and inputs_of_dense("down", 33) == [16, 4]
+    # maps of 12 and 6, or of 11 and 6
+    assert inputs_of_dense("up", 23) == [16, 4] and inputs_of_dense("down", 23) == [9, 1]
+    with pytest.raises(ValueError, match="pool_rounding='even': expected one of up, down"):
+        pooling.last_window_padding((7, 7), (5, 5), (3, 3), "even")
+
+
+def test_the_heads_of_the_paper_see_maps_of_the_authors_sizes():
+    """L pools 14x14 to 4x4 and M 7x7 to 2x2, where rounding down gives M one window."""
+    for rounding, of_m in (("up", 512), ("down", 128)):
+        model = embedding_net.EmbeddingNet(
+            backbones.BACKBONES["googlenet_v2"], 64, ("L", "M", "H"), pool_rounding=rounding
+        )
+        shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 227, 227, 3)))
+        sizes = {name: shapes["params"][name]["kernel"].shape for name in ("L_dense", "M_dense")}
+        assert sizes == {"L_dense": (2048, 1024), "M_dense": (of_m, 1024)}
+
+
+def test_running_statistics_keep_the_share_that_the_network_says():
+    """All of it: they stay as they are, also in the heads."""
+    model = embedding_net.EmbeddingNet(
+        backbones.BACKBONES["resnet_tiny"], 8, ("M", "H"), batch_norm_momentum=1.0
+    )
+    images = maps(0, 4, 16, 16, 3)
+
+    @jax.jit
+    def before_and_after(images):
+        variables = model.init(jax.random.key(0), images)
+        _, new = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        return variables["batch_stats"], new["batch_stats"]
+
+    before, after = before_and_after(images)
+    assert {"bn1", "M_bn1", "M_bn2"} <= after.keys()
+    jax.tree.map(np.testing.assert_array_equal, after, before)
 
 
 @pytest.mark.parametrize("shape", [(4, 5, 7, 3), (13, 6), (2, 16, 16, 8), (1, 1, 1, 4)])

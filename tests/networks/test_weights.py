@@ -1,7 +1,11 @@
 """Published weights: PyTorch's features, files of each kind, errors that say what is wrong."""
 
+import argparse
+from collections import OrderedDict
+import datetime
 import json
 import math
+import os
 import pathlib
 import re
 import sys
@@ -181,6 +185,229 @@ def test_pth_is_read_without_running_it(torch_networks, tmp_path):
     ):
         weights.read(tmp_path / "evil.pth")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    """A ResNet-18 of 8 channels, its published arrays, and the variables that they are."""
+    model = embedding_net.EmbeddingNet(CASES["resnet18"][0], 8)
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda x: rng.uniform(0.5, 1.5, x.shape).astype(np.float32), variables_of(model)
+    )
+    published = weights.to_named_arrays(variables, model.backbone)
+    published = {
+        k: np.ascontiguousarray(v)
+        for k, v in published.items()
+        if not k.startswith(weights.HEAD_PREFIXES)
+    }
+    return model, published, loaded(published, model)
+
+
+def beginning(prefix, arrays, **others):
+    return {prefix + name: array for name, array in arrays.items()} | others
+
+
+def assert_same(ours, theirs, **tolerance):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "_orig_mod.", "model.", "backbone.", "encoder.", "trunk.", "module.encoder_q.",
+     "student.", "teacher.backbone.", "visual.trunk.", "_orig_mod.module.model.backbone.",
+     "net.body.0.", "a_b-c."],
+)  # fmt: skip
+def test_what_names_begin_with_is_found_and_taken_off(prefix, resnet):
+    model, published, variables = resnet
+    head = {f"{prefix}fc.weight": np.ones((9, 64)), "others.0.weight": np.ones((2, 2))}
+    head |= {
+        f"{prefix}projection_head.0.bias": np.ones(2),
+        f"{prefix}prototypes.weight": np.ones(2),
+    }
+    arrays = beginning(prefix, published, **head)
+    found = weights.find_prefix(arrays, variables, model.backbone, heads=False)
+    assert found == prefix
+    assert_same(loaded(arrays, model), variables)
+    behind = {"fc.weight", "projection_head.0.bias", "prototypes.weight"}
+    assert set(weights.take_prefix(arrays, prefix)) == {*published, *behind}
+
+
+def test_of_several_networks_the_averaged_one_is_taken_or_the_named_one(resnet):
+    model, published, variables = resnet
+    options = dict(variables=variables, backbone=model.backbone, heads=False)
+    for wanted, rest in (
+        ("teacher.backbone.", "student.backbone."), ("state_dict_ema.", "state_dict."),
+        ("ema.module.", "model.module."), ("encoder_q.", "encoder_k."), ("a.", "b."),
+        ("online.", "target."), ("ema.", ""),
+    ):  # fmt: skip
+        one, two = beginning(wanted, published), beginning(rest, published)
+        for arrays in (one | two, two | one) if wanted != "a." else (one | two,):
+            assert weights.find_prefix(arrays, **options) == wanted
+    other = {name: array + 1 for name, array in published.items()}
+    both = beginning("teacher.backbone.", published) | beginning("student.backbone.", other)
+    assert_same(loaded(both, model), variables)
+    named = weights.from_named_arrays(both, prefix="student.backbone.", **options)
+    np.testing.assert_array_equal(named["params"]["bn1"]["scale"], other["bn1.weight"])
+    for ending, found in (
+        ("backbone", "teacher.backbone."), ("student.backbone.", "student.backbone."),
+        ("k_bone.", "k_bone."),
+    ):  # fmt: skip
+        assert weights.find_prefix(both, ending=ending, **options) == found
+    with pytest.raises(ValueError, match="no name begins with 'net.'; names begin with student"):
+        weights.take_prefix(both, "net")
+
+
+def test_markers_of_wrappers_within_names(resnet):
+    model, published, variables = resnet
+    arrays = {
+        f"module.{name.replace('layer1.0.', 'layer1._fsdp_wrapped_module.0._orig_mod.')}": array
+        for name, array in published.items()
+    }
+    assert_same(loaded(arrays, model), variables)
+
+
+@pytest.mark.parametrize("shape", [(1, -1), (1, -1, 1, 1), (-1, 1, 1), (-1, 1)])
+def test_batch_norms_with_sides_of_one(shape, resnet):
+    model, published, variables = resnet
+    arrays = {k: v.reshape(shape) if v.ndim == 1 else v for k, v in published.items()}
+    assert_same(loaded(arrays, model), variables)
+    google = embedding_net.EmbeddingNet(CASES["googlenet_v2"][0], 8)
+    flat = weights.to_named_arrays(variables_of(google), google.backbone)
+    flat["conv2_3x3.bias"] = np.ones(len(flat["conv2_3x3.weight"]), np.float32)  # a convolution's
+    shaped = {k: v.reshape(shape) if v.ndim == 1 else v for k, v in flat.items()}
+    mean = loaded(shaped, google)["batch_stats"]["conv2_3x3"]["bn"]["mean"]
+    np.testing.assert_array_equal(mean, -np.ones_like(mean))
+    wrong = published | {"bn1.weight": published["bn1.weight"].reshape(2, -1)}
+    with pytest.raises(ValueError, match=r"bn1.weight \(2, 4\) instead of \(8,\)"):
+        loaded(wrong, model)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_values_that_are_not_finite_are_refused_by_name(value, dtype, resnet):
+    model, published, _ = resnet
+    wrong = {name: array.astype(dtype) for name, array in published.items()}
+    wrong["layer2.0.bn1.running_var"][3] = value
+    with pytest.raises(ValueError, match=r"1 arrays hold NaN or infinity \(layer2.0.bn1.running_v"):
+        loaded(beginning("module.", wrong), model)
+    not_read = published | {"fc.weight": np.full((2, 2), np.nan)}
+    assert loaded(not_read, model)
+
+
+def test_quantised_weights_are_refused(resnet):
+    model, published, _ = resnet
+    wrong = published | {"conv1.weight": published["conv1.weight"].astype(np.int8)}
+    with pytest.raises(ValueError, match="not of a floating type, such as conv1.weight of int8"):
+        loaded(wrong, model)
+
+
+WRAPPED = {
+    "bare": lambda s: s,
+    "state_dict": lambda s: {"state_dict": s, "epoch": 3, "best": 0.5},
+    "model_state_dict": lambda s: {"model_state_dict": s, "loss": 1.0},
+    "of a training loop": lambda s: {
+        "net": s, "optimizer": {"state": {0: {"moment": s["conv1.weight"]}}, "groups": [{}]},
+        "scaler": {"scale": 2.0}, "args": argparse.Namespace(arch="a", path=pathlib.Path("a")),
+    },
+    "lightning": lambda s: {
+        "state_dict": {f"model.{k}": v for k, v in s.items()},
+        "hyper_parameters": AttributeDict(lr=0.1, when=datetime.timedelta(1), x=np.float64(3)),
+        "callbacks": {"best": {"score": s["bn1.bias"]}},
+        "optimizer_states": [{"state": {0: {"m": s["bn1.bias"]}}}],
+    },
+    "teacher and student": lambda s: {
+        "student": {f"module.backbone.{k}": v + 1 for k, v in s.items()},
+        "teacher": {f"backbone.{k}": v for k, v in s.items()},
+        "dino_loss": {"center": s["bn1.bias"]}, "args": argparse.Namespace(arch="resnet18"),
+    },
+    "ema": lambda s: {
+        "state_dict": {k: v + 1 for k, v in s.items()}, "state_dict_ema": s, "arch": "resnet18",
+    },
+}  # fmt: skip
+
+
+class AttributeDict(dict):
+    """As Lightning's: a class that torch's own safe reader refuses."""
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("name", WRAPPED)
+def test_checkpoints_of_training_loops(name, legacy, resnet, tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    model, published, variables = resnet
+    tensors = OrderedDict((k, torch.from_numpy(v)) for k, v in published.items())
+    path = tmp_path / "checkpoint"
+    torch.save(WRAPPED[name](tensors), path, _use_new_zipfile_serialization=not legacy)
+    assert_same(loaded(weights.read(path), model), variables)
+
+
+@pytest.mark.parametrize("ending", ["", ".pth.tar", ".ckpt", ".bin", ".npz", ".safetensors"])
+def test_files_are_known_by_content(ending, resnet, tmp_path):
+    model, published, variables = resnet
+    path = tmp_path / f"weights{ending}"
+    with path.open("wb") as file:
+        np.savez(file, **published)
+    assert_same(loaded(weights.read(path), model), variables)
+    weights.write_safetensors(path, published)
+    assert_same(loaded(weights.read(path), model), variables)
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    tensors = {k: torch.from_numpy(v) for k, v in published.items()}
+    for legacy in (True, False):
+        torch.save(tensors, path, _use_new_zipfile_serialization=not legacy)
+        assert_same(loaded(weights.read(path), model), variables)
+    from safetensors import torch as safetensors
+
+    safetensors.save_file({k: v.to(torch.bfloat16) for k, v in tensors.items()}, path)
+    assert_same(loaded(weights.read(path), model), variables, rtol=2**-8)
+
+
+@pytest.mark.parametrize(
+    "content, text",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a", "a pointer of Git LFS"),
+        (b"\n<!DOCTYPE html><html>Quota exceeded</html>", "a web page"),
+        (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+        (b"\x1f\x8b\x08", "compressed by gzip"),
+        (b"", "it is empty"),
+        (b"conv1", "expected a file of safetensors, of PyTorch"),
+    ],
+)
+def test_what_is_no_file_of_weights_is_named(content, text, tmp_path):
+    path = tmp_path / "weights"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"weights: cannot be read as weights: .*{text}"):
+        weights.read(path)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_nothing_in_a_checkpoint_runs(legacy, resnet, tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    model, published, variables = resnet
+
+    class Evil:
+        def __init__(self, function, *arguments):
+            self.call = function, arguments
+
+        def __reduce__(self):
+            return self.call
+
+    mark = tmp_path / "run"
+    calls = [
+        Evil(pathlib.Path.touch, mark), Evil(os.system, f"touch {mark}"),
+        Evil(eval, f"open('{mark}')"), Evil(torch.load, mark), Evil(exec, f"open('{mark}', 'w')"),
+    ]  # fmt: skip
+    content = {"state_dict": {k: torch.from_numpy(v) for k, v in published.items()}, "x": calls}
+    path = tmp_path / "evil.ckpt"
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    assert_same(loaded(weights.read(path), model), variables)
+    torch.save(calls, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        weights.read(path)
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+    with pytest.raises(ValueError, match="a program of TorchScript: save its state_dict"):
+        weights.read(path)
+    assert not mark.exists()
 
 
 def test_errors(tmp_path):
