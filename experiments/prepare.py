@@ -14,7 +14,6 @@ from typing import Any
 
 from absl import app
 from absl import flags as absl_flags
-from etils import epath
 
 from experiments.engine import command, datasets, flags
 from rll_jax.data import archives, benchmarks, paths
@@ -55,8 +54,7 @@ def _check_places(options: absl_flags.FlagValues) -> None:
 
 
 def _source(options: absl_flags.FlagValues) -> Any:
-    remote = paths.is_remote(options.source)
-    source = epath.Path(options.source) if remote else pathlib.Path(options.source)
+    source = paths.to_path(options.source)
     if source.is_file() and not options.unpack:
         raise ValueError(f"--source={source} is a file: --unpack unpacks an archive beside it")
     if not source.exists():

@@ -1,5 +1,6 @@
 """The datasets of the commands: their options, the table of their names, and opening them."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
@@ -12,7 +13,15 @@ from etils import epath
 from experiments.engine.augmentation import VIEWS
 from experiments.engine.options import Section, option
 from experiments.engine.runtime import RuntimeOptions
-from rll_jax.data import array_records, benchmarks, folders, image_dataset, listings, paths
+from rll_jax.data import (
+    array_records,
+    benchmarks,
+    folders,
+    image_dataset,
+    image_files,
+    listings,
+    paths,
+)
 from rll_jax.data.image_dataset import EncodedImageDataset
 
 Splits = dict[str, EncodedImageDataset]  # "train" and "test"
@@ -247,7 +256,7 @@ def _refuse_remote(data: DataOptions, runtime: RuntimeOptions) -> None:
 
 def array_records_folder(data_dir: str | pathlib.Path, dataset: str) -> epath.Path:
     """Returns the folder in `data_dir` that holds a dataset's ArrayRecord files."""
-    return epath.Path(data_dir) / f"prepared_{dataset}"
+    return paths.to_path(data_dir) / f"prepared_{dataset}"
 
 
 def list_images(data: DataOptions, data_dir: str) -> listings.Listing:
@@ -259,11 +268,18 @@ def list_images(data: DataOptions, data_dir: str) -> listings.Listing:
         if data.index:
             rows = folders.read_index(data.index, data.test_share, data.split_seed)
         else:
-            rows = folders.class_folders(data_dir, data.test_share, data.split_seed)
-        return listings.Listing(epath.Path(data_dir), rows)
+            rows = folders.class_folders(
+                data_dir, data.test_share, data.split_seed, on_left_out=_print_left_out
+            )
+        return listings.Listing(paths.to_path(data_dir), rows)
     listing = benchmarks.read_listing(data.dataset, data_dir)
     _print_differences(data.dataset, listing.rows)
     return listing
+
+
+def _print_left_out(left_out: Counter[str]) -> None:
+    if text := image_files.describe(left_out):
+        print(text, flush=True)
 
 
 def _print_differences(dataset: str, rows: list[listings.Row]) -> None:

@@ -52,7 +52,7 @@ def write_dataset(root: paths.AnyPath, rows: list[listings.Row], directory: path
     """
     import tensorflow_datasets as tfds  # takes seconds
 
-    root = epath.Path(root)
+    root = paths.to_path(root)
     features = tfds.features.FeaturesDict(
         {
             "image": tfds.features.Image(),
@@ -307,7 +307,7 @@ def _read_index(
     Otherwise all records are read and, where `keep`, the index file is written.
     """
     name = f"rll_jax_index.{split}.{image_key}.{label_key}.npz"
-    file = epath.Path(builder.data_dir) / name
+    file = paths.to_path(builder.data_dir) / name
     with (
         contextlib.suppress(Exception),  # the file may be missing, or damaged in any way
         np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as saved,

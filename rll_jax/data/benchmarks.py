@@ -80,7 +80,7 @@ def read_listing(name: str, directory: paths.AnyPath) -> Listing:
       ValueError: files are missing (what to download), or metadata are broken (file and line).
     """
     readers = {"sop": _read_sop, "cub": _read_cub, "cars": _read_cars, "inshop": _read_inshop}
-    return readers[name](epath.Path(directory))
+    return readers[name](paths.to_path(directory))
 
 
 def differences(name: str, rows: list[Row]) -> list[str]:

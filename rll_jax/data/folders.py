@@ -1,7 +1,7 @@
 """Datasets of one's own: a folder for each class, or a table of paths and classes."""
 
-from collections.abc import Iterator
-from concurrent import futures
+from collections import Counter
+from collections.abc import Callable, Iterator
 import csv
 import pathlib
 from typing import NamedTuple
@@ -9,10 +9,9 @@ from typing import NamedTuple
 from etils import epath
 import numpy as np
 
-from rll_jax.data import _text_files, paths
+from rll_jax.data import _text_files, image_files, paths
 from rll_jax.data.listings import GALLERY, QUERY, SPLITS, TEST, TRAIN, Row
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _COLUMNS = ("path", "label", "split", "super_label")
 _SPLIT_LIKE = ("train", "test", "val", "valid", "validation")  # no names of classes
 
@@ -25,27 +24,38 @@ class _ClassFolder(NamedTuple):
     images: list[str]
 
 
-def class_folders(directory: paths.AnyPath, test_share: float = 0.5, seed: int = 0) -> list[Row]:
+def class_folders(
+    directory: paths.AnyPath,
+    test_share: float = 0.5,
+    seed: int = 0,
+    *,
+    on_left_out: Callable[[Counter[str]], None] | None = None,
+) -> list[Row]:
     """Lists the images of a folder that has one folder for each class.
 
     The folder may also have train/ and test/, each with one folder for each class. Classes are
-    numbered in the order of their names. Class folders without images are left out, and so are
-    files and folders whose name starts with a dot.
+    numbered in the order of their names. Class folders without images are left out. What is an
+    image, and what is left out besides, is as in `image_files.find`.
 
     Args:
       directory: the folder, local or in an object store.
       test_share: the share of the classes that is test, where there are no train/ and test/.
       seed: draws these classes.
+      on_left_out: called once with {reason: the number of files and folders left out for it}.
 
     Raises:
       ValueError: the folder does not exist, has fewer than two classes with images, has folders
         named like splits other than train and test, or has a class in both train/ and test/.
+      OSError: a folder cannot be read.
     """
-    directory = epath.Path(directory)
+    directory = paths.to_path(directory)
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such folder")
     has_splits = _has_split_folders(directory)
-    classes = _find_classes(directory, [TRAIN, TEST] if has_splits else [""])
+    found = image_files.find(directory)
+    classes = _group_by_class(found, [TRAIN, TEST] if has_splits else [""])
+    if on_left_out is not None:
+        on_left_out(found.left_out)
     if len(classes) < 2:
         raise ValueError(
             f"{directory}: expected a folder of images for each class (or train/ and test/ with "
@@ -90,7 +100,7 @@ def read_index(file: paths.AnyPath, test_share: float = 0.5, seed: int = 0) -> l
       ValueError: a row is wrong (which one, and why), the splits share a class or do not go
         together, the file does not exist, or it is neither a .csv nor a .parquet.
     """
-    file = epath.Path(file)
+    file = paths.to_path(file)
     entries = _read_entries(file)
     if not entries:
         raise ValueError(f"{file}: lists no image")
@@ -129,17 +139,24 @@ def _has_split_folders(directory: epath.Path) -> bool:
     return False
 
 
-def _find_classes(directory: epath.Path, splits: list[str]) -> list[_ClassFolder]:
-    """Returns the class folders with images, sorted by path; "" is the split of `directory`."""
-    folders = [(split, sub) for split in splits for sub in _subfolders(directory / split)]
-    with futures.ThreadPoolExecutor(16) as pool:  # each asks the file system at least once
-        images = list(pool.map(_image_names, [folder for _, folder in folders]))
-    classes = [
-        _ClassFolder(f"{split}/{folder.name}" if split else folder.name, split, names)
-        for (split, folder), names in zip(folders, images, strict=True)
-        if names
-    ]
-    return sorted(classes, key=lambda folder: folder.path)
+def _group_by_class(found: image_files.ImageFiles, splits: list[str]) -> list[_ClassFolder]:
+    """Returns the class folders with images, sorted by path; "" is the split of the root.
+
+    Images in no class folder are counted in `found.left_out`.
+    """
+    classes: dict[tuple[str, str], list[str]] = {}
+    for path in found.names:
+        split = path.partition("/")[0] if splits != [""] else ""
+        folder, _, image = path.removeprefix(f"{split}/" if split else "").partition("/")
+        if image and split in splits:
+            classes.setdefault((split, folder), []).append(image)
+        else:
+            found.left_out["images in no class's folder"] += 1
+    folders = (
+        _ClassFolder(f"{split}/{folder}" if split else folder, split, sorted(images))
+        for (split, folder), images in classes.items()
+    )
+    return sorted(folders, key=lambda folder: folder.path)
 
 
 def _check_class_names(directory: epath.Path, classes: list[_ClassFolder]) -> None:
@@ -155,34 +172,14 @@ def _check_class_names(directory: epath.Path, classes: list[_ClassFolder]) -> No
 
 
 def _subfolders(directory: epath.Path) -> list[epath.Path]:
-    """Returns the folders in a folder, sorted by name, without those that start with a dot."""
+    """Returns the folders in a folder, sorted by name, but those that are hidden."""
     folders = [
         path
         for path in directory.iterdir()
         # An object store may list the folder itself.
-        if path != directory and not path.name.startswith(".") and path.is_dir()
+        if path != directory and not image_files.is_hidden(path.name) and path.is_dir()
     ]
     return sorted(folders, key=lambda folder: folder.name)
-
-
-def _image_names(folder: epath.Path) -> list[str]:
-    """Returns the images in a class's folder and in the folders below: their paths from it."""
-    if paths.is_remote(folder):  # epath's `walk` fails there
-        import fsspec
-
-        system, top = fsspec.core.url_to_fs(str(folder))
-        names = [file.removeprefix(f"{top}/") for file in system.find(top)]
-    else:
-        names = [
-            (parent / name).relative_to(folder).as_posix()
-            for parent, _, files in epath.Path(folder).walk()
-            for name in files
-        ]
-    return sorted(
-        name
-        for name in names
-        if name.lower().endswith(SUFFIXES) and not name.split("/")[-1].startswith(".")
-    )
 
 
 class _Entry(NamedTuple):

@@ -217,7 +217,7 @@ def from_rows(root: paths.AnyPath, rows: list[Row]) -> dict[str, EncodedImageDat
     Returns:
       {"train": ..., "test": ...}; query and gallery rows are both in "test".
     """
-    root = epath.Path(root)
+    root = paths.to_path(root)
     with futures.ThreadPoolExecutor(16) as pool:  # each asks the file system once
         sizes_and_times = pool.map(lambda row: paths.file_size_and_time(root / row.path), rows)
         sizes, changed = np.array(list(sizes_and_times), np.int64).T
