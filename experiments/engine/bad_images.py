@@ -64,4 +64,4 @@ def _reason(data: EncodedImageDataset, row: int) -> str:
 
 def whole_lines(path: pathlib.Path) -> list[str]:
     """Returns the complete lines of a file. A kill may have cut off the last one."""
-    return path.read_text().split("\n")[:-1] if path.exists() else []
+    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []

@@ -131,7 +131,16 @@ def _check_workdir(workdir: pathlib.Path, config: Config) -> None:
                 f"--workdir={workdir} is in use and holds no run to resume: choose another folder"
             )
         return
-    if differing := config_lib.differences(config_lib.from_flagfile(saved), config):
+    before = config_lib.from_flagfile(saved)
+    differing = config_lib.differences(before, config)
+    if len(differing) == 1 and config.schedule.steps > before.schedule.steps:
+        raise ValueError(
+            f"--steps={config.schedule.steps}: --workdir={workdir} holds a run of "
+            f"{before.schedule.steps} steps, over which its learning rate falls by a cosine. More "
+            "steps can be given with --schedule=step alone. To train on from its weights, choose "
+            f"another --workdir and --init_from={workdir}"
+        )
+    if differing:
         raise ValueError(
             f"--workdir={workdir} holds another run ({'; '.join(differing)}): choose another "
             f"--workdir, and --init_from={workdir} to start from its weights"

@@ -39,7 +39,7 @@ class MetricsLog:
             import tensorboardX  # a second to import
 
             self._board = tensorboardX.SummaryWriter(
-                str(workdir / "tensorboard"), purge_step=start + 1
+                str((workdir / "tensorboard").absolute()), purge_step=start + 1
             )
 
     def has_scores(self, step: int) -> bool:
@@ -92,6 +92,7 @@ class MetricsLog:
     def write_text(self, name: str, text: str) -> None:
         """Writes a text for TensorBoard."""
         if self._board is not None:
+            text = text.encode(errors="backslashreplace").decode()
             self._board.add_text(name, f"```\n{text}\n```", 0)
 
     def __enter__(self) -> "MetricsLog":

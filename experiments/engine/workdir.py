@@ -7,7 +7,7 @@ import jax
 from jax.experimental import multihost_utils
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments.engine import checks, environment, processes
+from experiments.engine import checks, environment, options, processes
 from experiments.engine.checks import CheckedRun
 from experiments.engine.errors import RunError
 from rll_jax.data import files
@@ -37,7 +37,7 @@ def claim(stack: contextlib.ExitStack, checked: CheckedRun) -> None:
         }
         for name, text in texts.items():
             with files.atomic_write(workdir / name) as temporary:
-                temporary.write_text(text)
+                options.write_flagfile(temporary, text)
     multihost_utils.sync_global_devices("workdir")
 
 

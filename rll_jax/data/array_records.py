@@ -48,10 +48,11 @@ def write_dataset(root: paths.AnyPath, rows: list[listings.Row], directory: path
 
     Raises:
       OSError: the folder cannot be written.
-      ValueError: a folder that was already there is not such a dataset.
+      ValueError: a folder that was already there is not such a dataset, or the name is not UTF-8.
     """
     import tensorflow_datasets as tfds  # takes seconds
 
+    paths.check_utf8(directory)
     root = paths.to_path(root)
     features = tfds.features.FeaturesDict(
         {
@@ -91,12 +92,13 @@ def open_dataset(
       {"train": ..., "test": ...}; query and gallery images are both in "test".
 
     Raises:
-      ValueError: the folder has no such dataset, or a damaged one.
+      ValueError: the folder has no such dataset, or a damaged one, or its name is not UTF-8.
     """
     import tensorflow_datasets as tfds  # takes seconds
 
+    paths.check_utf8(directory)
     try:
-        builder = tfds.builder_from_directory(str(directory))
+        builder = tfds.builder_from_directory(os.path.abspath(directory))
         return split_dataset(*_read_splits(builder, "image", "label", keep_index))
     except Exception as error:  # tfds raises errors of all kinds on damaged datasets
         raise ValueError(

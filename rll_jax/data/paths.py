@@ -30,6 +30,17 @@ def to_path(path: AnyPath) -> epath.Path:
     return epath.Path(path) if is_remote(path) else cast(epath.Path, pathlib.Path(path))
 
 
+def check_utf8(path: AnyPath) -> None:
+    """Raises ValueError where a path is not UTF-8, which ArrayRecord files need."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{path}: ArrayRecord files need a folder whose name is UTF-8: rename it, or choose "
+            "another folder"
+        ) from None
+
+
 def is_inside_root(path: str) -> bool:
     r"""Whether a path, read from a dataset's root folder, stays under that folder.
 

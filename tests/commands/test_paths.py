@@ -1,14 +1,15 @@
 """Paths are names: every command in folders whose names are patterns, formats or shell text."""
 
+import os
 import shutil
 
 import numpy as np
 import pytest
 
 from tests.helpers.benchmark_trees import make_folders, make_sop
-from tests.helpers.commands import TINY, run
+from tests.helpers.commands import TINY, refused, run
 
-ODD = "a [b] {c} *?'\"\\ ü%"
+ODD = "~a [b] {c} *?'\"\\ ü%, \x85~"
 SMALL = [
     *(
         flag
@@ -51,12 +52,21 @@ def test_every_command_in_a_folder_of_an_odd_name(root):
         assert len(saved["files"]) == 18
     query = root / f"images/{ODD} 0/0.JPG"
     found = ended(at, f"--images={root / 'images'}", f"--query={query}", "--k=1", name="search")
-    assert found.stdout.splitlines()[0] == str(query)
+    assert found.stdout.split("\n")[0] == str(query)
     ended(at, f"--out={root / 'model.safetensors'}", name="export")
     prepared = [f"--source={root / 'images'}", f"--data_dir={root / 'out'}"]
     ended("--dataset=folder", *prepared, name="prepare")
     given = [*SMALL, f"--data_dir={root / 'out/prepared_folder'}", f"--init_from={workdir}"]
     ended(*given, f"--workdir={root / 'next'}", name="folder")
+
+
+def test_a_name_that_is_not_utf8(root, tmp_path):
+    folder = tmp_path / os.fsdecode(b"a \xff")
+    shutil.copytree(root / "images", folder)
+    given = [*SMALL, f"--data_dir={folder}", "--noreport", f"--workdir={folder / 'run'}"]
+    refused("a folder whose name is UTF-8", *given, "--cache=disk", name="folder")
+    ended(*given, name="folder")
+    refused("has a line break", *given, "--init_from=a\nb", name="folder")
 
 
 def test_sweeps_in_a_folder_of_an_odd_name(root):
