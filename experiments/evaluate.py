@@ -14,7 +14,7 @@ from typing import Any
 from absl import app, flags
 import numpy as np
 
-from experiments.engine import checks, command, datasets, scoring, trained_network
+from experiments.engine import checks, command, datasets, phases, scoring, trained_network
 from experiments.engine.scoring import ScoreTable
 from experiments.engine.trained_network import TrainedNetwork
 from rll_jax.data import files
@@ -44,7 +44,7 @@ def _embed_test_images(
     splits = checks.cached_splits({"test": splits["test"]}, config.data, config.runtime)
     test = splits["test"]
     bad = []
-    embed = functools.partial(trained.embed, test)
+    embed = functools.partial(trained.embed, test, progress="embedding the test images")
     readable, levels = scoring.embed_readable(
         embed, test, lambda row: bad.append(str(test.paths[row]))
     )
@@ -63,7 +63,8 @@ def main(_: Any) -> None:
         trained = trained_network.load_from_flags()
         data, levels = _embed_test_images(trained, options.workdir, options.data_dir)
         ks = trained.config.data.entry.ks
-        table = scoring.score_table(levels, data, ks, clustering=options.clustering)
+        with phases.told("computing the scores"):
+            table = scoring.score_table(levels, data, ks, clustering=options.clustering)
         alone = next(iter(table.values()))["queries_without_match"]
         print(
             f"{options.workdir}, step {trained.step}: {len(data)} test images, in percent; "

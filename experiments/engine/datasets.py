@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from etils import epath
 
+from experiments.engine import phases
 from experiments.engine.augmentation import VIEWS
 from experiments.engine.options import Section, option
 from experiments.engine.runtime import RuntimeOptions
@@ -207,7 +208,7 @@ def open_datasets(data: DataOptions, runtime: RuntimeOptions) -> Splits:
       ValueError: the dataset is absent or broken, or has bad images (unless --on_bad_image=skip);
         or an object store cannot be reached, or this dataset cannot be read from one.
     """
-    with store_errors(runtime.data_dir, data.index):
+    with store_errors(runtime.data_dir, data.index), phases.told("opening the dataset"):
         return data.entry.open(data, runtime)
 
 
@@ -311,7 +312,8 @@ def write_array_records(
     Raises:
       ValueError: images are missing (unless --on_bad_image=skip), or the files cannot be written.
     """
-    splits = image_dataset.from_rows(*listing)
+    with phases.told("looking at the files of the images"):
+        splits = image_dataset.from_rows(*listing)
     bad = {split: image_dataset.find_bad(part, full=False) for split, part in splits.items()}
     refuse_bad(bad, splits, data, runtime)
     try:

@@ -10,14 +10,14 @@ import hashlib
 import os
 import pathlib
 import sys
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 import uuid
 import zipfile
 
 import numpy as np
 import tqdm
 
-from experiments.engine import build
+from experiments.engine import build, phases
 from experiments.engine.trained_network import TrainedNetwork
 from rll_jax.data import files, image_files, images
 from rll_jax.networks import embedding_net
@@ -60,14 +60,23 @@ class _ImageFiles:
             raise images.BadImageError(f"cannot read the image {str(path)!r}: {error}") from error
 
 
-def update(workdir: str, trained: TrainedNetwork, folder: str) -> Index:
+def update(
+    workdir: str, trained: TrainedNetwork, folder: str, stream: TextIO | None = None
+) -> Index:
     """Returns the index of a folder's images, which is kept in `workdir`/index.
+
+    Args:
+      workdir: the folder of the run.
+      trained: the network.
+      folder: the folder of images.
+      stream: where to say that it takes long, see `phases.told`.
 
     Raises:
       ValueError: no such folder, no images in it, or none that can be read.
     """
     root = pathlib.Path(folder)
-    stamps: Stamps = {name: _stamp(root / name) for name in image_names(root)}
+    with phases.told(f"listing the images of {root}", stream):
+        stamps: Stamps = {name: _stamp(root / name) for name in image_names(root)}
     directory = _index_folder(pathlib.Path(workdir), trained, root)
     known: dict[str, np.ndarray] = {}
     for path in directory.glob("*.npz"):

@@ -331,7 +331,9 @@ def _index_records(
 ) -> dict[str, np.ndarray]:
     """Reads all records; an image that has no path in its record gets the path SPLIT/NUMBER."""
     labels, image_paths, sizes, super_labels = [], [], [], []
-    for number, record in enumerate(source):
+    # Shown where it takes more than two seconds.
+    records = tqdm.tqdm(source, f"indexing {split}", unit="image", mininterval=1, delay=2)
+    for number, record in enumerate(records):
         path = record.get("path")
         image_paths.append(os.fsdecode(path) if isinstance(path, bytes) else f"{split}/{number}")
         super_label_key = next((key for key in _SUPER_LABEL_KEYS if key in record), None)
