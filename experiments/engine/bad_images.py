@@ -7,7 +7,7 @@ import sys
 import tqdm
 
 from experiments.engine.errors import RunError
-from rll_jax.data import images
+from rll_jax.data import files, images
 from rll_jax.data.image_dataset import EncodedImageDataset
 
 
@@ -50,7 +50,10 @@ class BadImagesFile:
     def _add(self, line: str) -> None:
         if line not in self._lines:
             self._lines.add(line)
-            with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            with (
+                files.errors_of(self._path),
+                self._path.open("a", encoding="utf-8", errors="backslashreplace") as file,
+            ):
                 file.write(line + "\n")
 
 

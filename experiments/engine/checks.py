@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pathlib
+import shutil
 from typing import NamedTuple
 
 import jax
@@ -61,6 +62,7 @@ def check_run(config: Config) -> CheckedRun:
     config.batches.check_devices(runner.num_devices, config.devices.embed_chunk)
     _check_memory(config, runner.num_devices)
     _check_frozen_views(config)
+    _check_shared_memory(config)
     # A run that is resumed has its own weights.
     resumed = any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
     starting_weights = None if resumed else pretrained.read_starting_weights(config)
@@ -117,6 +119,22 @@ def _check_frozen_views(config: Config) -> None:
         raise ValueError(
             f"--frozen_views={views} writes into --data_dir, a local folder, and it is "
             f"{data_dir!r}: use a local copy"
+        )
+
+
+def _check_shared_memory(config: Config) -> None:
+    """Raises ValueError where the worker processes have no room to hand over a batch each."""
+    workers, shared = config.runtime.worker_processes, pathlib.Path("/dev/shm")
+    if not workers or not shared.is_dir():
+        return
+    images = max(config.batches.batch_size // jax.process_count(), config.schedule.eval_batch_size)
+    need = workers * images * 3 * config.data.image_size**2
+    free = shutil.disk_usage(shared).free
+    if need > free:
+        raise ValueError(
+            f"--worker_processes={workers} hand over batches in {shared}: they need at least "
+            f"{need / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free; make it larger (docker "
+            "run --shm-size), take fewer, or --worker_processes=0"
         )
 
 

@@ -361,8 +361,15 @@ def refuse_bad(
         )
 
 
-def open_usable(data: DataOptions, runtime: RuntimeOptions) -> tuple[Splits, list[str]]:
+def open_usable(
+    data: DataOptions, runtime: RuntimeOptions, *, all_classes: bool = False
+) -> tuple[Splits, list[str]]:
     """Opens the datasets without their bad images.
+
+    Args:
+      data: the run's data options.
+      runtime: the run's runtime options.
+      all_classes: have all classes in "test", and none in "train".
 
     Returns:
       {"train": ..., "test": ...}, and a line for each skipped image.
@@ -371,7 +378,9 @@ def open_usable(data: DataOptions, runtime: RuntimeOptions) -> tuple[Splits, lis
       ValueError: as `open_datasets` and `refuse_bad`.
     """
     splits = open_datasets(data, runtime)
-    if data.validation_share:
+    if all_classes:
+        splits = image_dataset.all_as_test(splits)
+    elif data.validation_share:
         train = splits["train"]
         splits = image_dataset.hold_out(train, data.validation_share, data.split_seed)
     full = runtime.verify_images == "full"

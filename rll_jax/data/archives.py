@@ -135,7 +135,8 @@ def _moved_into(
     target.mkdir(parents=True, exist_ok=True)
     # Not `files.atomic_folder`: an archive may have several tops, and `target` exists already.
     with files.temporary_folder(target, ".unpacking.") as folder:
-        yield folder
+        with files.errors_of(target):
+            yield folder
         for top in tops:
             (folder / top).rename(target / top)
 

@@ -1,6 +1,6 @@
 """Datasets in ArrayRecord files, in tensorflow-datasets' format, used without TensorFlow."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 import io
 import json
@@ -220,9 +220,10 @@ class _ShardWriter:
 
     def write(self, record: bytes) -> None:
         """Writes a record, into a new shard where the last one is large enough."""
-        if self._writer is None or self._shard_bytes > _SHARD_BYTES:
-            self._writer = self._begin_shard()
-        self._writer.write(record)
+        with self._as_os_error():
+            if self._writer is None or self._shard_bytes > _SHARD_BYTES:
+                self._writer = self._begin_shard()
+            self._writer.write(record)
         self.lengths[-1] += 1
         self._shard_bytes += len(record)
         self.num_bytes += len(record)
@@ -230,11 +231,20 @@ class _ShardWriter:
     def close(self) -> None:
         """Ends the last shard and gives all shards their names, which tell their number."""
         if self._writer is not None:
-            self._writer.close()
+            with self._as_os_error():
+                self._writer.close()
         total = len(self.lengths)
         for shard in range(total):
             name = f"{_NAME}-{self._split}.array_record-{shard:05d}-of-{total:05d}"
             self._temporary_path(shard).rename(self._directory / name)
+
+    @contextlib.contextmanager
+    def _as_os_error(self) -> Iterator[None]:
+        """Turns what array_record raises, such as on a full disk, into OSError."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise OSError(f"cannot write into {self._directory}: {_first_line(error)}") from error
 
     def _begin_shard(self) -> Any:
         from array_record.python import (

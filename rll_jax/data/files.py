@@ -22,10 +22,22 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        yield temporary
+        with errors_of(path):
+            yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def errors_of(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Names the path in an OSError that names none, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), os.fspath(path)) from error
 
 
 @contextlib.contextmanager
@@ -37,7 +49,8 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(path.parent, f".{path.name}.") as temporary:
-        yield temporary
+        with errors_of(path):
+            yield temporary
         temporary.chmod(0o755)  # a temporary folder is its owner's alone
         try:
             temporary.rename(path)

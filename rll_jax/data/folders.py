@@ -33,9 +33,9 @@ def class_folders(
 ) -> list[Row]:
     """Lists the images of a folder that has one folder for each class.
 
-    The folder may also have train/ and test/, each with one folder for each class. Classes are
-    numbered in the order of their names. Class folders without images are left out. What is an
-    image, and what is left out besides, is as in `image_files.find`.
+    The folder may also have train/ and test/, or test/ alone, with one folder for each class.
+    Classes are numbered in the order of their names. Class folders without images are left out.
+    What is an image, and what is left out besides, is as in `image_files.find`.
 
     Args:
       directory: the folder, local or in an object store.
@@ -122,13 +122,13 @@ def read_index(file: paths.AnyPath, test_share: float = 0.5, seed: int = 0) -> l
 
 
 def _has_split_folders(directory: epath.Path) -> bool:
-    """Whether the folder holds train/ and test/, and not the folders of classes.
+    """Whether the folder holds train/ and test/, or test/ alone, and not the folders of classes.
 
     Raises:
       ValueError: it holds other names of splits, or names of splits and others.
     """
     names = {folder.name for folder in _subfolders(directory)}
-    if names == {TRAIN, TEST}:
+    if names in ({TRAIN, TEST}, {TEST}):  # a dataset to evaluate may have test/ alone
         return True
     if splits := sorted(name for name in names if name.lower() in _SPLIT_LIKE):
         others = " and others" if set(splits) != names else ""
