@@ -142,6 +142,10 @@ def _check_workdir(workdir: pathlib.Path, config: Config) -> None:
     """Raises ValueError unless the workdir is local, and free or holds this very run."""
     if paths.is_remote(config.runtime.workdir):
         raise ValueError(f"--workdir={config.runtime.workdir}: expected a local folder")
+    if config.runtime.profile_steps and not paths.is_utf8(workdir.absolute()):
+        raise ValueError(
+            f"--profile_steps: JAX needs a --workdir whose name is UTF-8, not {workdir}"
+        )
     saved = workdir / "flags.txt"
     if not saved.exists():
         if workdir.exists() and (not workdir.is_dir() or _has_files(workdir)):

@@ -30,15 +30,18 @@ def to_path(path: AnyPath) -> epath.Path:
     return epath.Path(path) if is_remote(path) else cast(epath.Path, pathlib.Path(path))
 
 
+def is_utf8(path: AnyPath) -> bool:
+    """Whether a path is UTF-8, as most but not all libraries need it."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in os.fspath(path))
+
+
 def check_utf8(path: AnyPath) -> None:
     """Raises ValueError where a path is not UTF-8, which ArrayRecord files need."""
-    try:
-        os.fspath(path).encode()
-    except UnicodeEncodeError:
+    if not is_utf8(path):
         raise ValueError(
             f"{path}: ArrayRecord files need a folder whose name is UTF-8: rename it, or choose "
             "another folder"
-        ) from None
+        )
 
 
 def is_inside_root(path: str) -> bool:

@@ -66,6 +66,7 @@ def test_a_name_that_is_not_utf8(root, tmp_path):
     given = [*SMALL, f"--data_dir={folder}", "--noreport", f"--workdir={folder / 'run'}"]
     refused("a folder whose name is UTF-8", *given, "--cache=disk", name="folder")
     ended(*given, name="folder")
+    refused("whose name is UTF-8", *given, "--profile_steps=1:2", name="folder")
     refused("has a line break", *given, "--init_from=a\nb", name="folder")
 
 
