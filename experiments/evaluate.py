@@ -2,7 +2,10 @@
 
     python -m experiments.evaluate --workdir=runs/emoji
 
-Prints a table and writes --out, by default evaluation.json in the workdir.
+    python -m experiments.evaluate --workdir=runs/mine --data_dir=DIR --all_classes
+
+Prints a table and writes --out, by default evaluation.json in the workdir. A dataset to evaluate
+needs no training classes: a folder may have test/ alone, and a table no rows of train.
 """
 
 import functools
@@ -14,11 +17,13 @@ from typing import Any
 from absl import app, flags
 import numpy as np
 
-from experiments.engine import checks, command, datasets, scoring, trained_network
+from experiments.engine import checks, command, datasets, phases, scoring, trained_network
 from experiments.engine.scoring import ScoreTable
 from experiments.engine.trained_network import TrainedNetwork
 from rll_jax.data import files
 from rll_jax.data.image_dataset import EncodedImageDataset
+
+_DATA = ("data_dir", "dataset", "index")  # the flags that choose another dataset
 
 
 def _as_text(table: ScoreTable) -> str:
@@ -34,17 +39,21 @@ def _as_text(table: ScoreTable) -> str:
 
 
 def _embed_test_images(
-    trained: TrainedNetwork, workdir: str, data_dir: str
+    trained: TrainedNetwork, workdir: str
 ) -> tuple[EncodedImageDataset, dict[str, np.ndarray]]:
     """Returns the test images that can be read, and their embeddings by level."""
-    config = trained.config.replace(data_dir=data_dir or trained.config.runtime.data_dir)
-    splits, skipped = datasets.open_usable(config.data, config.runtime)
-    if not data_dir:
+    options = flags.FLAGS
+    given = {name: options[name].value for name in _DATA if options[name].value}
+    config = trained.config.replace(**given)
+    splits, skipped = datasets.open_usable(
+        config.data, config.runtime, all_classes=options.all_classes
+    )
+    if not given and not options.all_classes:
         checks.check_same_data(pathlib.Path(workdir), splits)
     splits = checks.cached_splits({"test": splits["test"]}, config.data, config.runtime)
     test = splits["test"]
     bad = []
-    embed = functools.partial(trained.embed, test)
+    embed = functools.partial(trained.embed, test, progress="embedding the test images")
     readable, levels = scoring.embed_readable(
         embed, test, lambda row: bad.append(str(test.paths[row]))
     )
@@ -61,9 +70,10 @@ def main(_: Any) -> None:
         if options.out:
             command.check_free("out", out)
         trained = trained_network.load_from_flags()
-        data, levels = _embed_test_images(trained, options.workdir, options.data_dir)
+        data, levels = _embed_test_images(trained, options.workdir)
         ks = trained.config.data.entry.ks
-        table = scoring.score_table(levels, data, ks, clustering=options.clustering)
+        with phases.told("computing the scores"):
+            table = scoring.score_table(levels, data, ks, clustering=options.clustering)
         alone = next(iter(table.values()))["queries_without_match"]
         print(
             f"{options.workdir}, step {trained.step}: {len(data)} test images, in percent; "
@@ -79,6 +89,16 @@ def main(_: Any) -> None:
 if __name__ == "__main__":
     trained_network.define_flags()
     flags.DEFINE_string("data_dir", "", "The folder of the dataset. Empty: that of the run.")
+    flags.DEFINE_string("dataset", "", "The dataset, as in training. Empty: that of the run.")
+    flags.DEFINE_string(
+        "index", "", "A table of the images, as in training. Empty: that of the run, if it has one."
+    )
+    flags.DEFINE_bool(
+        "all_classes",
+        False,
+        "Search all classes of the dataset, not its test classes alone: for a dataset that the run "
+        "did not train on.",
+    )
     flags.DEFINE_bool(
         "clustering", True, "Score K-means too. It takes minutes for thousands of classes."
     )

@@ -19,7 +19,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from experiments.engine import command, network, trained_network
+from experiments.engine import command, network, phases, trained_network
 from experiments.engine.trained_network import TrainedNetwork
 from rll_jax.data import files
 from rll_jax.networks import embedding_net, weights
@@ -48,7 +48,7 @@ def main(_: Any) -> None:
         out = pathlib.Path(options.out)
         command.check_free("out", out)
         trained = trained_network.load_from_flags()
-        with files.atomic_write(out) as temporary:
+        with phases.told("writing the file"), files.atomic_write(out) as temporary:
             if options.format == "stablehlo":
                 temporary.write_bytes(_stablehlo(trained))
             else:

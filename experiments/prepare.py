@@ -9,15 +9,18 @@ that --data_dir, and prepares unpacked files by itself. A folder of your own nee
 --data_dir=OUT/prepared_folder reads a prepared one.
 """
 
+from collections.abc import Iterator
+import os
 import pathlib
+import signal
+import sys
 from typing import Any
 
 from absl import app
 from absl import flags as absl_flags
-from etils import epath
 
-from experiments.engine import command, datasets, flags
-from rll_jax.data import archives, benchmarks, paths
+from experiments.engine import command, datasets, flags, phases, resume
+from rll_jax.data import archives, benchmarks, image_files, paths
 
 
 def _unpack(source: pathlib.Path) -> pathlib.Path:
@@ -25,22 +28,32 @@ def _unpack(source: pathlib.Path) -> pathlib.Path:
     folder = source.parent if source.is_file() else source
     packed = [source]
     if not source.is_file():
-        found = sorted(folder.rglob("*"))
-        packed = [
-            path for path in found if path.name.endswith(benchmarks.ARCHIVES) and path.is_file()
-        ]
+        packed = list(_archives_in(folder))
     if not packed:
         raise ValueError(
             f"--source={source}: no archives ({', '.join(benchmarks.ARCHIVES)}) in it to --unpack"
         )
     unpacked: list[pathlib.Path] = []
     for archive in packed:
+        reason = "" if source.is_file() else archives.reason_to_skip(archive, archive.parent)
+        if reason:
+            print(f"skipped: {archive}: {reason}", flush=True)
+            continue
         unpacked = archives.unpack(archive, archive.parent)
         print(f"unpacked: {', '.join(map(str, unpacked))}")
     # The single folder of a single archive is the dataset; archives of a folder are one together.
     if source.is_file() and len(unpacked) == 1 and unpacked[0].is_dir():
         return unpacked[0]
     return folder
+
+
+def _archives_in(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields the archives under a folder, sorted, but for hidden folders."""
+    for parent, inner, names in os.walk(folder):
+        inner[:] = sorted(name for name in inner if not image_files.is_hidden(name))
+        for name in sorted(names):
+            if name.endswith(benchmarks.ARCHIVES) and not image_files.is_hidden(name):
+                yield pathlib.Path(parent, name)
 
 
 def _check_places(options: absl_flags.FlagValues) -> None:
@@ -55,8 +68,7 @@ def _check_places(options: absl_flags.FlagValues) -> None:
 
 
 def _source(options: absl_flags.FlagValues) -> Any:
-    remote = paths.is_remote(options.source)
-    source = epath.Path(options.source) if remote else pathlib.Path(options.source)
+    source = paths.to_path(options.source)
     if source.is_file() and not options.unpack:
         raise ValueError(f"--source={source} is a file: --unpack unpacks an archive beside it")
     if not source.exists():
@@ -64,9 +76,17 @@ def _source(options: absl_flags.FlagValues) -> Any:
     return source
 
 
+def _end(*_: Any) -> None:
+    """Has SIGTERM remove what is half written."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print("told to stop: what is half written is removed; the same command begins again")
+    sys.exit(resume.RUN_AGAIN)
+
+
 def main(_: Any) -> None:
     """Runs the command."""
     options = absl_flags.FLAGS
+    signal.signal(signal.SIGTERM, _end)
     with command.user_errors(), datasets.store_errors(options.source, options.index):
         names = [*benchmarks.BENCHMARKS, "folder"]
         if options.dataset not in names:
@@ -79,7 +99,8 @@ def main(_: Any) -> None:
             raise ValueError(f"{out} exists already: remove it, or give another --data_dir")
         folder = str(_unpack(source) if options.unpack else source)
         config = flags.config_from_flags().replace(data_dir=folder)
-        listing = datasets.list_images(config.data, folder)
+        with phases.told("listing the images"):
+            listing = datasets.list_images(config.data, folder)
         datasets.write_array_records(listing, out, config.data, config.runtime)
     classes = len({row.label for row in listing.rows})
     data_dir = out if options.dataset == "folder" else out.parent

@@ -61,12 +61,12 @@ def main(_: Any) -> None:
         root, query = pathlib.Path(options.images), pathlib.Path(options.query)
         if not query.exists():
             raise ValueError(f"--query={query}: no such file or folder")
-        trained = trained_network.load_from_flags()
+        trained = trained_network.load_from_flags(sys.stderr)
         paths = _query_paths(query)
         embeddings, readable = embedding_index.embed_files(paths, trained.embed)
         if not readable.any():
             raise ValueError(f"--query={query}: cannot be read as an image")
-        index = embedding_index.update(options.workdir, trained, options.images)
+        index = embedding_index.update(options.workdir, trained, options.images, sys.stderr)
         queries = [path for path, ok in zip(paths, readable, strict=True) if ok]
         k = min(options.k, len(index.files))
         rows, similarities = metrics.nearest(embeddings[readable], index.embeddings, k)

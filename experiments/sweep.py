@@ -12,6 +12,7 @@ the table of means and standard deviations (n - 1), on stdout, in sweep.md and i
 from collections.abc import Mapping, Sequence
 import itertools
 import json
+import os
 import pathlib
 import shlex
 import signal
@@ -67,10 +68,10 @@ def _plan(base: Mapping[str, Any], axes: Sequence[Axis], seeds: int) -> list[Con
 
 
 def _folder_name(swept: Mapping[str, Any]) -> str:
-    parts = [
-        f"{name}={urllib.parse.quote(options.to_text(swept[name]), safe=',+ ')}"
-        for name in sorted(swept)
-    ]
+    parts = []
+    for name in sorted(swept):
+        value = os.fsencode(options.to_text(swept[name]))
+        parts.append(f"{name}={urllib.parse.quote(value, safe=',+ ')}")
     return ",".join(parts) or "base"
 
 

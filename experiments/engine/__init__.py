@@ -17,6 +17,6 @@ trained_network embedding_index
 a checkpoint put to use: evaluate, embed, search, export
 many_runs comparison_table
 sweeps and comparisons
-augmentation measuring startup
-views by name; what the benchmarks share; what is settled before JAX starts
+augmentation measuring phases startup jax_settings
+views by name; what the benchmarks share; what takes long is told; what is settled before JAX starts
 """

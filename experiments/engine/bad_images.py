@@ -7,7 +7,7 @@ import sys
 import tqdm
 
 from experiments.engine.errors import RunError
-from rll_jax.data import images
+from rll_jax.data import files, images
 from rll_jax.data.image_dataset import EncodedImageDataset
 
 
@@ -50,7 +50,10 @@ class BadImagesFile:
     def _add(self, line: str) -> None:
         if line not in self._lines:
             self._lines.add(line)
-            with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            with (
+                files.errors_of(self._path),
+                self._path.open("a", encoding="utf-8", errors="backslashreplace") as file,
+            ):
                 file.write(line + "\n")
 
 
@@ -64,4 +67,4 @@ def _reason(data: EncodedImageDataset, row: int) -> str:
 
 def whole_lines(path: pathlib.Path) -> list[str]:
     """Returns the complete lines of a file. A kill may have cut off the last one."""
-    return path.read_text().split("\n")[:-1] if path.exists() else []
+    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pathlib
+import shutil
 from typing import NamedTuple
 
 import jax
@@ -62,6 +63,7 @@ def check_run(config: Config) -> CheckedRun:
     config.batches.check_devices(runner.num_devices, config.devices.embed_chunk)
     _check_memory(config, runner.num_devices)
     _check_frozen_views(config)
+    _check_shared_memory(config)
     # A run that is resumed has its own weights.
     resumed = any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
     starting_weights = None if resumed else pretrained.read_starting_weights(config)
@@ -121,6 +123,22 @@ def _check_frozen_views(config: Config) -> None:
         )
 
 
+def _check_shared_memory(config: Config) -> None:
+    """Raises ValueError where the worker processes have no room to hand over a batch each."""
+    workers, shared = config.runtime.worker_processes, pathlib.Path("/dev/shm")
+    if not workers or not shared.is_dir():
+        return
+    images = max(config.batches.batch_size // jax.process_count(), config.schedule.eval_batch_size)
+    need = workers * images * 3 * config.data.image_size**2
+    free = shutil.disk_usage(shared).free
+    if need > free:
+        raise ValueError(
+            f"--worker_processes={workers} hand over batches in {shared}: they need at least "
+            f"{need / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free; make it larger (docker "
+            "run --shm-size), take fewer, or --worker_processes=0"
+        )
+
+
 def _check_workdir(workdir: pathlib.Path, config: Config) -> Config:
     """Returns the options with which the run in the workdir begins or goes on.
 
@@ -129,6 +147,10 @@ def _check_workdir(workdir: pathlib.Path, config: Config) -> Config:
     """
     if paths.is_remote(config.runtime.workdir):
         raise ValueError(f"--workdir={config.runtime.workdir}: expected a local folder")
+    if config.runtime.profile_steps and not paths.is_utf8(workdir.absolute()):
+        raise ValueError(
+            f"--profile_steps: JAX needs a --workdir whose name is UTF-8, not {workdir}"
+        )
     saved = workdir / "flags.txt"
     if not saved.exists():
         if workdir.exists() and (not workdir.is_dir() or _has_files(workdir)):
@@ -137,7 +159,16 @@ def _check_workdir(workdir: pathlib.Path, config: Config) -> Config:
             )
         return config
     config, changed = config_lib.as_begun(config, saved)
-    if differing := config_lib.differences(config_lib.from_flagfile(saved), config):
+    before = config_lib.from_flagfile(saved)
+    differing = config_lib.differences(before, config)
+    if len(differing) == 1 and config.schedule.steps > before.schedule.steps:
+        raise ValueError(
+            f"--steps={config.schedule.steps}: --workdir={workdir} holds a run of "
+            f"{before.schedule.steps} steps, over which its learning rate falls by a cosine. More "
+            "steps can be given with --schedule=step alone. To train on from its weights, choose "
+            f"another --workdir and --init_from={workdir}"
+        )
+    if differing:
         raise ValueError(
             f"--workdir={workdir} holds another run ({'; '.join(differing)}): choose another "
             f"--workdir, and --init_from={workdir} to start from its weights; or go on with that "

@@ -154,7 +154,7 @@ def from_flagfile(path: pathlib.Path) -> Config:
       ValueError: the file is no such file; the message names the line.
     """
     values = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(options.read_flagfile(path), start=1):
         name, equals, text = line.removeprefix("--").partition("=")
         if name not in OPTIONS or not equals:
             raise ValueError(
@@ -195,6 +195,8 @@ def as_begun(config: Config, path: pathlib.Path) -> tuple[Config, dict[str, Any]
 def differences(before: Config, after: Config) -> list[str]:
     """Returns a text for each option that a resumed run may not change and that differs."""
     old, new = before.flat(), after.flat()
+    if after.schedule.steps > before.schedule.steps and not after.optimizer.needs_all_steps:
+        new["steps"] = old["steps"]
     return [
         f"--{name}={options.to_text(old[name])} there, {options.to_text(new[name])} here"
         for name, known in OPTIONS.items()

@@ -1,5 +1,6 @@
 """The datasets of the commands: their options, the table of their names, and opening them."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
@@ -10,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 from etils import epath
 import numpy as np
 
+from experiments.engine import phases
 from experiments.engine.augmentation import VIEWS
 from experiments.engine.options import Section, option
 from experiments.engine.runtime import RuntimeOptions
@@ -19,6 +21,7 @@ from rll_jax.data import (
     benchmarks,
     folders,
     image_dataset,
+    image_files,
     images,
     listings,
     paths,
@@ -248,7 +251,7 @@ def open_datasets(data: DataOptions, runtime: RuntimeOptions) -> Splits:
       ValueError: the dataset is absent or broken, or has bad images (unless --on_bad_image=skip);
         or an object store cannot be reached, or this dataset cannot be read from one.
     """
-    with store_errors(runtime.data_dir, data.index):
+    with store_errors(runtime.data_dir, data.index), phases.told("opening the dataset"):
         return data.entry.open(data, runtime)
 
 
@@ -297,7 +300,7 @@ def _refuse_remote(data: DataOptions, runtime: RuntimeOptions) -> None:
 
 def array_records_folder(data_dir: str | pathlib.Path, dataset: str) -> epath.Path:
     """Returns the folder in `data_dir` that holds a dataset's ArrayRecord files."""
-    return epath.Path(data_dir) / f"prepared_{dataset}"
+    return paths.to_path(data_dir) / f"prepared_{dataset}"
 
 
 def list_images(data: DataOptions, data_dir: str) -> listings.Listing:
@@ -312,11 +315,18 @@ def list_images(data: DataOptions, data_dir: str) -> listings.Listing:
                 data.index, *how, test_classes=data.test_classes, root=data_dir
             )
         else:
-            rows = folders.class_folders(data_dir, *how, test_classes=data.test_classes)
-        return listings.Listing(epath.Path(data_dir), rows)
+            rows = folders.class_folders(
+                data_dir, *how, test_classes=data.test_classes, on_left_out=_print_left_out
+            )
+        return listings.Listing(paths.to_path(data_dir), rows)
     listing = benchmarks.read_listing(data.dataset, data_dir)
     _print_differences(data.dataset, listing.rows)
     return listing
+
+
+def _print_left_out(left_out: Counter[str]) -> None:
+    if text := image_files.describe(left_out):
+        print(text, flush=True)
 
 
 def _print_differences(dataset: str, rows: list[listings.Row]) -> None:
@@ -348,7 +358,8 @@ def write_array_records(
     Raises:
       ValueError: images are missing (unless --on_bad_image=skip), or the files cannot be written.
     """
-    splits = image_dataset.from_rows(*listing)
+    with phases.told("looking at the files of the images"):
+        splits = image_dataset.from_rows(*listing)
     bad = {split: image_dataset.find_bad(part, full=False) for split, part in splits.items()}
     refuse_bad(bad, splits, data, runtime)
     try:
@@ -396,8 +407,15 @@ def refuse_bad(
         )
 
 
-def open_usable(data: DataOptions, runtime: RuntimeOptions) -> tuple[Splits, list[str]]:
+def open_usable(
+    data: DataOptions, runtime: RuntimeOptions, *, all_classes: bool = False
+) -> tuple[Splits, list[str]]:
     """Opens the datasets without their bad images.
+
+    Args:
+      data: the run's data options.
+      runtime: the run's runtime options.
+      all_classes: have all classes in "test", and none in "train".
 
     Returns:
       {"train": ..., "test": ...}, and a line for each skipped image.
@@ -406,7 +424,9 @@ def open_usable(data: DataOptions, runtime: RuntimeOptions) -> tuple[Splits, lis
       ValueError: as `open_datasets` and `refuse_bad`.
     """
     splits = open_datasets(data, runtime)
-    if data.validation_share:
+    if all_classes:
+        splits = image_dataset.all_as_test(splits)
+    elif data.validation_share:
         train = splits["train"]
         splits = image_dataset.hold_out(train, data.validation_share, data.split_seed)
     full = runtime.verify_images == "full"

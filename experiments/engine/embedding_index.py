@@ -9,18 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 import hashlib
 import os
 import pathlib
-import stat
 import sys
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, TextIO
 import uuid
 import zipfile
 
 import numpy as np
 import tqdm
 
-from experiments.engine import build
+from experiments.engine import build, phases
 from experiments.engine.trained_network import TrainedNetwork
-from rll_jax.data import files, folders, images
+from rll_jax.data import files, image_files, images
 from rll_jax.networks import embedding_net
 
 _PART = 512  # images
@@ -61,14 +60,23 @@ class _ImageFiles:
             raise images.BadImageError(f"cannot read the image {str(path)!r}: {error}") from error
 
 
-def update(workdir: str, trained: TrainedNetwork, folder: str) -> Index:
+def update(
+    workdir: str, trained: TrainedNetwork, folder: str, stream: TextIO | None = None
+) -> Index:
     """Returns the index of a folder's images, which is kept in `workdir`/index.
+
+    Args:
+      workdir: the folder of the run.
+      trained: the network.
+      folder: the folder of images.
+      stream: where to say that it takes long, see `phases.told`.
 
     Raises:
       ValueError: no such folder, no images in it, or none that can be read.
     """
     root = pathlib.Path(folder)
-    stamps = _scan(root)
+    with phases.told(f"listing the images of {root}", stream):
+        stamps: Stamps = {name: _stamp(root / name) for name in image_names(root)}
     directory = _index_folder(pathlib.Path(workdir), trained, root)
     known: dict[str, np.ndarray] = {}
     for path in directory.glob("*.npz"):
@@ -160,47 +168,34 @@ def embed_files(
 
 
 def image_names(folder: pathlib.Path) -> list[str]:
-    """Returns the names of the images under a folder; raises as `update`."""
-    return list(_scan(folder))
+    """Returns the names of the images under a folder, as `image_files.find`.
 
+    What is left out is told on stderr.
 
-def _scan(root: pathlib.Path) -> Stamps:
-    """Returns the images under a folder, sorted by name. Links are followed, each once."""
-    if not root.is_dir():
-        raise ValueError(f"{root}: no such folder")
-    stamps: Stamps = {}
-    visited: set[str] = set()
-    for directory, inner, names in os.walk(root, followlinks=True, onerror=_raise):
-        real = os.path.realpath(directory)
-        if real in visited:
-            inner.clear()
-            continue
-        visited.add(real)
-        for name in names:
-            path = pathlib.Path(directory, name)
-            if name.lower().endswith(folders.SUFFIXES) and (stamp := _stamp(path)):
-                stamps[path.relative_to(root).as_posix()] = stamp
-    if not stamps:
+    Raises:
+      ValueError: no such folder, or no images in it.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    found = image_files.find(folder)
+    left_out = image_files.describe(found.left_out)
+    if not found.names:
         raise ValueError(
-            f"{root}: no images in it (looked for {', '.join(folders.SUFFIXES)}, in its folders "
-            "too)"
+            f"{folder}: no images in it, or in the folders below"
+            + (f" ({left_out})" if left_out else "")
         )
-    return dict(sorted(stamps.items()))
+    if left_out:
+        print(f"{folder}: {left_out}", file=sys.stderr)
+    return found.names
 
 
-def _stamp(path: pathlib.Path) -> tuple[int, int] | None:
-    """Returns a file's size and time; (0, 0) for a broken link; None for what is no file."""
+def _stamp(path: pathlib.Path) -> tuple[int, int]:
+    """Returns a file's size and time; (0, 0) for a broken link."""
     try:
         information = path.stat()
     except OSError:
         return 0, 0
-    if not stat.S_ISREG(information.st_mode):
-        return None
     return information.st_size, information.st_mtime_ns
-
-
-def _raise(error: OSError) -> NoReturn:
-    raise error
 
 
 def print_unreadable(names: Sequence[str]) -> int:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.engine import scoring
+from experiments.engine import phases, processes, scoring
 from experiments.engine.bad_images import BadImagesFile
 from experiments.engine.checks import CheckedRun
 from experiments.engine.errors import RunError
@@ -81,6 +81,7 @@ class Evaluator:
             batch_size=checked.config.schedule.eval_batch_size,
             threads=checked.config.runtime.threads,
             processes=checked.config.runtime.worker_processes,
+            progress="embedding the test images" if processes.is_first() else "",
         )
 
     def _embed_batch(self, *arguments: Any) -> dict[str, jax.Array]:
@@ -132,5 +133,6 @@ class Evaluator:
         )
         embeddings = np.asarray(embedding_net.concatenate_levels(levels))
         rows = embedding.queries_and_gallery(embeddings, data)
-        scores = metrics.retrieval_metrics(*rows, ks=self._checked.config.data.entry.ks)
+        with phases.told("computing the scores"):
+            scores = metrics.retrieval_metrics(*rows, ks=self._checked.config.data.entry.ks)
         return Evaluated(data, levels, scores)

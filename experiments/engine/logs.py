@@ -39,7 +39,7 @@ class MetricsLog:
             import tensorboardX  # a second to import
 
             self._board = tensorboardX.SummaryWriter(
-                str(workdir / "tensorboard"), purge_step=start + 1
+                str((workdir / "tensorboard").absolute()), purge_step=start + 1
             )
 
     def has_scores(self, step: int) -> bool:
@@ -63,11 +63,13 @@ class MetricsLog:
         if self._file is None or (step, "recall@1" in values) in self._written:
             return
         if not self._board_is_alive():
-            raise OSError("TensorBoard's events cannot be written: is the disk full?")
+            folder = self._board.logdir
+            raise OSError(f"TensorBoard's events cannot be written: is the disk full? ({folder})")
         numbers = {name: value for name, value in values.items() if np.ndim(value) == 0}
         finite = {name: value for name, value in numbers.items() if np.isfinite(value)}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
+        with files.errors_of(self._file.name):
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")
+            self._file.flush()
         for name, value in {**numbers, **(board_only or {})}.items():
             # TensorBoard's names have no @.
             self._board.add_scalar(name.replace("@", "_at_"), value, step)
@@ -92,6 +94,7 @@ class MetricsLog:
     def write_text(self, name: str, text: str) -> None:
         """Writes a text for TensorBoard."""
         if self._board is not None:
+            text = text.encode(errors="backslashreplace").decode()
             self._board.add_text(name, f"```\n{text}\n```", 0)
 
     def __enter__(self) -> "MetricsLog":

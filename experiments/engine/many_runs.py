@@ -92,13 +92,13 @@ def claim_folder(
     folder.mkdir(parents=True, exist_ok=True)
     with files.atomic_write(path) as temporary:
         lines = (f"--{name}={value}\n" for name, value in [*texts.items(), *changeable])
-        temporary.write_text("".join(lines))
+        options.write_flagfile(temporary, "".join(lines))
 
 
 def _differences(path: pathlib.Path, now: Mapping[str, str]) -> list[str]:
     before: dict[str, str] = {}
     swept: set[str] = set()
-    for line in path.read_text().splitlines():
+    for line in options.read_flagfile(path):
         name, _, value = line.removeprefix("--").partition("=")
         before[name] = value
         if name == "sweep":

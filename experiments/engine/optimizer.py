@@ -75,6 +75,11 @@ class OptimizerOptions(Section):
         0.5, "With --schedule=step: the factor of the learning rate at --decay_at.", low=0
     )
 
+    @property
+    def needs_all_steps(self) -> bool:
+        """Whether the learning rate of a step depends on the number of steps of the run."""
+        return self.schedule == "cosine"
+
 
 def learning_rate(options: OptimizerOptions, num_steps: int) -> optax.Schedule:
     """Returns the learning rate as a function of the step, from 0."""

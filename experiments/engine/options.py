@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 import dataclasses
+import pathlib
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 
@@ -58,6 +59,8 @@ class Section:
 
 
 def _check(field: dataclasses.Field[Any], value: Any) -> None:
+    if isinstance(value, str) and ("\n" in value or "\r" in value):
+        raise ValueError(f"--{field.name}={value!r}: has a line break, which no flagfile can hold")
     choices, low, high = (field.metadata[name] for name in ("choices", "low", "high"))
     if choices and value not in choices:
         raise ValueError(f"--{field.name}={value}: expected one of {', '.join(choices)}")
@@ -102,6 +105,17 @@ def from_text(name: str, kind: Any, text: str) -> Any:
         return tuple(item(part) for part in parts)
     except ValueError:
         raise expected from None
+
+
+def write_flagfile(path: pathlib.Path, text: str) -> None:
+    """Writes the text of a flagfile. The names of files in it may hold any bytes."""
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def read_flagfile(path: pathlib.Path) -> list[str]:
+    """Returns the lines of what `write_flagfile` wrote."""
+    text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 def _boolean(name: str, text: str) -> bool:

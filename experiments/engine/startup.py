@@ -10,6 +10,7 @@ import pathlib
 import re
 import sys
 
+from experiments.engine import jax_settings
 from rll_jax import _jaxlib_fault
 
 _HUGE_PAGES = "glibc.malloc.hugetlb"
@@ -17,17 +18,22 @@ _KERNELS_CHOICE = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def settle() -> None:
-    """Turns XLA's YNNPACK fusions off, and starts a command again with huge pages.
+    """Turns XLA's YNNPACK fusions off, and has a command take huge pages and sound settings of JAX.
 
     What the user has set in XLA_FLAGS or GLIBC_TUNABLES stays. A process is started again only as
     `python -m experiments.NAME`, before anything is done, and keeps its number.
     """
+    given = os.environ.get("XLA_FLAGS", "").replace(_jaxlib_fault.FLAG, "").strip()
     os.environ["XLA_FLAGS"] = xla_flags(os.environ, jaxlib_version())
-    if _is_command(sys.argv[0], sys.orig_argv) and _takes_huge_pages():
+    if not _is_command(sys.argv[0], sys.orig_argv):
+        return
+    if _takes_huge_pages():
         tunables = with_huge_pages(os.environ)
         if tunables is not None:
             environment = {**os.environ, "GLIBC_TUNABLES": tunables}
             os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    if not _is_measurement(sys.orig_argv):
+        jax_settings.check(given)
 
 
 def _is_command(program: str, arguments: Sequence[str]) -> bool:
@@ -36,6 +42,11 @@ def _is_command(program: str, arguments: Sequence[str]) -> bool:
         return False
     name = arguments[arguments.index("-m") + 1]
     return name.startswith("experiments.")
+
+
+def _is_measurement(arguments: Sequence[str]) -> bool:
+    """Whether the process may be one that measures another library, and must not hold JAX."""
+    return "experiments.engine.measuring" in arguments
 
 
 def xla_flags(environment: Mapping[str, str], jaxlib: tuple[int, ...]) -> str:

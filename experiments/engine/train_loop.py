@@ -19,6 +19,7 @@ from experiments.engine import (
     logs,
     network_inputs,
     optimizer,
+    phases,
     processes,
     resume,
     run_parts,
@@ -104,7 +105,10 @@ class TrainingRun:
             folder / "bad_images.txt", config.runtime.max_bad_images, skipped
         )
         workdir.cache_compiled_programs(checked)
-        restored = resume.restore(folder, checked.runner, run_parts.fresh_state(checked))
+        with phases.told("making the network"):
+            fresh = run_parts.fresh_state(checked)
+        with phases.told("reading the last checkpoint"):
+            restored = resume.restore(folder, checked.runner, fresh)
         self._start = restored.step
         if self._start:
             self._say(f"resuming {folder} at step {self._start} of {config.schedule.steps}")
@@ -158,6 +162,7 @@ class TrainingRun:
                 self._take_step(step, batch)
                 evaluated = self._after_step(step)
             if evaluated is None:  # the run had ended before: the report needs embeddings
+                self._say("this run has ended: evaluating it again for the report")
                 evaluated = self._evaluate_or_stop(schedule.steps)
         return evaluated
 

@@ -3,14 +3,14 @@
 from collections.abc import Callable
 import functools
 import pathlib
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TextIO
 
 from absl import flags
 import jax
 import numpy as np
 import optax
 
-from experiments.engine import build, network
+from experiments.engine import build, network, phases
 from experiments.engine import config as config_lib
 from experiments.engine.config import Config
 from experiments.engine.errors import first_line
@@ -22,7 +22,11 @@ class Embed(Protocol):
     """Embeds a dataset by a trained network, see `rll_jax.training.embedding.embed_images`."""
 
     def __call__(
-        self, data: typing.ImageDataset, *, on_bad: Callable[[int], None] | None = None
+        self,
+        data: typing.ImageDataset,
+        *,
+        on_bad: Callable[[int], None] | None = None,
+        progress: str = "",
     ) -> dict[str, np.ndarray]:
         """Returns {level: (N, D) float32}."""
         ...
@@ -51,10 +55,15 @@ def define_flags() -> None:
     flags.DEFINE_bool("best", False, "Take the best checkpoint, by the run's own --best.")
 
 
-def load_from_flags() -> TrainedNetwork:
-    """Loads the network that the flags of `define_flags` name; raises as `load`."""
+def load_from_flags(stream: TextIO | None = None) -> TrainedNetwork:
+    """Loads the network that the flags of `define_flags` name; raises as `load`.
+
+    Args:
+      stream: where to say that it takes long, see `phases.told`.
+    """
     options = flags.FLAGS
-    return load(options.workdir, options.step, options.best)
+    with phases.told("reading the network", stream):
+        return load(options.workdir, options.step, options.best)
 
 
 def load(workdir: str, step: int | None = None, best: bool = False) -> TrainedNetwork:

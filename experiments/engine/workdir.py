@@ -7,10 +7,10 @@ import jax
 from jax.experimental import multihost_utils
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments.engine import checks, environment, processes
+from experiments.engine import checks, environment, options, processes
 from experiments.engine.checks import CheckedRun
 from experiments.engine.errors import RunError
-from rll_jax.data import files
+from rll_jax.data import files, paths
 
 
 def claim(stack: contextlib.ExitStack, checked: CheckedRun) -> None:
@@ -37,15 +37,16 @@ def claim(stack: contextlib.ExitStack, checked: CheckedRun) -> None:
         }
         for name, text in texts.items():
             with files.atomic_write(workdir / name) as temporary:
-                temporary.write_text(text)
+                options.write_flagfile(temporary, text)
     multihost_utils.sync_global_devices("workdir")
 
 
 def cache_compiled_programs(checked: CheckedRun) -> None:
     """Keeps compiled programs in the workdir, unless the environment says where."""
     chosen = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009 (not in its stubs)
-    if checked.config.runtime.compilation_cache and not chosen:
-        folder = (checked.workdir / "compiled").absolute()
+    folder = (checked.workdir / "compiled").absolute()
+    # JAX keeps the name in a text of UTF-8.
+    if checked.config.runtime.compilation_cache and not chosen and paths.is_utf8(folder):
         jax.config.update("jax_compilation_cache_dir", str(folder))
         # The first compilation of a process decides whether there is a cache.
         compilation_cache.reset_cache()

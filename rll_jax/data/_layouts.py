@@ -77,7 +77,7 @@ class FolderTree:
 
     def is_named(self, folder: epath.Path, words: Sequence[str]) -> bool:
         """Whether one of the words is in the name of a folder, or of those above it near `top`."""
-        top = self.top if paths.is_remote(self.top) else epath.Path(os.path.abspath(self.top))
+        top = self.top if paths.is_remote(self.top) else paths.to_path(os.path.abspath(self.top))
         names = "/".join([*top.parts[-2:], self.relative(folder)]).lower()
         return any(word in names for word in words)
 

@@ -6,13 +6,12 @@ import os
 import pathlib
 import stat
 import tarfile
-import tempfile
 from typing import TypeVar
 import zipfile
 
 import tqdm
 
-from rll_jax.data import paths
+from rll_jax.data import files, paths
 
 _Member = TypeVar("_Member", zipfile.ZipInfo, tarfile.TarInfo)
 _DAMAGED = (
@@ -48,6 +47,36 @@ def unpack(archive: paths.AnyPath, target: paths.AnyPath) -> list[pathlib.Path]:
     except OSError as error:  # errors of gzip and zlib are OSErrors too
         raise ValueError(f"{archive}: cannot be unpacked into {target}: {error}") from error
     raise ValueError(f"{archive}: expected a .zip or .tar archive")
+
+
+def reason_to_skip(archive: paths.AnyPath, target: paths.AnyPath) -> str:
+    """Returns why an archive is left as it is: it is encrypted, or unpacked in `target` already.
+
+    Returns "" where neither is so, or where `unpack` has something to say.
+    """
+    archive, target = pathlib.Path(archive), pathlib.Path(target)
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as file:
+                members = file.infolist()
+                names = [member.filename for member in members]
+            if any(member.flag_bits & 1 for member in members):
+                return "it is encrypted"
+        else:
+            with tarfile.open(archive) as file:
+                first = file.next()
+                if first is None or not _tops_exist(archive, [first.name], target):
+                    return ""
+                names = file.getnames()  # reads the whole archive where it is compressed
+        if _tops_exist(archive, names, target):
+            return f"{', '.join(_top_names(archive, names)[:3])} is there already"
+    except (*_DAMAGED, ValueError, OSError):
+        pass
+    return ""
+
+
+def _tops_exist(archive: pathlib.Path, names: Iterable[str], target: pathlib.Path) -> bool:
+    return all(os.path.lexists(target / top) for top in _top_names(archive, names))
 
 
 def _unpack_zip(archive: pathlib.Path, target: pathlib.Path) -> list[pathlib.Path]:
@@ -105,9 +134,9 @@ def _moved_into(
         )
     target.mkdir(parents=True, exist_ok=True)
     # Not `files.atomic_folder`: an archive may have several tops, and `target` exists already.
-    with tempfile.TemporaryDirectory(dir=target, prefix=".unpacking.") as name:
-        folder = pathlib.Path(name)
-        yield folder
+    with files.temporary_folder(target, ".unpacking.") as folder:
+        with files.errors_of(target):
+            yield folder
         for top in tops:
             (folder / top).rename(target / top)
 

@@ -1,6 +1,6 @@
 """Datasets in ArrayRecord files, in tensorflow-datasets' format, used without TensorFlow."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 import io
 import json
@@ -48,11 +48,12 @@ def write_dataset(root: paths.AnyPath, rows: list[listings.Row], directory: path
 
     Raises:
       OSError: the folder cannot be written.
-      ValueError: a folder that was already there is not such a dataset.
+      ValueError: a folder that was already there is not such a dataset, or the name is not UTF-8.
     """
     import tensorflow_datasets as tfds  # takes seconds
 
-    root = epath.Path(root)
+    paths.check_utf8(directory)
+    root = paths.to_path(root)
     features = tfds.features.FeaturesDict(
         {
             "image": tfds.features.Image(),
@@ -91,12 +92,13 @@ def open_dataset(
       {"train": ..., "test": ...}; query and gallery images are both in "test".
 
     Raises:
-      ValueError: the folder has no such dataset, or a damaged one.
+      ValueError: the folder has no such dataset, or a damaged one, or its name is not UTF-8.
     """
     import tensorflow_datasets as tfds  # takes seconds
 
+    paths.check_utf8(directory)
     try:
-        builder = tfds.builder_from_directory(str(directory))
+        builder = tfds.builder_from_directory(os.path.abspath(directory))
         return split_dataset(*_read_splits(builder, "image", "label", keep_index))
     except Exception as error:  # tfds raises errors of all kinds on damaged datasets
         raise ValueError(
@@ -218,9 +220,10 @@ class _ShardWriter:
 
     def write(self, record: bytes) -> None:
         """Writes a record, into a new shard where the last one is large enough."""
-        if self._writer is None or self._shard_bytes > _SHARD_BYTES:
-            self._writer = self._begin_shard()
-        self._writer.write(record)
+        with self._as_os_error():
+            if self._writer is None or self._shard_bytes > _SHARD_BYTES:
+                self._writer = self._begin_shard()
+            self._writer.write(record)
         self.lengths[-1] += 1
         self._shard_bytes += len(record)
         self.num_bytes += len(record)
@@ -228,11 +231,20 @@ class _ShardWriter:
     def close(self) -> None:
         """Ends the last shard and gives all shards their names, which tell their number."""
         if self._writer is not None:
-            self._writer.close()
+            with self._as_os_error():
+                self._writer.close()
         total = len(self.lengths)
         for shard in range(total):
             name = f"{_NAME}-{self._split}.array_record-{shard:05d}-of-{total:05d}"
             self._temporary_path(shard).rename(self._directory / name)
+
+    @contextlib.contextmanager
+    def _as_os_error(self) -> Iterator[None]:
+        """Turns what array_record raises, such as on a full disk, into OSError."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise OSError(f"cannot write into {self._directory}: {_first_line(error)}") from error
 
     def _begin_shard(self) -> Any:
         from array_record.python import (
@@ -307,7 +319,7 @@ def _read_index(
     Otherwise all records are read and, where `keep`, the index file is written.
     """
     name = f"rll_jax_index.{split}.{image_key}.{label_key}.npz"
-    file = epath.Path(builder.data_dir) / name
+    file = paths.to_path(builder.data_dir) / name
     with (
         contextlib.suppress(Exception),  # the file may be missing, or damaged in any way
         np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as saved,
@@ -329,7 +341,9 @@ def _index_records(
 ) -> dict[str, np.ndarray]:
     """Reads all records; an image that has no path in its record gets the path SPLIT/NUMBER."""
     labels, image_paths, sizes, super_labels = [], [], [], []
-    for number, record in enumerate(source):
+    # Shown where it takes more than two seconds.
+    records = tqdm.tqdm(source, f"indexing {split}", unit="image", mininterval=1, delay=2)
+    for number, record in enumerate(records):
         path = record.get("path")
         image_paths.append(os.fsdecode(path) if isinstance(path, bytes) else f"{split}/{number}")
         super_label_key = next((key for key in _SUPER_LABEL_KEYS if key in record), None)

@@ -112,7 +112,7 @@ def read_listing(name: str, directory: paths.AnyPath) -> Listing:
       ValueError: files are missing (where they were looked for, and what to download), none of the
         images is there, or metadata are broken (file and line).
     """
-    tree = FolderTree(epath.Path(directory))
+    tree = FolderTree(paths.to_path(directory))
     best: tuple[_Metadata, FoundImages] | None = None
     broken: list[tuple[_Metadata, ValueError]] = []
     for metadata in _find_metadata(name, tree):

@@ -90,11 +90,13 @@ def on_disk(
       interpolation: how images are shrunk, see `images.shrink`.
 
     Raises:
-      ValueError: the images would take more than is free in the folder (how much).
+      ValueError: the images would take more than is free in the folder (how much), or its name is
+        not UTF-8.
       OSError: the file cannot be written.
     """
     from array_record.python import array_record_data_source
 
+    paths.check_utf8(directory)
     how = "" if interpolation == "bilinear" else f"_{interpolation}"
     path = pathlib.Path(directory, f"cache_{name}_{short_side}{how}_{digest(data)}.arrayrecord")
     if not path.exists():

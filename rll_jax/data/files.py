@@ -5,6 +5,9 @@ import contextlib
 import fcntl
 import os
 import pathlib
+import re
+import shutil
+import sys
 import tempfile
 from typing import BinaryIO
 import uuid
@@ -19,10 +22,22 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        yield temporary
+        with errors_of(path):
+            yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def errors_of(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Names the path in an OSError that names none, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), os.fspath(path)) from error
 
 
 @contextlib.contextmanager
@@ -33,17 +48,72 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as name:
-        temporary = pathlib.Path(name)
-        yield temporary
+    with temporary_folder(path.parent, f".{path.name}.") as temporary:
+        with errors_of(path):
+            yield temporary
         temporary.chmod(0o755)  # a temporary folder is its owner's alone
         try:
             temporary.rename(path)
         except OSError:
             if not path.is_dir():
                 raise
-        else:
-            temporary.mkdir()  # for the clean-up to find
+
+
+@contextlib.contextmanager
+def temporary_folder(directory: pathlib.Path, prefix: str) -> Iterator[pathlib.Path]:
+    """Yields a new folder of a hidden name, which is removed when the block ends.
+
+    Folders of that kind that a killed process has left are removed before, and told of on stderr.
+    The folder is locked while it is used, so that none in use is removed.
+
+    Args:
+      directory: where the folder is made.
+      prefix: the beginning of its name.
+    """
+    for leftover in _leftovers(directory, prefix):
+        print(f"removing {leftover}, which an interrupted process left", file=sys.stderr)
+        shutil.rmtree(leftover, ignore_errors=True)
+    folder = pathlib.Path(tempfile.mkdtemp(dir=directory, prefix=prefix))
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(descriptor, wait=False)
+        yield folder
+    finally:
+        os.close(descriptor)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _leftovers(directory: pathlib.Path, prefix: str) -> list[pathlib.Path]:
+    """Returns the folders that `temporary_folder` made and that no process holds."""
+    found = []
+    for path in directory.iterdir():
+        is_made_here = re.fullmatch(r"[a-z0-9_]{8}", path.name.removeprefix(prefix))
+        if not path.name.startswith(prefix) or not is_made_here or not path.is_dir():
+            continue
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            if _lock(descriptor, wait=False):
+                found.append(path)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(descriptor)
+    return sorted(found)
+
+
+def _lock(descriptor: int, *, wait: bool) -> bool:
+    """Locks an open file or folder; returns whether its file system has locks.
+
+    Raises:
+      BlockingIOError: another process holds the lock.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -58,10 +128,5 @@ def exclusive_lock(path: str | os.PathLike[str], *, wait: bool) -> Iterator[Bina
       wait: wait for the other process; otherwise BlockingIOError is raised.
     """
     with pathlib.Path(path).open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise
-        except OSError:
-            pass
+        _lock(file.fileno(), wait=wait)
         yield file

@@ -1,15 +1,15 @@
 """Datasets of one's own: a folder for each class, or a table of paths and classes."""
 
-from concurrent import futures
+from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple
 
 from etils import epath
 import numpy as np
 
-from rll_jax.data import _tables, paths
+from rll_jax.data import _tables, image_files, paths
 from rll_jax.data.listings import TEST, TRAIN, Row
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TEST_CLASSES = DRAWN, SECOND_HALF = ("drawn", "second_half")
 _SPLIT_LIKE = ("train", "test", "val", "valid", "validation")  # no names of classes
 
@@ -28,12 +28,13 @@ def class_folders(
     seed: int = 0,
     *,
     test_classes: str = DRAWN,
+    on_left_out: Callable[[Counter[str]], None] | None = None,
 ) -> list[Row]:
     """Lists the images of a folder that has one folder for each class.
 
-    The folder may also have train/ and test/, each with one folder for each class. Classes are
-    numbered in the order of their names. Class folders without images are left out, and so are
-    files and folders whose name starts with a dot.
+    The folder may also have train/ and test/, or test/ alone, with one folder for each class.
+    Classes are numbered in the order of their names. Class folders without images are left out.
+    What is an image, and what is left out besides, is as in `image_files.find`.
 
     Args:
       directory: the folder, local or in an object store.
@@ -41,17 +42,22 @@ def class_folders(
       seed: draws these classes.
       test_classes: "drawn", or "second_half": the first half of the classes, in the order of their
         names, trains, and the others are test. `test_share` and `seed` are then not used.
+      on_left_out: called once with {reason: the number of files and folders left out for it}.
 
     Raises:
       ValueError: the folder does not exist, has fewer than two classes with images, has folders
         named like splits other than train and test, or has a class in both train/ and test/; or it
         has train/ and test/ where `test_classes` is "second_half".
+      OSError: a folder cannot be read.
     """
-    directory = epath.Path(directory)
+    directory = paths.to_path(directory)
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such folder")
     has_splits = _has_split_folders(directory)
-    classes = _find_classes(directory, [TRAIN, TEST] if has_splits else [""])
+    found = image_files.find(directory)
+    classes = _group_by_class(found, [TRAIN, TEST] if has_splits else [""])
+    if on_left_out is not None:
+        on_left_out(found.left_out)
     if len(classes) < 2:
         raise ValueError(
             f"{directory}: expected a folder of images for each class (or train/ and test/ with "
@@ -128,7 +134,7 @@ def read_index(
         together, the file does not exist, or it is neither a .csv nor a .parquet; or it has splits
         where `test_classes` is "second_half".
     """
-    file = epath.Path(file)
+    file = paths.to_path(file)
     entries = _tables.read_entries(file, root)
     if not entries:
         raise ValueError(f"{file}: lists no image")
@@ -157,13 +163,13 @@ def _refuse_halves(test_classes: str, why: str) -> None:
 
 
 def _has_split_folders(directory: epath.Path) -> bool:
-    """Whether the folder holds train/ and test/, and not the folders of classes.
+    """Whether the folder holds train/ and test/, or test/ alone, and not the folders of classes.
 
     Raises:
       ValueError: it holds other names of splits, or names of splits and others.
     """
     names = {folder.name for folder in _subfolders(directory)}
-    if names == {TRAIN, TEST}:
+    if names in ({TRAIN, TEST}, {TEST}):  # a dataset to evaluate may have test/ alone
         return True
     if splits := sorted(name for name in names if name.lower() in _SPLIT_LIKE):
         others = " and others" if set(splits) != names else ""
@@ -174,17 +180,24 @@ def _has_split_folders(directory: epath.Path) -> bool:
     return False
 
 
-def _find_classes(directory: epath.Path, splits: list[str]) -> list[_ClassFolder]:
-    """Returns the class folders with images, sorted by path; "" is the split of `directory`."""
-    folders = [(split, sub) for split in splits for sub in _subfolders(directory / split)]
-    with futures.ThreadPoolExecutor(16) as pool:  # each asks the file system at least once
-        images = list(pool.map(_image_names, [folder for _, folder in folders]))
-    classes = [
-        _ClassFolder(f"{split}/{folder.name}" if split else folder.name, split, names)
-        for (split, folder), names in zip(folders, images, strict=True)
-        if names
-    ]
-    return sorted(classes, key=lambda folder: folder.path)
+def _group_by_class(found: image_files.ImageFiles, splits: list[str]) -> list[_ClassFolder]:
+    """Returns the class folders with images, sorted by path; "" is the split of the root.
+
+    Images in no class folder are counted in `found.left_out`.
+    """
+    classes: dict[tuple[str, str], list[str]] = {}
+    for path in found.names:
+        split = path.partition("/")[0] if splits != [""] else ""
+        folder, _, image = path.removeprefix(f"{split}/" if split else "").partition("/")
+        if image and split in splits:
+            classes.setdefault((split, folder), []).append(image)
+        else:
+            found.left_out["images in no class's folder"] += 1
+    folders = (
+        _ClassFolder(f"{split}/{folder}" if split else folder, split, sorted(images))
+        for (split, folder), images in classes.items()
+    )
+    return sorted(folders, key=lambda folder: folder.path)
 
 
 def _check_class_names(directory: epath.Path, classes: list[_ClassFolder]) -> None:
@@ -200,34 +213,14 @@ def _check_class_names(directory: epath.Path, classes: list[_ClassFolder]) -> No
 
 
 def _subfolders(directory: epath.Path) -> list[epath.Path]:
-    """Returns the folders in a folder, sorted by name, without those that start with a dot."""
+    """Returns the folders in a folder, sorted by name, but those that are hidden."""
     folders = [
         path
         for path in directory.iterdir()
         # An object store may list the folder itself.
-        if path != directory and not path.name.startswith(".") and path.is_dir()
+        if path != directory and not image_files.is_hidden(path.name) and path.is_dir()
     ]
     return sorted(folders, key=lambda folder: folder.name)
-
-
-def _image_names(folder: epath.Path) -> list[str]:
-    """Returns the images in a class's folder and in the folders below: their paths from it."""
-    if paths.is_remote(folder):  # epath's `walk` fails there
-        import fsspec
-
-        system, top = fsspec.core.url_to_fs(str(folder))
-        names = [file.removeprefix(f"{top}/") for file in system.find(top)]
-    else:
-        names = [
-            (parent / name).relative_to(folder).as_posix()
-            for parent, _, files in epath.Path(folder).walk()
-            for name in files
-        ]
-    return sorted(
-        name
-        for name in names
-        if name.lower().endswith(SUFFIXES) and not name.split("/")[-1].startswith(".")
-    )
 
 
 def _numbered(names: set[str]) -> dict[str, int]:

@@ -207,6 +207,21 @@ def hold_out(train: EncodedImageDataset, share: float, seed: int) -> dict[str, E
     }
 
 
+def all_as_test(splits: dict[str, EncodedImageDataset]) -> dict[str, EncodedImageDataset]:
+    """Returns the splits of a dataset with all images in test, each searched among all others.
+
+    Args:
+      splits: {"train": ..., "test": ...} of one dataset, which read from the same source.
+    """
+    train, test = splits["train"], splits["test"]
+    columns = {}
+    for name in ("positions", "labels", "paths", "sizes", "changed", "super_labels"):
+        parts = getattr(train, name), getattr(test, name)
+        columns[name] = None if parts[0] is None else np.concatenate(parts)
+    whole = dataclasses.replace(train, **columns, in_gallery=None)
+    return {"train": whole.take([]), "test": whole}
+
+
 def from_rows(root: paths.AnyPath, rows: list[Row]) -> dict[str, EncodedImageDataset]:
     """Makes the datasets of listed image files.
 
@@ -217,7 +232,7 @@ def from_rows(root: paths.AnyPath, rows: list[Row]) -> dict[str, EncodedImageDat
     Returns:
       {"train": ..., "test": ...}; query and gallery rows are both in "test".
     """
-    root = epath.Path(root)
+    root = paths.to_path(root)
     with futures.ThreadPoolExecutor(16) as pool:  # each asks the file system once
         sizes_and_times = pool.map(lambda row: paths.file_size_and_time(root / row.path), rows)
         sizes, changed = np.array(list(sizes_and_times), np.int64).T

@@ -2,11 +2,14 @@
 
 import os
 import pathlib
+import re
 import stat
+from typing import cast
 
 from etils import epath
 
 AnyPath = str | os.PathLike[str]
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 def is_remote(path: AnyPath) -> bool:
@@ -14,7 +17,31 @@ def is_remote(path: AnyPath) -> bool:
 
     Only whole files are read from there, and nothing is renamed there.
     """
-    return "://" in str(path)
+    return bool(_ADDRESS.match(os.fspath(path)))
+
+
+def to_path(path: AnyPath) -> epath.Path:
+    """Returns a local path as pathlib's, and an address of an object store as epath's.
+
+    epath takes the letters of a local path as a pattern in `glob`, leaves out names that end in "~"
+    in `iterdir`, and takes the folder /gs for an object store. pathlib's has all methods of
+    epath's that are used here.
+    """
+    return epath.Path(path) if is_remote(path) else cast(epath.Path, pathlib.Path(path))
+
+
+def is_utf8(path: AnyPath) -> bool:
+    """Whether a path is UTF-8, as most but not all libraries need it."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in os.fspath(path))
+
+
+def check_utf8(path: AnyPath) -> None:
+    """Raises ValueError where a path is not UTF-8, which ArrayRecord files need."""
+    if not is_utf8(path):
+        raise ValueError(
+            f"{path}: ArrayRecord files need a folder whose name is UTF-8: rename it, or choose "
+            "another folder"
+        )
 
 
 def is_inside_root(path: str) -> bool:

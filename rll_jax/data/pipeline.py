@@ -13,6 +13,8 @@ Without `on_bad` they raise `images.BadImageError` instead.
 import collections
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
+import errno
+import os
 from typing import Any, Protocol, TypeVar
 
 import cv2
@@ -269,5 +271,12 @@ def _load_in_parallel(dataset: grain.MapDataset, threads: int, processes: int) -
     iterator = iter(batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=processes)))
     try:
         yield from iterator
+    except Exception as error:  # a worker's error comes as grain passes it on
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise OSError(
+            "/dev/shm is full: no room for the batches of the worker processes; make it larger, "
+            "take fewer of them, or threads alone"
+        ) from error
     finally:
         iterator.close()  # ends the processes and frees their shared memory

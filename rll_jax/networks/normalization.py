@@ -86,6 +86,11 @@ def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def _beside(values: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns (C,) values with the rank of `x`: users may forbid that ranks are promoted."""
+    return values.reshape((1,) * (x.ndim - 1) + values.shape)
+
+
 @jax.custom_vjp
 def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the (C,) means of (..., C) values and of their squares."""
@@ -101,6 +106,7 @@ def _moments_forward(x: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Arr
 
 def _moments_backward(x: jax.Array, gradients: tuple[jax.Array, jax.Array]) -> tuple[jax.Array]:
     of_mean, of_square = (gradient / (x.size // x.shape[-1]) for gradient in gradients)
+    of_mean, of_square = _beside(of_mean, x), _beside(of_square, x)
     return ((of_mean + 2 * of_square * _wide(x)).astype(x.dtype),)
 
 
@@ -112,7 +118,7 @@ def _scale_and_shift(
     x: jax.Array, mean: jax.Array, factor: jax.Array, bias: jax.Array
 ) -> jax.Array:
     """Returns (x - mean) * factor + bias from (..., C) values and (C,) statistics."""
-    return (_wide(x) - mean) * factor + bias
+    return (_wide(x) - _beside(mean, x)) * _beside(factor, x) + _beside(bias, x)
 
 
 def _scale_and_shift_forward(*inputs: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -123,9 +129,9 @@ def _scale_and_shift_backward(
     inputs: tuple[jax.Array, ...], gradient: jax.Array
 ) -> tuple[jax.Array, ...]:
     x, mean, factor, _ = inputs
-    centred = _wide(x) - mean
+    centred = _wide(x) - _beside(mean, x)
     of_bias, of_factor = _row_sums(gradient, gradient * centred)
-    gradients = (gradient * factor, -factor * of_bias, of_factor, of_bias)
+    gradients = (gradient * _beside(factor, x), -factor * of_bias, of_factor, of_bias)
     return tuple(g.astype(array.dtype) for g, array in zip(gradients, inputs, strict=True))
 
 

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 import contextlib
 import os
 import pathlib
+import re
+import tempfile
 import types
 from typing import Any, Self
 
@@ -11,6 +13,11 @@ import jax
 import orbax.checkpoint as ocp
 
 from rll_jax.training import steps
+
+# Names that mean the same to orbax and tensorstore as to the system: nothing that is a pattern (the
+# manifest would not be written), a backslash, not UTF-8, or what epath takes for an object store.
+_PLAIN = re.compile(r"/(?!(gs|s3|az|hf)(/|$))[A-Za-z0-9 ._/+=,@:-]*")
+_DESCRIPTORS = pathlib.Path("/proc/self/fd")
 
 
 class Checkpoints:
@@ -20,8 +27,11 @@ class Checkpoints:
     in the background; `wait` and `close` wait for them. All processes of a run must take part, with
     arrays over all of their devices (`devices.Runner.to_global`).
 
+    The first save is waited for and read back, so that a directory whose checkpoints cannot be
+    restored is an error at once.
+
     Args:
-      directory: where the checkpoints are; created unless `read_only`.
+      directory: where the checkpoints are, a local one of any name; created unless `read_only`.
       keep: number of checkpoints to keep; older ones are removed.
       read_only: change nothing in the directory, so that a run may write to it meanwhile.
     """
@@ -33,7 +43,13 @@ class Checkpoints:
             read_only=read_only,
             create=not read_only,
         )
-        self._manager = ocp.CheckpointManager(pathlib.Path(directory).absolute(), options=options)
+        self._directory = pathlib.Path(directory).absolute()
+        if not read_only:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        self._stack = contextlib.ExitStack()
+        self._name = self._stack.enter_context(_plain_name(self._directory))
+        self._manager = ocp.CheckpointManager(self._name, options=options)
+        self._reads_back = True
 
     def all_steps(self) -> list[int]:
         """Returns the steps with a checkpoint, in rising order."""
@@ -54,17 +70,22 @@ class Checkpoints:
           metadata: numbers and texts that go with the arrays, for the method `metadata`.
 
         Raises:
-          OSError: saving failed, such as on a full disk. A failure in the background is raised by
-            the next `save`, `wait` or `close`.
+          OSError: saving failed, such as on a full disk, or the first checkpoint cannot be read
+            back. A failure in the background is raised by the next `save`, `wait` or `close`.
         """
         if step in self._manager.all_steps():
             return
-        with _as_os_error():
+        with self._as_os_error("saved"):
             self._manager.save(
                 step,
                 args=ocp.args.StandardSave(_arrays(state)),
                 custom_metadata=None if metadata is None else dict(metadata),
             )
+        if self._reads_back:
+            self.wait()
+            with self._as_os_error("read back"):
+                self._manager.item_metadata(step)  # opens the manifest and each array
+            self._reads_back = False
 
     def metadata(self, step: int) -> dict[str, Any]:
         """Returns the metadata saved with `step`; {} if there was none."""
@@ -100,7 +121,7 @@ class Checkpoints:
         Raises:
           OSError: a save failed.
         """
-        with _as_os_error():
+        with self._as_os_error("saved"):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -109,7 +130,7 @@ class Checkpoints:
         Raises:
           OSError: a save failed.
         """
-        with _as_os_error():
+        with self._stack, self._as_os_error("saved"):
             self._manager.wait_until_finished()
             self._manager.close()
 
@@ -128,15 +149,35 @@ class Checkpoints:
             if kind is None:  # an error that is on its way says more
                 raise
 
+    @contextlib.contextmanager
+    def _as_os_error(self, what: str) -> Iterator[None]:
+        """Turns the errors of orbax and tensorstore, of many types, into OSError."""
+        try:
+            yield
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else repr(error)
+            raise OSError(
+                f"a checkpoint cannot be {what} in {self._directory}: "
+                f"{reason.replace(str(self._name), str(self._directory))}"
+            ) from error
+
 
 @contextlib.contextmanager
-def _as_os_error() -> Iterator[None]:
-    """Turns the errors of orbax and tensorstore, of many types, into OSError."""
-    try:
-        yield
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
-        raise OSError(f"a checkpoint cannot be saved: {reason}") from error
+def _plain_name(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a name of a folder that orbax and tensorstore take as it is."""
+    if _PLAIN.fullmatch(str(directory)):
+        yield directory
+    elif _DESCRIPTORS.is_dir():  # nothing is left behind, whatever ends the process
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            yield _DESCRIPTORS / str(descriptor)
+        finally:
+            os.close(descriptor)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            link = pathlib.Path(folder, "checkpoints")
+            link.symlink_to(directory, target_is_directory=True)
+            yield link
 
 
 def _arrays(state: steps.TrainState) -> dict[str, Any]:

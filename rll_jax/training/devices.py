@@ -169,6 +169,7 @@ class _ShardMapRunner(Runner):
         return jax.make_array_from_process_local_data(self._all_rows, x)
 
 
+_CHOICES = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "JAX_NUM_CPU_DEVICES")  # of devices
 _RUNNERS = {"pmap": _PmapRunner, "shard_map": _ShardMapRunner}
 
 
@@ -180,11 +181,29 @@ def make_runner(parallel: str, devices: Sequence[_Device] | None = None) -> Runn
       devices: the devices to use. None: the devices of all processes.
 
     Raises:
-      ValueError: `parallel` is another name.
+      ValueError: `parallel` is another name, or JAX finds no devices.
     """
     if parallel not in _RUNNERS:
         raise ValueError(f"parallel must be 'pmap' or 'shard_map', got {parallel!r}")
+    if devices is None:
+        _check_that_jax_starts()
     return _RUNNERS[parallel](devices)
+
+
+def _check_that_jax_starts() -> None:
+    try:
+        jax.devices()
+    except Exception as error:  # AssertionError of a missing plugin, RuntimeError of the rest
+        chosen = {name: getattr(jax.config, name.lower(), None) for name in _CHOICES}
+        given = ", ".join(
+            f"{name}={value}" for name, value in chosen.items() if value not in (None, "", -1)
+        )
+        reason = str(error).splitlines()[0] if str(error) else "its plugin is not installed"
+        raise ValueError(
+            f"JAX finds no devices{' with ' if given else ''}{given}: {reason}; expected cpu, or "
+            "cuda or tpu where jax[cuda13] or jax[tpu] is installed; without these variables JAX "
+            "takes what is there"
+        ) from error
 
 
 def gather_rows(x: jax.Array, axis_name: str, *, replicated: bool = False) -> jax.Array:

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Mapping
 import dataclasses
 import itertools
+import sys
 from typing import Any, Protocol
 
 import jax
 import numpy as np
+import tqdm
 
 from rll_jax.data import pipeline
 from rll_jax.networks import embedding_net
@@ -25,6 +27,7 @@ def embed_images(
     threads: int = 2,
     processes: int = 0,
     on_bad: Callable[[int], None] | None = None,
+    progress: str = "",
 ) -> dict[str, np.ndarray]:
     """Embeds every image of a dataset. Each process embeds its share and gets the rows of all.
 
@@ -40,6 +43,7 @@ def embed_images(
       processes: that load images beside this one; 0: threads alone.
       on_bad: called in every process with the row of each image that cannot be read. The embedding
         of such an image means nothing.
+      progress: the name of a bar on stderr, where this takes more than two seconds; "": none.
 
     Returns:
       {level: (N, D) float32}, rows in the order of the dataset, the same in every process.
@@ -56,18 +60,23 @@ def embed_images(
     def mark_bad(row: int) -> None:
         is_bad[row] = True
 
+    rows = -(-batch_size // devices) * devices
     batches = pipeline.test_batches(
         share,
         view,
-        batch_size=-(-batch_size // devices) * devices,
+        batch_size=rows,
         threads=threads,
         processes=processes,
         on_bad=None if on_bad is None else mark_bad,
     )
-    parts = [
-        {level: np.asarray(e) for level, e in embed(state, images).items()}
-        for images in pipeline.prefetch(batches, runner.shard_local)
-    ]
+    parts: list[dict[str, np.ndarray]] = []
+    with tqdm.tqdm(
+        total=len(share), desc=progress, unit="image", delay=2, leave=False, disable=not progress,
+        mininterval=0.5 if sys.stderr.isatty() else 10,
+    ) as bar:  # fmt: skip
+        for images in pipeline.prefetch(batches, runner.shard_local):
+            parts.append({level: np.asarray(e) for level, e in embed(state, images).items()})
+            bar.update(min(rows, len(share) - bar.n))
     embeddings = {  # without the rows that fill up the last batch
         level: np.concatenate([part[level] for part in parts])[: len(share)] for level in parts[0]
     }

@@ -403,8 +403,8 @@ def watch_distances(
     query, query_labels = embeddings[:queries], labels[:queries]
     cosine = jnp.matmul(query, gallery.T, precision=lax.Precision.HIGHEST)
     distance = jnp.sqrt(jnp.maximum(2 - 2 * cosine, 0))
-    same = query_labels[:, None] == gallery_labels
-    others = jnp.arange(len(gallery_labels)) != (first + jnp.arange(len(query)))[:, None]
+    same = query_labels[:, None] == gallery_labels[None]
+    others = jnp.arange(len(gallery_labels))[None] != (first + jnp.arange(len(query)))[:, None]
     watched = {}
     for name, pairs, nontrivial in (
         ("positive", same & others, distance > alpha - margin),

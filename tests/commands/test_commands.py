@@ -51,6 +51,32 @@ def test_evaluate(workdir, emoji):
     assert f"{100 * found['scores']['M']['recall@1']:.1f}" in result.stdout
 
 
+def test_evaluate_a_dataset_without_training_classes(workdir, folder, tmp_path):
+    """All classes of a folder, a folder with test/ alone, and a table without rows of train."""
+    (folder / "broken.png").unlink()
+    (folder / "empty.jpg").unlink()
+    (tmp_path / "other").mkdir()
+    folder.rename(tmp_path / "other/test")
+    files = sorted((tmp_path / "other").rglob("*.PNG"))
+    rows = [f"{file.relative_to(tmp_path)},{file.parent.name},test" for file in files]
+    (tmp_path / "index.csv").write_text("\n".join(["path,label,split", *rows]))
+    own, found = [f"--workdir={workdir}", "--noclustering"], []
+    for number, given in enumerate(
+        (
+            [f"--data_dir={tmp_path / 'other/test'}", "--all_classes"],
+            [f"--data_dir={tmp_path / 'other'}"],
+            [f"--data_dir={tmp_path}", f"--index={tmp_path / 'index.csv'}"],
+        )
+    ):
+        out = tmp_path / f"{number}.json"
+        result = run(*own, *given, f"--out={out}", name="evaluate")
+        assert result.returncode == 0 and ": 60 test images" in result.stdout, result.stderr
+        found.append(json.loads(out.read_text())["scores"]["H"])
+    assert found[1] == pytest.approx(found[0]) and found[2] == pytest.approx(found[0])
+    given = [*TINY, f"--data_dir={tmp_path / 'other'}", f"--workdir={tmp_path / 'run'}"]
+    refused("the train split has no images", *given)
+
+
 def embed(workdir, folder, out, code):
     result = run(f"--workdir={workdir}", f"--images={folder}", f"--out={out}", name="embed")
     assert result.returncode == code, result.stderr

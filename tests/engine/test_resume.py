@@ -89,6 +89,19 @@ def test_flags_txt_repeats_the_run(finished, tmp_path):
     assert scores(tmp_path / "again") == scores(finished[1])
 
 
+def test_more_steps_for_a_run_that_has_ended(finished, tmp_path):
+    """With a learning rate that no later step changes; otherwise the message says what to do."""
+    refused("--init_from=", *TINY, "--steps=15", f"--workdir={finished[1]}")
+    refused("(--steps=12 there, 8 here)", *TINY, "--steps=8", f"--workdir={finished[1]}")
+    falls = [*TINY, "--schedule=step", "--decay_at=4,14"]
+    for steps in (12, 15):
+        result = run(*falls, f"--steps={steps}", f"--workdir={tmp_path / 'grown'}")
+        assert result.returncode == 0, result.stderr
+    assert "at step 12 of 15" in result.stdout
+    assert run(*falls, "--steps=15", f"--workdir={tmp_path / 'whole'}").returncode == 0
+    same_end(tmp_path / "grown", tmp_path / "whole")
+
+
 def test_killed_and_given_again_ends_the_same(finished, tmp_path):
     workdir = tmp_path / "killed"
     for stop_at in (2, 5, 10):  # before the first checkpoint, and between later ones

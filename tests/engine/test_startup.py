@@ -65,6 +65,50 @@ def test_a_command_has_no_fusions_and_huge_pages(tmp_path):
         assert found["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
 
 
+@pytest.mark.parametrize(
+    "variables, text",
+    [
+        ({"XLA_FLAGS": "--xla_foo=1"}, "XLA_FLAGS=--xla_foo=1: Unknown flag in XLA_FLAGS"),
+        ({"XLA_FLAGS": "--xla_cpu_use_thunk_runtime=no way"}, "Couldn't interpret value no"),
+        ({"XLA_FLAGS": "xla_foo"}, 'Could not open file "xla_foo"'),
+        ({"JAX_NUMPY_RANK_PROMOTION": "bad"}, "JAX_NUMPY_RANK_PROMOTION=bad: Invalid value"),
+        ({"JAX_ENABLE_X64": "maybe"}, "JAX cannot start with JAX_ENABLE_X64=maybe"),
+        ({"JAX_PLATFORMS": "cuda"}, "JAX finds no devices with JAX_PLATFORMS=cuda"),
+        ({"JAX_PLATFORMS": "foo"}, "'foo' is not in the list of known backends"),
+        ({"JAX_NUM_CPU_DEVICES": "0"}, "JAX_NUM_CPU_DEVICES=0"),
+    ],
+)
+def test_settings_of_jax_that_cannot_be_are_one_line(variables, text, tmp_path):
+    (tmp_path / "flags.txt").write_text("--dataset=emoji\n")  # a run whose devices are looked for
+    named = {name: os.environ[name] for name in os.environ if not name.startswith(("JAX", "XLA"))}
+    ended = subprocess.run(
+        [sys.executable, "-m", "experiments.evaluate", f"--workdir={tmp_path}"], cwd=ROOT,
+        env=named | variables, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1, ended.stderr
+    assert text in ended.stderr
+
+
+def test_settings_for_other_programs_are_not_taken(tmp_path):
+    code = """
+import json, os, sys
+from experiments.engine import jax_settings
+jax_settings.check("")
+import jax
+print(json.dumps([jax.config.jax_disable_jit, jax.config.jax_numpy_dtype_promotion]))
+"""
+    given = {"JAX_DISABLE_JIT": "1", "JAX_NUMPY_DTYPE_PROMOTION": "strict"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | given | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=200, check=True,
+    )  # fmt: skip
+    assert json.loads(ended.stdout) == [False, "standard"]
+    assert [line.split()[1] for line in ended.stderr.splitlines()] == [
+        "JAX_DISABLE_JIT=True",
+        "JAX_NUMPY_DTYPE_PROMOTION=strict",
+    ]
+
+
 def test_an_import_starts_nothing_again_and_the_library_sets_nothing(tmp_path):
     show = "import json, probe; print(json.dumps(probe.measure()))"
     found = environment_of(tmp_path, "-c", f"import experiments; {show}")

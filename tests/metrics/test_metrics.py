@@ -219,6 +219,7 @@ def test_every_image_alone_and_all_of_one_class():
 
 
 X, Y = np.eye(4, dtype=np.float32), np.array([0, 0, 1, 1])
+_UNIQUE = r"labels must be integers: use numpy.unique\(..., return_inverse=True\)"
 
 
 @pytest.mark.parametrize(
@@ -249,11 +250,19 @@ X, Y = np.eye(4, dtype=np.float32), np.array([0, 0, 1, 1])
         (ValueError, "block_size must be an integer from 1", (X, Y), {"block_size": 0}),
         (TypeError, "queries must be floating, found int64", (X.astype(int), Y), {}),
         (TypeError, "query_labels must be integers, found float64", (X, Y * 1.0), {}),
+        (TypeError, _UNIQUE, (X, list("aabb")), {}),
+        (TypeError, _UNIQUE, (X, np.array(list("aabb"), object)), {}),
+        (TypeError, f"gallery_{_UNIQUE}", (X, Y, X, np.array(list("aabb"))), {}),
     ],
 )
 def test_errors(error, text, arguments, options):
     with pytest.raises(error, match=text):
         metrics.retrieval_metrics(*arguments, **options)
+
+
+def test_clustering_refuses_texts():
+    with pytest.raises(TypeError, match=_UNIQUE):
+        metrics.clustering_metrics(X, list("aabb"))
 
 
 def test_nearest():

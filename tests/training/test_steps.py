@@ -8,8 +8,28 @@ import optax
 import pytest
 
 from rll_jax import loss
+from rll_jax.networks import backbones, embedding_net
 from rll_jax.training import devices, steps
 from tests.helpers.networks import Linear
+
+
+def test_a_step_promotes_no_ranks():
+    """JAX_NUMPY_RANK_PROMOTION=raise: traced alone, as ranks are looked at in tracing."""
+    network = embedding_net.EmbeddingNet(
+        backbone=backbones.BACKBONES["resnet_tiny"], levels=("M", "H"), embedding_dim=4
+    )
+    watch = functools.partial(steps.watch_distances, alpha=1.2, margin=0.4)
+    one = functools.partial(steps.train_step, loss=loss.ranked_list_loss, watch=watch)
+    batch = {"image": np.zeros((8, 16, 16, 3), np.uint8), "label": np.arange(8) // 2}
+    make = functools.partial(
+        steps.create_train_state, network, optax.adamw(0.1), 16, seed=0, memory_size=16
+    )
+    with jax.numpy_rank_promotion("raise"):
+        state = jax.eval_shape(make)
+        for chunk in (0, 4):
+            state, metrics = jax.eval_shape(functools.partial(one, embed_chunk=chunk), state, batch)
+        assert jax.eval_shape(steps.embed_step, state, batch["image"])["H"].shape == (8, 4)
+        assert "positive_distances_H" in metrics
 
 
 def with_memory(kind, batches, size=96, embed_chunk=0):
