@@ -13,13 +13,16 @@ sorts the gallery:
 So the scores depend on neither the backend nor the blocks.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+import functools
 from typing import NamedTuple
 
 import numpy as np
 
 from rll_jax.metrics import _counts, _vectors
+from rll_jax.metrics._counts import Combination
 from rll_jax.metrics._problem import Problem
+from rll_jax.metrics._progress import Watch
 
 TIE = 1e-14  # similarities this close, in float64, are equal
 MOST_POSITIVES = 64  # a query with more is ranked in float64 at once
@@ -37,33 +40,71 @@ class Scores(NamedTuple):
     average_precision: np.ndarray
 
 
-def score(problem: Problem, ks: Iterable[int], block_size: int) -> tuple[np.ndarray, Scores]:
+def score(
+    problem: Problem,
+    combinations: Sequence[Combination],
+    ks: Iterable[int],
+    block_size: int,
+    watch: Watch,
+) -> tuple[np.ndarray, list[Scores]]:
     """Scores the queries that have a positive in the gallery.
 
     Args:
       problem: the queries and the gallery.
+      combinations: the levels whose mean similarity ranks, each once.
       ks: the K of Recall@K: whether a query's first rank is at most K is exact for each K.
       block_size: rows and columns of a block of similarities on a device, at most 32768.
+      watch: hears how far it is.
 
     Returns:
-      The rows of these queries in ascending order, (M,), and their scores, (M,) each.
+      The rows of these queries in ascending order, (M,), and for each combination their scores,
+      (M,) each.
     """
     num_positives = problem.num_positives
     rows = np.flatnonzero(num_positives > 0)
     few = rows[num_positives[rows] <= MOST_POSITIVES]
     # Most positives first: the queries of a block then have about as many positives.
     few = few[np.argsort(-num_positives[few], kind="stable")]
-    ambiguous = np.setdiff1d(rows, few)
-    scores = Scores(*(np.zeros(len(num_positives)) for _ in Scores._fields))
+    ambiguous = np.zeros((len(combinations), len(num_positives)), bool)
+    ambiguous[:, np.setdiff1d(rows, few)] = True
+    scores = [Scores(*(np.zeros(len(num_positives)) for _ in Scores._fields)) for _ in combinations]
     if len(few):
-        counted, unclear = _score_by_counting(problem, few, ks, block_size)
-        _assign(scores, few, counted)
-        ambiguous = np.concatenate([ambiguous, few[unclear]])
-    step = max(16, _FLOAT64_SIMILARITIES // len(problem.gallery))
-    for first in range(0, len(ambiguous), step):
-        part = ambiguous[first : first + step]
-        _assign(scores, part, _score_in_float64(problem, part))
-    return rows, Scores(*(values[rows] for values in scores))
+        similarity = _similarity_of_positives(problem, combinations, few, watch)
+        counts = _counts.count_before(problem, combinations, few, similarity, block_size, watch)
+        for number in range(len(combinations)):
+            of_combination = (similarity[number], counts[0][number], counts[1][number])
+            counted, unclear = _score_counts(*of_combination, num_positives[few], ks)
+            _assign(scores[number], few, counted)
+            ambiguous[number, few[unclear]] = True
+    _settle(problem, combinations, ambiguous, scores, watch)
+    return rows, [Scores(*(values[rows] for values in part)) for part in scores]
+
+
+def _settle(
+    problem: Problem,
+    combinations: Sequence[Combination],
+    ambiguous: np.ndarray,
+    scores: Sequence[Scores],
+    watch: Watch,
+) -> None:
+    """Writes the scores of (C, Q) ambiguous queries, by float64 products."""
+    rows = np.flatnonzero(ambiguous.any(axis=0))
+    # Queries that are unclear in the same combinations come together, for few products.
+    rows = rows[np.lexsort(ambiguous[:, rows])]
+    num_items = len(problem.gallery_labels) * len(problem.levels)
+    step = max(16, _FLOAT64_SIMILARITIES // num_items)
+    for first in range(0, len(rows), step):
+        part = rows[first : first + step]
+        wanted = [number for number in range(len(combinations)) if ambiguous[number, part].any()]
+        levels = _similarity_in_float64(
+            problem, part, {level for number in wanted for level in combinations[number]}
+        )
+        for number in wanted:
+            chosen = ambiguous[number, part]
+            similarity = _mean(levels, combinations[number])[chosen]
+            exact = _score_in_float64(problem, part[chosen], similarity)
+            _assign(scores[number], part[chosen], exact)
+        watch.tell("close ties", first + len(part), len(rows))
 
 
 def _assign(scores: Scores, rows: np.ndarray, part: Scores) -> None:
@@ -90,26 +131,28 @@ def _scores_of_ranks(ranks: np.ndarray, num_positives: np.ndarray) -> Scores:
     )
 
 
-def _score_by_counting(
-    problem: Problem, rows: np.ndarray, ks: Iterable[int], block_size: int
+def _score_counts(
+    similarity: np.ndarray,
+    maybe_before: np.ndarray,
+    surely_before: np.ndarray,
+    num_positives: np.ndarray,
+    ks: Iterable[int],
 ) -> tuple[Scores, np.ndarray]:
-    """Scores queries by float32 products on all devices.
+    """Scores queries by the counts of `_counts.count_before`.
 
     Args:
-      problem: the queries and the gallery.
-      rows: (Q,) queries, those with most positives first.
+      similarity: (Q, M) similarities with their positives, descending, then -inf.
+      maybe_before: (Q, M) counts of items that may be before a positive.
+      surely_before: (Q, M) counts of those that surely are.
+      num_positives: (Q,).
       ks: as for `score`.
-      block_size: as for `score`.
 
     Returns:
-      The scores, (Q,) each, and the (Q,) places in `rows` whose scores float32 cannot tell.
+      The scores, (Q,) each, and the (Q,) rows of the queries whose scores float32 cannot tell.
     """
-    similarity = _similarity_of_positives(problem, rows)
-    maybe_before, surely_before = _counts.count_before(problem, rows, similarity, block_size)
     most: int = similarity.shape[1]
     # Half of _ABSENT: adding a count does not overflow.
     place = np.where(np.isfinite(similarity), np.arange(1, most + 1), _ABSENT // 2)
-    num_positives = problem.num_positives[rows]
     worst = _scores_of_ranks(place + maybe_before, num_positives)
     best = _scores_of_ranks(place + surely_before, num_positives)
     unclear = worst.r_precision != best.r_precision
@@ -120,71 +163,101 @@ def _score_by_counting(
     return worst, unclear
 
 
-def _similarity_of_positives(problem: Problem, rows: np.ndarray) -> np.ndarray:
+def _similarity_of_positives(
+    problem: Problem, combinations: Sequence[Combination], rows: np.ndarray, watch: Watch
+) -> np.ndarray:
     """Computes each query's similarities with its positives.
 
     Args:
       problem: the queries and the gallery.
-      rows: (Q,) queries, those with most positives first.
+      combinations: C combinations of levels.
+      rows: (Q,) queries.
+      watch: hears how far it is.
 
     Returns:
-      (Q, M) float64 in descending order, with -inf behind a query's last positive. M is the most
-      positives of a query.
+      (C, Q, M) float64 in descending order, with -inf behind a query's last positive. M is the
+      most positives of a query.
     """
-    similarity = np.full((len(rows), int(problem.num_positives[rows[0]])), -np.inf)
+    most = int(problem.num_positives[rows].max())
+    similarity = np.full((len(combinations), len(rows), most), -np.inf)
+    # Largest class first: the queries of a part then have classes of about one size.
+    order = np.argsort(-problem.class_size[rows], kind="stable")
+    dim = max(level.gallery.shape[1] for level in problem.levels)
     first = 0
     while first < len(rows):
-        largest_class = int(problem.class_size[rows[first]])
-        step = max(1, _FLOAT64_COMPONENTS // (largest_class * problem.gallery.shape[1]))
-        part = rows[first : first + step]
-        columns = largest_class - problem.leave_one_out
-        similarity[first : first + len(part), :columns] = _similarity_of_class(
-            problem, part, largest_class
-        )[:, :columns]
+        largest_class = int(problem.class_size[rows[order[first]]])
+        step = max(1, _FLOAT64_COMPONENTS // (largest_class * dim))
+        part = order[first : first + step]
+        levels, is_positive = _similarity_of_class(problem, rows[part], largest_class)
+        columns = min(most, largest_class)
+        for number, combination in enumerate(combinations):
+            values = np.where(is_positive, _mean(levels, combination), -np.inf)
+            similarity[number, part, :columns] = -np.sort(-values, axis=1)[:, :columns]
         first += len(part)
+        watch.tell("positives", first, len(rows))
     return similarity
 
 
-def _similarity_of_class(problem: Problem, rows: np.ndarray, largest_class: int) -> np.ndarray:
-    """Computes (Q, largest_class) similarities of queries with their class, in descending order.
+def _similarity_of_class(
+    problem: Problem, rows: np.ndarray, largest_class: int
+) -> tuple[dict[int, np.ndarray], np.ndarray]:
+    """Computes the similarities of queries with the items of their class.
 
-    A query's similarity with itself and places behind the end of its class are -inf, at the end.
+    Returns:
+      {level: (Q, largest_class) float64}, and whether each is a positive: those that a query
+      leaves out are not, and places behind the end of its class are not.
     """
     place = np.arange(largest_class)
     is_positive = place < problem.class_size[rows][:, None]
     in_order = np.where(is_positive, problem.class_start[rows][:, None] + place, 0)
     members = problem.rows_by_class[in_order]
-    if problem.leave_one_out:
-        is_positive &= members != rows[:, None]
-    positives = problem.gallery[members.ravel()] / problem.gallery_norms[members.ravel()]
-    queries = problem.queries[rows] / problem.query_norms[rows]
-    similarity = (positives.reshape(*members.shape, -1) @ queries[:, :, None])[:, :, 0]
-    return -np.sort(-np.where(is_positive, similarity, -np.inf), axis=1)
+    is_positive &= ~problem.left_out(rows[:, None], members)
+    levels = {}
+    for number, level in enumerate(problem.levels):
+        items = level.unit_items(members.ravel()).reshape(*members.shape, -1)
+        levels[number] = (items @ level.unit_queries(rows)[:, :, None])[:, :, 0]
+    return levels, is_positive
 
 
-def _score_in_float64(problem: Problem, rows: np.ndarray) -> Scores:
-    """Scores a few queries by float64 products with the whole gallery.
+def _similarity_in_float64(
+    problem: Problem, rows: np.ndarray, levels: Iterable[int]
+) -> dict[int, np.ndarray]:
+    """Returns {level: (Q, N) float64 similarities of some queries with the gallery}."""
+    found = {}
+    for number in levels:
+        level = problem.levels[number]
+        queries = level.unit_queries(rows)
+        found[number] = similarity = np.empty((len(rows), len(level.gallery)))
+        for first in range(0, len(level.gallery), _vectors.FLOAT64_ROWS):
+            part = slice(first, first + _vectors.FLOAT64_ROWS)
+            similarity[:, part] = queries @ level.unit_items(part).T
+    return found
+
+
+def _mean(levels: Mapping[int, np.ndarray], combination: Combination) -> np.ndarray:
+    """Returns the mean of the similarities of a combination's levels."""
+    first, *others = (levels[level] for level in combination)
+    return functools.reduce(np.add, others, first) / len(combination)
+
+
+def _score_in_float64(problem: Problem, rows: np.ndarray, similarity: np.ndarray) -> Scores:
+    """Scores a few queries by their float64 similarities with the whole gallery.
 
     Only the negatives that may be before a positive are sorted.
 
     Args:
       problem: the queries and the gallery.
       rows: (Q,) queries.
+      similarity: (Q, N) float64.
     """
-    queries = problem.queries[rows] / problem.query_norms[rows]
-    similarity = np.empty((len(rows), len(problem.gallery)))
-    for first in range(0, len(problem.gallery), _vectors.FLOAT64_ROWS):
-        part = slice(first, first + _vectors.FLOAT64_ROWS)
-        similarity[:, part] = queries @ (problem.gallery[part] / problem.gallery_norms[part]).T
     num_positives = problem.num_positives[rows]
     ranks = np.full((len(rows), num_positives.max()), _ABSENT)
+    items = np.arange(len(problem.gallery_labels))
     for number, row in enumerate(rows):
-        is_positive = problem.gallery_labels == problem.query_labels[row]
-        is_negative = ~is_positive
-        if problem.leave_one_out:
-            is_positive[row] = False
+        same_class = problem.gallery_labels == problem.query_labels[row]
+        is_ranked = ~problem.left_out(row, items)
         ranks[number, : num_positives[number]] = _ranks_of_positives(
-            similarity[number], is_positive, is_negative
+            similarity[number], same_class & is_ranked, ~same_class & is_ranked
         )
     return _scores_of_ranks(ranks, num_positives)
 
