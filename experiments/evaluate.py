@@ -63,7 +63,10 @@ def main(_: Any) -> None:
         trained = trained_network.load_from_flags()
         data, levels = _embed_test_images(trained, options.workdir, options.data_dir)
         ks = trained.config.data.entry.ks
-        table = scoring.score_table(levels, data, ks, clustering=options.clustering)
+        by_query = scoring.score_levels(levels, data, ks)
+        table = scoring.make_table(by_query, data, ks)
+        if options.clustering:
+            scoring.add_clustering(table, levels, data)
         alone = next(iter(table.values()))["queries_without_match"]
         print(
             f"{options.workdir}, step {trained.step}: {len(data)} test images, in percent; "

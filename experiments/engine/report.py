@@ -15,11 +15,10 @@ import threadpoolctl
 from experiments.engine import html_page, scoring
 from experiments.engine.config import Config
 from experiments.engine.losses import LossOptions
-from experiments.engine.scoring import ScoreTable
+from experiments.engine.scoring import ByQuery, ScoreTable
 from rll_jax import metrics
 from rll_jax.data import files
 from rll_jax.data.image_dataset import EncodedImageDataset
-from rll_jax.training import embedding
 
 _QUERIES = {"Worst": 6, "Typical": 8, "Best": 6}  # queries shown of each kind
 _NEIGHBOURS = 8
@@ -36,6 +35,7 @@ def write(
     test: EncodedImageDataset,
     embeddings: np.ndarray,
     table: ScoreTable,
+    by_query: ByQuery,
 ) -> None:
     """Writes the page.
 
@@ -46,10 +46,10 @@ def write(
       config: the run's options.
       test: the test images.
       embeddings: (N, D) their embeddings.
-      table: the scores of the levels, `scoring.score_table`.
+      table: the scores of the levels, `scoring.make_table`.
+      by_query: the scores of each query by these embeddings.
     """
     evaluations = [line for line in lines if "recall@1" in line]
-    by_query = metrics.scores_by_query(*embedding.queries_and_gallery(embeddings, test))
     curves = html_page.plot(_curves(lines, evaluations), "loss and scores over the steps")
     distances = html_page.plot(
         _distances(embeddings, test.labels, config.loss, by_query),
@@ -76,7 +76,7 @@ def _scores(
     test: EncodedImageDataset,
     evaluations: Sequence[dict[str, Any]],
     table: ScoreTable,
-    by_query: dict[str, np.ndarray],
+    by_query: ByQuery,
 ) -> str:
     names = scoring.score_names(table)
 
@@ -124,7 +124,7 @@ def _distances(
     embeddings: np.ndarray,
     labels: np.ndarray,
     loss: LossOptions,
-    by_query: dict[str, np.ndarray],
+    by_query: ByQuery,
 ) -> Figure:
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -158,9 +158,7 @@ def _distances(
     return figure
 
 
-def _grid(
-    test: EncodedImageDataset, embeddings: np.ndarray, by_query: dict[str, np.ndarray]
-) -> str:
+def _grid(test: EncodedImageDataset, embeddings: np.ndarray, by_query: ByQuery) -> str:
     """Returns rows of a query and its nearest images, for the worst, typical and best queries."""
     query_rows = gallery_rows = np.arange(len(test))
     if test.in_gallery is not None:
@@ -179,12 +177,18 @@ def _grid(
         queries = query_rows[order[first : first + number]]
         itself = queries if test.in_gallery is None else None
         k = min(_NEIGHBOURS, len(gallery_rows) - (itself is not None))
-        nearest, _ = metrics.nearest(
-            embeddings[queries], embeddings[gallery_rows], k, leave_out=itself
+        groups = {}
+        if test.groups is not None:
+            groups = {
+                "query_groups": test.groups[queries],
+                "gallery_groups": test.groups[gallery_rows],
+            }
+        nearest, similarity = metrics.nearest(
+            embeddings[queries], embeddings[gallery_rows], k, leave_out=itself, **groups
         )
         parts.append(f"<h3>{kind}</h3>")
-        for query, rows in zip(queries, gallery_rows[nearest], strict=True):
-            parts.append(_query_row(test, query, rows))
+        for query, rows, values in zip(queries, gallery_rows[nearest], similarity, strict=True):
+            parts.append(_query_row(test, query, rows[np.isfinite(values)]))
     return "".join(parts)
 
 

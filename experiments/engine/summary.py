@@ -21,7 +21,7 @@ def finish(checked: CheckedRun, evaluated: Evaluated) -> None:
     """Prints Recall@K, and writes the report where it is wanted."""
     config, data = checked.config, evaluated.data
     ks = config.data.entry.ks
-    table = scoring.score_table(evaluated.levels, data, ks, clustering=False)
+    table = scoring.make_table(evaluated.by_query, data, ks)
     path = checked.workdir / "report.html"
     if config.runtime.report:
         from experiments.engine import report  # more than a second to import
@@ -36,6 +36,7 @@ def finish(checked: CheckedRun, evaluated: Evaluated) -> None:
             test=data,
             embeddings=np.asarray(embedding_net.concatenate_levels(evaluated.levels)),
             table=table,
+            by_query=list(evaluated.by_query.values())[-1],
         )
     all_levels = list(table.values())[-1]
     recalls = "  ".join(f"Recall@{k} {100 * all_levels[f'recall@{k}']:.1f} %" for k in ks)

@@ -13,7 +13,7 @@ from rll_jax.data import _text_files, paths
 from rll_jax.data.listings import GALLERY, QUERY, SPLITS, TEST, TRAIN, Row
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_COLUMNS = ("path", "label", "split", "super_label")
+_COLUMNS = ("path", "label", "split", "super_label", "group", "image_id")
 _SPLIT_LIKE = ("train", "test", "val", "valid", "validation")  # no names of classes
 
 
@@ -76,10 +76,12 @@ def split_classes(classes: int, test_share: float, seed: int) -> list[str]:
 def read_index(file: paths.AnyPath, test_share: float = 0.5, seed: int = 0) -> list[Row]:
     """Lists the images of a table: a .csv or .parquet file.
 
-    Its columns are path and label, and optionally split and super_label. Other columns are ignored.
-    A path starts from the dataset's root folder. A label is any text or number; classes are
-    numbered in the order of their labels, and numbers by size where all labels are numbers. A split
-    is train or test, or else train, query or gallery.
+    Its columns are path and label, and optionally split, super_label, group and image_id. Other
+    columns are ignored. A path starts from the dataset's root folder. A label is any text or
+    number; classes are numbered in the order of their labels, and numbers by size where all labels
+    are numbers. A split is train or test, or else train, query or gallery. A query is not ranked
+    against images of its own group (any text or number: the same camera, sequence or product shot)
+    nor against those of its own image_id (the same image in another file). An empty cell is none.
 
     Args:
       file: the table, local or in an object store.
@@ -106,7 +108,14 @@ def read_index(file: paths.AnyPath, test_share: float = 0.5, seed: int = 0) -> l
         split_of_class = split_classes(len(labels), test_share, seed)
         splits = [split_of_class[labels[entry.label]] for entry in entries]
     return [
-        Row(entry.path, labels[entry.label], split, super_labels[entry.super_label])
+        Row(
+            entry.path,
+            labels[entry.label],
+            split,
+            super_labels[entry.super_label],
+            entry.group,
+            entry.image_id,
+        )
         for entry, split in zip(entries, splits, strict=True)
     ]
 
@@ -192,6 +201,8 @@ class _Entry(NamedTuple):
     label: str
     split: str
     super_label: str
+    group: str
+    image_id: str
     place: str
 
 
@@ -203,7 +214,9 @@ def _read_entries(file: epath.Path) -> list[_Entry]:
         raise ValueError(f"{file}: no such file")
     entries: dict[str, _Entry] = {}
     for place, cells in readers[file.suffix](file):
-        path, label, split, super_label = (cells.get(column, "") for column in _COLUMNS)
+        path, label, split, super_label, group, image_id = (
+            cells.get(column, "") for column in _COLUMNS
+        )
         if not paths.is_inside_root(path):
             raise ValueError(
                 f"{file}, {place}: the path is {path!r:.120}, expected one inside --data_dir, "
@@ -218,7 +231,7 @@ def _read_entries(file: epath.Path) -> list[_Entry]:
         path = pathlib.PurePosixPath(path).as_posix()  # ./a and a are the same path
         if path in entries:
             raise ValueError(f"{file}, {place}: {path} was listed in {entries[path].place} already")
-        entries[path] = _Entry(path, label, split, super_label, place)
+        entries[path] = _Entry(path, label, split, super_label, group, image_id, place)
     return list(entries.values())
 
 

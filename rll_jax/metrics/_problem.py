@@ -78,7 +78,7 @@ def make_problem(queries: Side, gallery: Side | None) -> Problem:
     """
     symmetric = gallery is None
     items = queries if gallery is None else gallery
-    labels = _dense("labels", queries.labels, items.labels)
+    labels = dense("labels", queries.labels, items.labels)
     codes = _codes(queries, items)
     sizes = np.bincount(labels.items, minlength=labels.number)
     starts = np.cumsum(sizes) - sizes
@@ -113,7 +113,7 @@ def _make_level(queries: np.ndarray, items: np.ndarray, symmetric: bool) -> Leve
     return Level(queries, norms if symmetric else _vectors.row_norms(queries), items, norms)
 
 
-class _Values(NamedTuple):
+class Values(NamedTuple):
     """A value of each query and item, numbered densely from 0."""
 
     queries: np.ndarray  # (Q,) int32
@@ -121,12 +121,12 @@ class _Values(NamedTuple):
     number: int  # of distinct values
 
 
-def _dense(name: str, of_queries: np.ndarray, of_items: np.ndarray) -> _Values:
+def dense(name: str, of_queries: np.ndarray, of_items: np.ndarray) -> Values:
     """Numbers the values of queries and items."""
     if of_queries is of_items:
         values, numbers = np.unique(of_items, return_inverse=True)
         numbers = numbers.astype(np.int32)
-        return _Values(numbers, numbers, len(values))
+        return Values(numbers, numbers, len(values))
     kinds = {
         "i" if array.dtype.kind in "iu" else array.dtype.kind for array in (of_queries, of_items)
     }
@@ -137,33 +137,33 @@ def _dense(name: str, of_queries: np.ndarray, of_items: np.ndarray) -> _Values:
         )
     values, numbers = np.unique(np.concatenate([of_queries, of_items]), return_inverse=True)
     numbers = numbers.astype(np.int32)
-    return _Values(numbers[: len(of_queries)], numbers[len(of_queries) :], len(values))
+    return Values(numbers[: len(of_queries)], numbers[len(of_queries) :], len(values))
 
 
-def _codes(queries: Side, items: Side) -> list[_Values]:
+def _codes(queries: Side, items: Side) -> list[Values]:
     """Returns the values whose bearers leave each other out: ids, and groups."""
-    codes = []
+    codes: list[Values] = []
     if queries.ids is not None and items.ids is not None:
-        codes.append(_dense("ids", queries.ids, items.ids))
+        codes.append(dense("ids", queries.ids, items.ids))
     elif queries is items:
         rows = np.arange(len(queries.labels), dtype=np.int32)
-        codes.append(_Values(rows, rows, len(rows)))
+        codes.append(Values(rows, rows, len(rows)))
     if queries.groups is not None and items.groups is not None:
-        codes.append(_dense("groups", queries.groups, items.groups))
+        codes.append(dense("groups", queries.groups, items.groups))
     return codes
 
 
-def _joined(first: _Values, second: _Values) -> _Values:
+def _joined(first: Values, second: Values) -> Values:
     """Numbers the pairs of two values."""
     queries, items = (
         a.astype(np.int64) * second.number + b
         for a, b in ((first.queries, second.queries), (first.items, second.items))
     )
     both_same = first.queries is first.items and second.queries is second.items
-    return _dense("pairs", items if both_same else queries, items)
+    return dense("pairs", items if both_same else queries, items)
 
 
-def _num_left_out(labels: _Values, codes: list[_Values]) -> np.ndarray:
+def _num_left_out(labels: Values, codes: list[Values]) -> np.ndarray:
     """Counts, for each query, the items of its class that share one of its codes."""
     total = np.zeros(len(labels.queries), np.int64)
     for size in range(1, len(codes) + 1):

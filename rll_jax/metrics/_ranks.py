@@ -20,9 +20,9 @@ from typing import NamedTuple
 import numpy as np
 
 from rll_jax.metrics import _counts, _vectors
-from rll_jax.metrics._counts import Combination
 from rll_jax.metrics._problem import Problem
 from rll_jax.metrics._progress import Watch
+from rll_jax.metrics._tiles import Combination
 
 TIE = 1e-14  # similarities this close, in float64, are equal
 MOST_POSITIVES = 64  # a query with more is ranked in float64 at once
@@ -212,7 +212,7 @@ def _similarity_of_class(
     in_order = np.where(is_positive, problem.class_start[rows][:, None] + place, 0)
     members = problem.rows_by_class[in_order]
     is_positive &= ~problem.left_out(rows[:, None], members)
-    levels = {}
+    levels: dict[int, np.ndarray] = {}
     for number, level in enumerate(problem.levels):
         items = level.unit_items(members.ravel()).reshape(*members.shape, -1)
         levels[number] = (items @ level.unit_queries(rows)[:, :, None])[:, :, 0]
@@ -223,7 +223,7 @@ def _similarity_in_float64(
     problem: Problem, rows: np.ndarray, levels: Iterable[int]
 ) -> dict[int, np.ndarray]:
     """Returns {level: (Q, N) float64 similarities of some queries with the gallery}."""
-    found = {}
+    found: dict[int, np.ndarray] = {}
     for number in levels:
         level = problem.levels[number]
         queries = level.unit_queries(rows)

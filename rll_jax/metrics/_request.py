@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from rll_jax._jaxlib_fault import warn_of_wrong_sums
-from rll_jax.metrics import _checks, _problem, _ranks
-from rll_jax.metrics._counts import Combination
+from rll_jax.metrics import _checks, _counts, _problem, _ranks, _tiles
 from rll_jax.metrics._problem import Side
 from rll_jax.metrics._progress import Progress, Watch
+from rll_jax.metrics._tiles import Combination
 
-_BLOCK_SIZE = 1024
+_BLOCK_SIZE = 512  # similarities of a block stay in a core's cache
 _MAX_BLOCK_SIZE = 1 << 15
 
 
@@ -68,7 +68,9 @@ def checked(
             f"block_size must be an integer from 1 to {_MAX_BLOCK_SIZE}, found {block_size}"
         )
     combinations = [tuple(levels.index(level) for level in some) for some in names]
-    return Request(query_side, gallery_side, names, combinations, ks, int(min(block_size, largest)))
+    block_size = int(min(block_size, largest))
+    block_size += -block_size % _tiles.BLOCK_MULTIPLE
+    return Request(query_side, gallery_side, names, combinations, ks, block_size)
 
 
 def _gallery_side(queries: Given, gallery: Given, query_side: Side) -> Side | None:
@@ -102,7 +104,8 @@ def _gallery_side(queries: Given, gallery: Given, query_side: Side) -> Side | No
 
 def _side(given: Given, name: str, levels: Sequence[str]) -> Side:
     assert given.levels is not None and given.labels is not None
-    checked_levels, labels = [], np.empty(0)
+    checked_levels: list[np.ndarray] = []
+    labels = np.empty(0)
     for level in levels:
         rows, labels = _checks.labelled_rows(
             f"{name} of level {level}" if level else name,
@@ -158,7 +161,7 @@ def score(
     warn_of_wrong_sums()
     problem = _problem.make_problem(request.queries, request.gallery)
     _refuse_copies(request.queries, request.gallery)
-    settings = (request.combinations, request.block_size, jax.local_device_count())
+    settings = (request.combinations, request.block_size, _counts.num_devices())
     watch = Watch(problem, settings, progress, state_file)
     rows, scores = _ranks.score(
         problem, request.combinations, request.ks, request.block_size, watch
@@ -167,8 +170,8 @@ def score(
         reason = "no query's class is in the gallery"
         if request.gallery is None:
             reason = "no class has two images"
-        elif request.queries.ids is not None or request.queries.groups is not None:
-            reason += ", outside of what it leaves out"
+        if request.queries.ids is not None or request.queries.groups is not None:
+            reason += " that do not leave each other out"
         raise ValueError(f"{reason}: there is nothing to retrieve")
     watch.finished()
     return rows, scores

@@ -76,10 +76,10 @@ def retrieval_metrics(
         groups.
       gallery_groups: (N,) as `query_groups`.
       ks: the K of Recall@K, at least one. A K larger than the gallery asks for all of it.
-      block_size: the rows and columns of a block of similarities, from 1 to 32768. None means 1024.
-        Each device needs memory for one block and two copies of the embeddings. The process needs
-        about 80 bytes for each query and each item of the largest class, of which at most 64
-        count.
+      block_size: the rows and columns of a block of similarities, from 1 to 32768, rounded up to
+        a multiple of 64. None means 512. Each device needs memory for one block and two copies of
+        the embeddings. The process needs about 80 bytes for each query and each item of the
+        largest class, of which at most 64 count.
       progress: called about twice a second with what is done (a stage's name), how much of it,
         and of how much. Ctrl-C is heard as often.
       state_file: a file that keeps the counts so far, about every minute and when the function is

@@ -212,10 +212,10 @@ X, Y = np.eye(4, dtype=np.float32), np.array([0, 0, 1, 1])
             (X, Y, X, Y),
             {"query_ids": list("abcd"), "gallery_ids": Y},
         ),
-        (ValueError, "no class has two images", (X, Y), {"query_groups": Y}),
+        (ValueError, "no class has two images that do not", (X, Y), {"query_groups": Y}),
         (
             ValueError,
-            "outside of what it leaves out",
+            "that do not leave each other out",
             (X, Y, X, Y),
             {"query_groups": Y, "gallery_groups": Y},
         ),
