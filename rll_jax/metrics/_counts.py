@@ -21,7 +21,6 @@ from rll_jax.metrics import _tiles, _vectors
 from rll_jax.metrics._problem import Problem
 from rll_jax.metrics._progress import Watch
 
-_SUM_ERROR = 2.0**-22  # what a float32 sum of a few similarities adds to their errors
 _SECONDS = 0.5  # that the devices count before Python has a say again
 
 
@@ -168,7 +167,7 @@ def _thresholds(
     )
     for number, combination in enumerate(combinations):
         size = len(combination)
-        band = sum(bands[level] for level in combination) + (size > 1) * size * _SUM_ERROR
+        band = _tiles.band_of_sum(bands, combination)
         of_sum = size * similarity[number]
         finite = np.isfinite(of_sum)
         low[number, :rows] = np.where(finite, of_sum - band, _tiles.ABOVE_ALL)

@@ -1,6 +1,6 @@
 """Counts tiles on devices: a block of queries against a block of the gallery, in every level."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -14,12 +14,24 @@ Combination = tuple[int, ...]  # the numbers of the levels whose mean similarity
 
 ABOVE_ALL = 1e4  # a threshold above every sum of similarities
 BLOCK_MULTIPLE = 64  # of the rows and columns of a tile
+_SUM_ERROR = 2.0**-22  # what a float32 sum of a few similarities adds to their errors
 _BELOW_ALL = -1e4  # a similarity that is below every threshold, also in a sum with others
 
 Counts = tuple[jax.Array, jax.Array]  # (I, C, M, B) int32: similarity >= low, similarity > high
 
 
 _Array = TypeVar("_Array", np.ndarray, jax.Array)  # on the host, on a device
+
+
+def band_of_sum(bands: Sequence[float], combination: Combination) -> float:
+    """Returns how far the float32 sum of a combination's similarities may be off.
+
+    Args:
+      bands: how far the float32 product of each level may be off.
+      combination: the levels.
+    """
+    size = len(combination)
+    return sum(bands[level] for level in combination) + (size > 1) * size * _SUM_ERROR
 
 
 class Operands(NamedTuple, Generic[_Array]):
