@@ -41,8 +41,8 @@ def retrieval_metrics(
     neither on the block size nor on the devices, which share the work.
 
     A query with more than 64 positives costs a float32 product with the gallery on the CPU. A query
-    where most similarities tie, as those of a collapsed network do, costs a float64 product: minutes
-    for 60,000 of them.
+    where most similarities tie, as those of a collapsed network do, costs a float64 product:
+    minutes for 60,000 of them.
 
     **Who may answer whom.** An item never answers itself: without a gallery each query leaves
     itself out, and with `query_ids` and `gallery_ids` it leaves out the items of its own id. A
