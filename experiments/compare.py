@@ -36,9 +36,11 @@ from experiments.engine import (
     many_runs,
     measuring,
     options,
+    query_scores,
 )
 from experiments.engine.comparison_table import SCORES
 from experiments.engine.config import OPTIONS, Config, from_flat
+from rll_jax import metrics
 from rll_jax.data import files
 
 Options = Mapping[str, Any]  # {option: value}
@@ -217,7 +219,29 @@ def _rows(
         if scores := many_runs.scores(run):
             found[name][seed] = scores
     titles = {name: ENTRIES[name].title for name in names}
-    return comparison_table.make_rows(found, titles, rates)
+    return comparison_table.make_rows(found, titles, rates, _over_classes(compared, names))
+
+
+def _over_classes(
+    compared: Mapping[tuple[str, int], Config], names: Sequence[str]
+) -> dict[str, dict[str, metrics.Interval]]:
+    """Returns the intervals of the differences to the first entry, by drawing test classes.
+
+    Runs of earlier versions have not kept the scores of each query, and are left out.
+    """
+    kept: dict[str, dict[int, query_scores.QueryScores]] = {name: {} for name in names}
+    for (name, seed), run in compared.items():
+        workdir = pathlib.Path(run.runtime.workdir)
+        if (workdir / query_scores.NAME).exists():
+            kept[name][seed] = query_scores.read(workdir)
+    found: dict[str, dict[str, metrics.Interval]] = {}
+    for name in names[1:]:
+        if seeds := [seed for seed in kept[name] if seed in kept[names[0]]]:
+            mine, first = (
+                query_scores.join([kept[of][seed] for seed in seeds]) for of in (name, names[0])
+            )
+            found[name] = query_scores.intervals(mine, (1,), first)
+    return found
 
 
 def _untrained(runs: Sequence[Config]) -> Mapping[str, float] | None:

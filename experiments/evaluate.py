@@ -4,8 +4,10 @@
 
     python -m experiments.evaluate --workdir=runs/mine --data_dir=DIR --all_classes
 
-Prints a table and writes --out, by default evaluation.json in the workdir. A dataset to evaluate
-needs no training classes: a folder may have test/ alone, and a table no rows of train.
+Prints a table, with the 95 % intervals that a bootstrap over the classes gives, and writes --out,
+by default evaluation.json in the workdir. --baseline=runs/other compares two runs query by query. A
+dataset to evaluate needs no training classes: a folder may have test/ alone, and a table no rows of
+train.
 """
 
 import functools
@@ -17,7 +19,15 @@ from typing import Any
 from absl import app, flags
 import numpy as np
 
-from experiments.engine import checks, command, datasets, phases, scoring, trained_network
+from experiments.engine import (
+    checks,
+    command,
+    datasets,
+    query_scores,
+    scoring,
+    trained_network,
+)
+from experiments.engine.query_scores import QueryScores
 from experiments.engine.scoring import ScoreTable
 from experiments.engine.trained_network import TrainedNetwork
 from rll_jax.data import files
@@ -69,19 +79,34 @@ def main(_: Any) -> None:
         out = pathlib.Path(options.out or pathlib.Path(options.workdir) / "evaluation.json")
         if options.out:
             command.check_free("out", out)
+        baseline = None
+        if options.baseline:
+            baseline = query_scores.read(pathlib.Path(options.baseline))
         trained = trained_network.load_from_flags()
         data, levels = _embed_test_images(trained, options.workdir)
         ks = trained.config.data.entry.ks
-        with phases.told("computing the scores"):
-            table = scoring.score_table(levels, data, ks, clustering=options.clustering)
+        by_query = scoring.score_levels(levels, data, ks)
+        table = scoring.make_table(by_query, data, ks)
+        if options.clustering:
+            scoring.add_clustering(table, levels, data)
         alone = next(iter(table.values()))["queries_without_match"]
         print(
             f"{options.workdir}, step {trained.step}: {len(data)} test images, in percent; "
             f"{alone} alone in their class"
         )
         print(_as_text(table))
+        scores = QueryScores(
+            all_levels := list(by_query.values())[-1], scoring.query_classes(all_levels, data)
+        )
+        intervals = {"scores": query_scores.intervals(scores, ks)}
+        print(f"95 % intervals over classes, {list(table)[-1]}:")
+        print(query_scores.as_text(intervals["scores"]))
+        if baseline is not None:
+            intervals["difference"] = query_scores.intervals(scores, ks, baseline)
+            print(f"difference to {options.baseline}, paired:")
+            print(query_scores.as_text(intervals["difference"], sign=True))
         with files.atomic_write(out) as temporary:
-            contents = {"step": trained.step, "scores": table}
+            contents = {"step": trained.step, "scores": table, "intervals": intervals}
             temporary.write_text(json.dumps(contents, indent=1) + "\n")
         print(f"written: {out}")
 
@@ -101,6 +126,12 @@ if __name__ == "__main__":
     )
     flags.DEFINE_bool(
         "clustering", True, "Score K-means too. It takes minutes for thousands of classes."
+    )
+    flags.DEFINE_string(
+        "baseline",
+        "",
+        "The workdir of another run on the same test images, that has ended. The intervals of the "
+        "differences to its scores are printed and written too.",
     )
     flags.DEFINE_string(
         "out",

@@ -2,7 +2,8 @@
 
     python -m experiments.benchmarks.evaluation                        # 3 minutes on 2 cores
     python -m experiments.benchmarks.evaluation --kinds=ours,products  # a minute
-    python -m experiments.benchmarks.evaluation --million              # with a million images too
+    python -m experiments.benchmarks.evaluation --levels               # with three levels too
+    python -m experiments.benchmarks.evaluation --million              # with 200,000 items too
 
 The default size is that of SOP's test set. The peers are pytorch-metric-learning, faiss, and the
 bare blocks of the matrix product that exact scores need. `experiments/benchmarks/README.md` says
@@ -26,6 +27,14 @@ _NAMES = {
     "faiss": "faiss IndexFlatIP, k = 1000",
     "peer": "pytorch-metric-learning AccuracyCalculator",
 }
+_LEVEL_NAMES = {
+    "level products": "blocks of the full products of three levels",
+    "levels": "rll_jax.metrics, all seven combinations of three levels",
+}
+_HALF_NAMES = {
+    "half products": "blocks of the half product",
+    "ours": "rll_jax.metrics, items that rank each other",
+}
 _N = flags.DEFINE_integer("n", 60_502, "Number of embeddings.", lower_bound=2)
 _CLASSES = flags.DEFINE_integer(
     "classes", 11_316, "Number of classes, all of about one size.", lower_bound=1
@@ -43,11 +52,16 @@ _ROUNDS = flags.DEFINE_integer(
 _MILLION = flags.DEFINE_bool(
     "million",
     False,
-    "Also 4,096 queries against a million items (D = 128), and what a million queries would take.",
+    "Also 200,000 items that rank each other (D = 128), and what a million would take.",
+)
+_LEVELS = flags.DEFINE_bool(
+    "levels", False, "Also all seven combinations of three levels of --dim dimensions."
 )
 _TABLE = flags.DEFINE_string("table", "", "File to write the table to; empty: none.")
 
-_QUERIES = 4096  # of --million
+_MEASURED, _PROJECTED = 200_000, 1_000_000  # items of --million
+_HALF_BLOCK = 1024
+_KS = (1, 10, 100, 1000)
 _SCORES = ("recall@1", "recall@1000", "map@r", "precision_at_1", "mean_average_precision_at_r")
 
 _Call = Callable[[], Mapping[str, Any] | None]  # returns scores, where it computes any
@@ -69,13 +83,56 @@ def _ours(x: np.ndarray, labels: np.ndarray) -> _Call:
     return lambda: metrics.retrieval_metrics(x, labels)
 
 
-def _million(x: np.ndarray, labels: np.ndarray) -> _Call:
+def _levels(x: np.ndarray, labels: np.ndarray) -> _Call:
+    """All combinations of three levels, which have the embeddings in different orders."""
     from rll_jax import metrics
 
-    queries, gallery = slice(None, _QUERIES), slice(_QUERIES, None)
-    return lambda: metrics.retrieval_metrics(
-        x[queries], labels[queries], x[gallery], labels[gallery]
+    levels = {level: x[:, order] for level, order in _orders(x.shape[1])}
+    return lambda: metrics.mean_scores(
+        metrics.level_scores_by_query(levels, labels, ks=_KS)["L,M,H"], len(x), ks=_KS
     )
+
+
+def _orders(dim: int) -> list[tuple[str, np.ndarray]]:
+    rng = np.random.default_rng(1)
+    return [(level, rng.permutation(dim)) for level in ("L", "M", "H")]
+
+
+def _level_products(x: np.ndarray, labels: np.ndarray) -> _Call:
+    calls = [_products(x[:, order], labels) for _, order in _orders(x.shape[1])]
+
+    def call() -> None:
+        for product in calls:
+            product()
+
+    return call
+
+
+def _half_products(x: np.ndarray, labels: np.ndarray) -> _Call:
+    """Each pair of blocks once, as exact scores of items that rank each other need them."""
+    import jax
+    from jax import lax
+    import jax.numpy as jnp
+
+    size = min(_HALF_BLOCK, len(x))
+    blocks = len(x) // size
+    gallery = jax.device_put(x)
+
+    @jax.jit
+    def product(rows: jax.Array, x: jax.Array, stop: jax.Array) -> jax.Array:
+        def add(number: jax.Array, kept: jax.Array) -> jax.Array:
+            columns = lax.dynamic_slice_in_dim(x, number * size, size)
+            tile = jnp.matmul(rows, columns.T, precision=lax.Precision.HIGHEST)
+            return kept + lax.optimization_barrier(tile)[0]
+
+        return lax.fori_loop(0, stop, add, jnp.zeros(size))
+
+    def call() -> None:
+        for block in range(blocks):
+            rows = gallery[block * size : (block + 1) * size]
+            product(rows, gallery, np.int32(block + 1)).block_until_ready()
+
+    return call
 
 
 def _products(x: np.ndarray, labels: np.ndarray) -> _Call:
@@ -125,7 +182,9 @@ _CALLS = {
     "products": _products,
     "faiss": _faiss,
     "peer": _peer,
-    "million": _million,
+    "level products": _level_products,
+    "levels": _levels,
+    "half products": _half_products,
 }
 
 
@@ -133,7 +192,7 @@ def measure(kind: str, n: int, classes: int, dim: int, spread: float) -> dict[st
     """Measures one kind in this process, compilation included, as a command has it.
 
     Args:
-      kind: "ours", "products", "faiss", "peer" or "million".
+      kind: a key of `_CALLS`.
       n: number of embeddings.
       classes: number of classes.
       dim: embedding dimension.
@@ -156,22 +215,21 @@ def measure(kind: str, n: int, classes: int, dim: int, spread: float) -> dict[st
     }
 
 
-def _measured(kinds: list[str]) -> dict[str, dict[str, Any]]:
+def _measured(names: Mapping[str, str], size: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Returns {kind: what `measure` returned in the fastest round}, of the kinds installed."""
-    size = {"n": _N.value, "classes": _CLASSES.value, "dim": _DIM.value, "spread": _SPREAD.value}
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for _ in range(_ROUNDS.value):
-        for kind in kinds:
+        for kind, name in names.items():
             row = measuring.in_own_process(_MODULE, kind=kind, **size)
             if row is None:
-                measuring.tell(f"{_NAMES[kind]}: not installed, not measured")
+                measuring.tell(f"{name}: not installed, not measured")
                 continue
-            measuring.tell(f"{_NAMES[kind]}: {row['seconds']:.1f} s  {row['scores'] or ''}")
+            measuring.tell(f"{name}: {row['seconds']:.1f} s  {row['scores'] or ''}")
             rows[kind] = min(row, rows.get(kind, row), key=lambda r: r["seconds"])
     return rows
 
 
-def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+def _table(rows: Mapping[str, Mapping[str, Any]], names: Mapping[str, str], bare: str) -> str:
     head = ["what", "seconds", "of the products", "of the peer", "extra MiB", "peak MiB"]
     lines = []
     for kind, row in rows.items():
@@ -179,31 +237,22 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
             f"{row['seconds'] / rows[other]['seconds']:.2f}"
             if other in rows and other != kind
             else ""
-            for other in ("products", "peer")
+            for other in (bare, "peer")
         ]
         memory = ["" if row[name] is None else f"{row[name]:.0f}" for name in ("extra", "peak")]
-        lines.append([_NAMES[kind], f"{row['seconds']:.1f}", *ratios, *memory])
+        lines.append([names[kind], f"{row['seconds']:.1f}", *ratios, *memory])
     return measuring.markdown_table(head, lines)
 
 
 def _million_text() -> str:
-    """Measures --million and returns the sentence about it."""
-    row = measuring.in_own_process(
-        _MODULE,
-        kind="million",
-        n=1_000_000 + _QUERIES,
-        classes=200_000,
-        dim=128,
-        spread=_SPREAD.value,
-    )
-    if row is None:
-        return "\n4,096 queries against a million items: a package is missing, not measured.\n"
-    peak = "" if row["peak"] is None else f", {row['peak']:.0f} MiB at most"
-    hours = row["seconds"] * 1_000_000 / _QUERIES / 3600
+    """Measures --million and returns the table and the sentence about it."""
+    size = {"n": _MEASURED, "classes": _MEASURED // 5, "dim": 128, "spread": _SPREAD.value}
+    rows = _measured(_HALF_NAMES, size)
+    table = _table(rows, _HALF_NAMES, "half products")
+    hours = rows["ours"]["seconds"] * (_PROJECTED / _MEASURED) ** 2 / 3600
     return (
-        f"\n4,096 queries against a million items, D = 128: {row['seconds']:.1f} s{peak}; a "
-        f"million queries at that rate: {hours:.1f} hours, and less where they rank each other, "
-        "each product serving both.\n"
+        f"\n{_MEASURED:,} x 128 that rank each other\n\n{table}\n\n{_PROJECTED:,} at that rate: "
+        f"{hours:.2f} hours.\n"
     )
 
 
@@ -216,11 +265,16 @@ def main() -> None:
             "expected fewer classes"
         )
     measuring.check_outputs(_TABLE)
-    table = _table(_measured(kinds))
+    size = {"n": _N.value, "classes": _CLASSES.value, "dim": _DIM.value, "spread": _SPREAD.value}
+    names = {kind: _NAMES[kind] for kind in kinds}
+    table = _table(_measured(names, size), names, "products")
     text = (
         f"{_N.value} x {_DIM.value} in {_CLASSES.value} classes on {measuring.machine()}\n\n"
         f"{table}\n"
     )
+    if _LEVELS.value:
+        levels = _table(_measured(_LEVEL_NAMES, size), _LEVEL_NAMES, "level products")
+        text += f"\nthree levels of these sizes\n\n{levels}\n"
     if _MILLION.value:
         text += _million_text()
     measuring.print_and_write(text, _TABLE.value)

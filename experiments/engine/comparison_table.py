@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from rll_jax import metrics
+
 SCORES = {"recall@1": "Recall@1", "map@r": "MAP@R"}  # the titles of the scores
 
 Row = dict[str, Any]
@@ -16,6 +18,7 @@ def make_rows(
     scores: Mapping[str, Mapping[int, Mapping[str, float]]],
     titles: Mapping[str, str],
     rates: Mapping[str, float],
+    over_classes: Mapping[str, Mapping[str, metrics.Interval]] | None = None,
 ) -> list[Row]:
     """Returns a row for each entry. Differences to the first entry are paired by seed.
 
@@ -23,6 +26,7 @@ def make_rows(
       scores: {entry: {seed: {score: value}}}, the first entry first.
       titles: {entry: title}.
       rates: {entry: its learning rate}, without those whose runs all failed.
+      over_classes: {entry: {score: interval}} of the differences, by drawing test classes.
     """
     first = next(iter(scores.values()))
     rows = []
@@ -41,6 +45,9 @@ def make_rows(
                 if seed in first
             ]
             row[score] = {**_summary(values), "difference": _summary(paired)}
+            if interval := (over_classes or {}).get(name, {}).get(score):
+                ends = [100 * interval.low, 100 * interval.high]
+                row[score]["difference"]["over_classes"] = ends
         rows.append(row)
     return rows
 
@@ -73,7 +80,8 @@ def as_markdown(
         "Percent, mean ± standard deviation over seeds. The difference is to "
         f"“{rows[0]['title']}”, paired by seed, ± half of its 95 % interval: one that "
         "reaches over 0 is noise, as far as so many seeds tell. The intervals are each for itself, "
-        "and leave out the noise of tuning.\n",
+        "and leave out the noise of tuning. In brackets: the 95 % interval of the same difference, "
+        "paired by query, with other test classes drawn instead of other seeds.\n",
         "| loss | rate | Recall@1 | difference | MAP@R | difference | seeds |",
         "|---|---|---|---|---|---|---|",
         *(_line(row, row is rows[0]) for row in rows),
@@ -97,7 +105,10 @@ def _cell(summary: Mapping[str, Any], spread: str, sign: str = "") -> str:
     if summary["mean"] is None:
         return "-"
     text = f"{summary['mean']:{sign}.1f}"
-    return text if summary[spread] is None else f"{text} ± {summary[spread]:.1f}"
+    text = text if summary[spread] is None else f"{text} ± {summary[spread]:.1f}"
+    if ends := summary.get("over_classes"):
+        text += f" ({ends[0]:+.1f} to {ends[1]:+.1f})"
+    return text
 
 
 def plot(rows: Sequence[Row], path: pathlib.Path) -> None:

@@ -7,15 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.engine import phases, processes, scoring
+from experiments.engine import processes, scoring
 from experiments.engine.bad_images import BadImagesFile
 from experiments.engine.checks import CheckedRun
 from experiments.engine.errors import RunError
 from experiments.engine.logs import MetricsLog
 from experiments.engine.network_inputs import Input
-from rll_jax import metrics
 from rll_jax.data.image_dataset import EncodedImageDataset
-from rll_jax.networks import embedding_net
 from rll_jax.training import checkpoint, embedding, steps
 
 
@@ -29,11 +27,14 @@ class Evaluated(NamedTuple):
     Attributes:
       data: the test images that could be read.
       levels: {level: (N, D)} their embeddings.
+      by_query: {levels: {score: one value for each query}}, all levels concatenated last. After
+        the last step the first process has each level and each pair too.
       scores: {score: value} of all levels concatenated.
     """
 
     data: EncodedImageDataset
     levels: dict[str, np.ndarray]
+    by_query: dict[str, scoring.ByQuery]
     scores: dict[str, float]
 
 
@@ -84,11 +85,14 @@ class Evaluator:
             progress="embedding the test images" if processes.is_first() else "",
         )
 
-    def _embed_batch(self, *arguments: Any) -> dict[str, jax.Array]:
+    def _stop_if_requested(self) -> None:
         # An evaluation may take longer than a machine is left to the run. Several processes end it
         # together instead.
         if jax.process_count() == 1 and self._stop_requested(0):
             raise _StopRequested
+
+    def _embed_batch(self, *arguments: Any) -> dict[str, jax.Array]:
+        self._stop_if_requested()
         return self._embed_step(*arguments)
 
     def evaluate(self, step: int, state: steps.TrainState) -> Evaluated | None:
@@ -102,7 +106,9 @@ class Evaluator:
         """
         schedule = self._checked.config.schedule
         try:
-            evaluated = self._score(state)
+            # What the report shows at the end comes from the same pass.
+            only_all = step < schedule.steps or not processes.is_first()
+            evaluated = self._score(state, only_all)
         except _StopRequested:
             return None
         except RunError:
@@ -122,7 +128,7 @@ class Evaluator:
             self._best.wait()
         return evaluated
 
-    def _score(self, state: steps.TrainState) -> Evaluated:
+    def _score(self, state: steps.TrainState, only_all: bool) -> Evaluated:
         test = self._checked.splits["test"]
         # The optimiser's state and the memory are large, and not needed.
         local = self._checked.runner.to_local(state.replace(opt_state=(), memory=None))
@@ -131,8 +137,9 @@ class Evaluator:
             test,
             functools.partial(self._bad_images.add, test),
         )
-        embeddings = np.asarray(embedding_net.concatenate_levels(levels))
-        rows = embedding.queries_and_gallery(embeddings, data)
-        with phases.told("computing the scores"):
-            scores = metrics.retrieval_metrics(*rows, ks=self._checked.config.data.entry.ks)
-        return Evaluated(data, levels, scores)
+        ks = self._checked.config.data.entry.ks
+        by_query = scoring.score_levels(
+            levels, data, ks, only_all=only_all, on_progress=self._stop_if_requested
+        )
+        scores = list(scoring.make_table(by_query, data, ks).values())[-1]
+        return Evaluated(data, levels, by_query, scores)

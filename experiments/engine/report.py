@@ -1,6 +1,6 @@
 """report.html: a run's curves, scores, distances and retrieved images in one file."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import html
 import pathlib
 from typing import Any
@@ -12,14 +12,14 @@ from PIL import Image
 from sklearn.manifold import TSNE
 import threadpoolctl
 
-from experiments.engine import html_page, scoring
+from experiments.engine import html_page, query_scores, scoring
 from experiments.engine.config import Config
 from experiments.engine.losses import LossOptions
-from experiments.engine.scoring import ScoreTable
+from experiments.engine.query_scores import QueryScores
+from experiments.engine.scoring import ByQuery, ScoreTable
 from rll_jax import metrics
 from rll_jax.data import files
 from rll_jax.data.image_dataset import EncodedImageDataset
-from rll_jax.training import embedding
 
 _QUERIES = {"Worst": 6, "Typical": 8, "Best": 6}  # queries shown of each kind
 _NEIGHBOURS = 8
@@ -36,6 +36,7 @@ def write(
     test: EncodedImageDataset,
     embeddings: np.ndarray,
     table: ScoreTable,
+    scores: QueryScores,
 ) -> None:
     """Writes the page.
 
@@ -46,17 +47,18 @@ def write(
       config: the run's options.
       test: the test images.
       embeddings: (N, D) their embeddings.
-      table: the scores of the levels, `scoring.score_table`.
+      table: the scores of the levels, `scoring.make_table`.
+      scores: the scores of each query by these embeddings.
     """
+    by_query = scores.by_query
     evaluations = [line for line in lines if "recall@1" in line]
-    by_query = metrics.scores_by_query(*embedding.queries_and_gallery(embeddings, test))
     curves = html_page.plot(_curves(lines, evaluations), "loss and scores over the steps")
     distances = html_page.plot(
         _distances(embeddings, test.labels, config.loss, by_query),
         "distances of pairs, first ranks",
     )
     body = f"""<h1>{html.escape(title)}</h1>
-{_scores(test, evaluations, table, by_query)}
+{_scores(test, evaluations, table, query_scores.intervals(scores, config.data.entry.ks))}
 <h2>Curves</h2>{curves}
 <h2>Distances and ranks</h2>{distances}
 <h2>Nearest images</h2>
@@ -76,7 +78,7 @@ def _scores(
     test: EncodedImageDataset,
     evaluations: Sequence[dict[str, Any]],
     table: ScoreTable,
-    by_query: dict[str, np.ndarray],
+    intervals: Mapping[str, metrics.Interval],
 ) -> str:
     names = scoring.score_names(table)
 
@@ -85,8 +87,17 @@ def _scores(
 
     by_step = [[line["step"], *in_percent(line)] for line in evaluations]
     by_level = [[level, *in_percent(scores)] for level, scores in table.items()]
+    alone = int(list(table.values())[-1]["queries_without_match"])
+    of_each = [
+        [name, *(f"{100 * value:.1f}" for value in (i.value, i.low, i.high))]
+        for name, i in intervals.items()
+    ]
     return f"""<h2>Scores</h2><p>{len(test)} test images of {len(np.unique(test.labels))} classes,
-in percent; {len(by_query["query"])} of the images have another of their class to find.</p>
+in percent; {alone} queries have no image of their class to find.</p>
+<p>At the end, with all levels. From and to: the 95 % interval, by drawing other classes of the same
+kind (not other training runs).</p>
+{html_page.table(["score", "percent", "from", "to"], of_each)}
+<p>Over the steps:</p>
 {html_page.table(["step", *names], by_step)}
 <p>At the end, by levels of the network:</p>
 {html_page.table(["levels", *names], by_level)}"""
@@ -124,7 +135,7 @@ def _distances(
     embeddings: np.ndarray,
     labels: np.ndarray,
     loss: LossOptions,
-    by_query: dict[str, np.ndarray],
+    by_query: ByQuery,
 ) -> Figure:
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -158,9 +169,7 @@ def _distances(
     return figure
 
 
-def _grid(
-    test: EncodedImageDataset, embeddings: np.ndarray, by_query: dict[str, np.ndarray]
-) -> str:
+def _grid(test: EncodedImageDataset, embeddings: np.ndarray, by_query: ByQuery) -> str:
     """Returns rows of a query and its nearest images, for the worst, typical and best queries."""
     query_rows = gallery_rows = np.arange(len(test))
     if test.in_gallery is not None:
@@ -179,12 +188,18 @@ def _grid(
         queries = query_rows[order[first : first + number]]
         itself = queries if test.in_gallery is None else None
         k = min(_NEIGHBOURS, len(gallery_rows) - (itself is not None))
-        nearest, _ = metrics.nearest(
-            embeddings[queries], embeddings[gallery_rows], k, leave_out=itself
+        groups = {}
+        if test.groups is not None:
+            groups = {
+                "query_groups": test.groups[queries],
+                "gallery_groups": test.groups[gallery_rows],
+            }
+        nearest, similarity = metrics.nearest(
+            embeddings[queries], embeddings[gallery_rows], k, leave_out=itself, **groups
         )
         parts.append(f"<h3>{kind}</h3>")
-        for query, rows in zip(queries, gallery_rows[nearest], strict=True):
-            parts.append(_query_row(test, query, rows))
+        for query, rows, values in zip(queries, gallery_rows[nearest], similarity, strict=True):
+            parts.append(_query_row(test, query, rows[np.isfinite(values)]))
     return "".join(parts)
 
 

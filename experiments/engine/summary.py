@@ -5,9 +5,10 @@ import json
 
 import numpy as np
 
-from experiments.engine import scoring
+from experiments.engine import query_scores, scoring
 from experiments.engine.checks import CheckedRun
 from experiments.engine.evaluation import Evaluated
+from experiments.engine.query_scores import QueryScores
 from rll_jax.networks import embedding_net
 
 
@@ -21,7 +22,10 @@ def finish(checked: CheckedRun, evaluated: Evaluated) -> None:
     """Prints Recall@K, and writes the report where it is wanted."""
     config, data = checked.config, evaluated.data
     ks = config.data.entry.ks
-    table = scoring.score_table(evaluated.levels, data, ks, clustering=False)
+    table = scoring.make_table(evaluated.by_query, data, ks)
+    by_query = list(evaluated.by_query.values())[-1]
+    scores = QueryScores(by_query, scoring.query_classes(by_query, data))
+    query_scores.write(checked.workdir, scores)
     path = checked.workdir / "report.html"
     if config.runtime.report:
         from experiments.engine import report  # more than a second to import
@@ -36,6 +40,7 @@ def finish(checked: CheckedRun, evaluated: Evaluated) -> None:
             test=data,
             embeddings=np.asarray(embedding_net.concatenate_levels(evaluated.levels)),
             table=table,
+            scores=scores,
         )
     all_levels = list(table.values())[-1]
     recalls = "  ".join(f"Recall@{k} {100 * all_levels[f'recall@{k}']:.1f} %" for k in ks)

@@ -22,7 +22,7 @@ from rll_jax.data.listings import GALLERY, QUERY, SPLITS, TEST, TRAIN
 _NEEDED = {"path", "label"}
 _ROLES = ("is_query", "is_gallery")
 _BOX = ("x_1", "x_2", "y_1", "y_2")
-_KNOWN = (*_NEEDED, "split", "super_label", "category", *_ROLES, *_BOX)
+_KNOWN = (*_NEEDED, "split", "super_label", "group", "image_id", "category", *_ROLES, *_BOX)
 _HEAD = 1 << 16  # bytes in which a header is looked for
 _EMPTY = {"", "nan", "-nan", "nat", "none", "null", "nil", "na", "n/a", "#na", "#n/a", "<na>"}
 _SPLIT_WORDS = {
@@ -45,6 +45,8 @@ class Entry(NamedTuple):
       label: the class, as text.
       split: one of `listings.SPLITS`, or "" where the table has none.
       super_label: the super class, as text; "" where the table has none.
+      group: images that do not answer each other, as text; "" where the table has none.
+      image_id: the image of which this is a file, as text; "" where the table has none.
       place: where the row is: "line 4" or "row 3".
     """
 
@@ -52,6 +54,8 @@ class Entry(NamedTuple):
     label: str
     split: str
     super_label: str
+    group: str
+    image_id: str
     place: str
 
 
@@ -127,9 +131,15 @@ def _read_entry(cells: dict[str, str], place: str, where: str, starts: list[str]
         pathlib.PurePosixPath(path).as_posix(),  # ./a and a are the same path
         _canonical(label),
         split,
-        "" if _is_empty(super_label) else _canonical(super_label),
+        _canonical_or_empty(super_label),
+        _canonical_or_empty(cells.get("group", "")),
+        _canonical_or_empty(cells.get("image_id", "")),
         place,
     )
+
+
+def _canonical_or_empty(cell: str) -> str:
+    return "" if _is_empty(cell) else _canonical(cell)
 
 
 def _starts_of_paths(root: paths.AnyPath | None) -> list[str]:

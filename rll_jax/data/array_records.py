@@ -14,7 +14,7 @@ import numpy as np
 import tqdm
 
 from rll_jax.data import files, listings, paths
-from rll_jax.data.image_dataset import EncodedImageDataset, split_dataset
+from rll_jax.data.image_dataset import EncodedImageDataset, number_names, split_dataset
 
 if TYPE_CHECKING:  # takes seconds to import
     import tensorflow_datasets as tfds
@@ -29,6 +29,7 @@ _WITH_TENSORFLOW = (
     '.download_and_prepare()"'
 )
 # What tensorflow-datasets' own datasets call a class and its super class.
+_NAME_KEYS = ("group", "image_id")  # of our own datasets, where their rows have such names
 _LABEL_KEYS, _SUPER_LABEL_KEYS = ("label", "class_id"), ("super_label", "super_class_id")
 
 
@@ -54,12 +55,14 @@ def write_dataset(root: paths.AnyPath, rows: list[listings.Row], directory: path
 
     paths.check_utf8(directory)
     root = paths.to_path(root)
+    names = [name for name in _NAME_KEYS if any(getattr(row, name) for row in rows)]
     features = tfds.features.FeaturesDict(
         {
             "image": tfds.features.Image(),
             "label": np.int64,
             "super_label": np.int64,
             "path": tfds.features.Text(),
+            **{name: tfds.features.Text() for name in names},
         }
     )
     with files.atomic_folder(directory) as temporary:
@@ -186,6 +189,7 @@ def _write_split(
             "label": row.label,
             "super_label": row.super_label,
             "path": os.fsencode(row.path),
+            **{name: getattr(row, name) for name in _NAME_KEYS if name in features},
         }
         shards.write(serializer.serialize_example(features.encode_example(example)))
     shards.close()
@@ -302,6 +306,8 @@ def _read_splits(
         paths=columns["paths"],
         sizes=columns["sizes"],
         super_labels=super_labels if np.ptp(super_labels) else None,
+        groups=number_names(columns["group"]) if "group" in columns else None,
+        image_ids=number_names(columns["image_id"]) if "image_id" in columns else None,
     )
     return dataset, np.repeat(names, [len(source) for source in sources])
 
@@ -330,17 +336,20 @@ def _read_index(
     dtype = np.dtype(cast(Any, features[label_key].np_dtype))
     if not np.issubdtype(dtype, np.integer):
         raise ValueError(f"{builder.name}: {label_key} is of {dtype}, expected whole numbers")
-    columns = _index_records(source, split, image_key, label_key)
+    # Other people's datasets may call anything a group.
+    names = [key for key in _NAME_KEYS if builder.name == _NAME and key in features]
+    columns = _index_records(source, split, image_key, label_key, names)
     if keep:
         _keep_index(file, columns)
     return columns
 
 
 def _index_records(
-    source: Sequence[Any], split: str, image_key: str, label_key: str
+    source: Sequence[Any], split: str, image_key: str, label_key: str, names: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """Reads all records; an image that has no path in its record gets the path SPLIT/NUMBER."""
     labels, image_paths, sizes, super_labels = [], [], [], []
+    texts = {name: [] for name in names}
     # Shown where it takes more than two seconds.
     records = tqdm.tqdm(source, f"indexing {split}", unit="image", mininterval=1, delay=2)
     for number, record in enumerate(records):
@@ -350,11 +359,14 @@ def _index_records(
         super_labels.append(record[super_label_key] if super_label_key else 0)
         labels.append(record[label_key])
         sizes.append(len(record[image_key]))
+        for name in names:
+            texts[name].append(record[name].decode())
     return {
         "labels": np.array(labels, np.int64),
         "sizes": np.array(sizes, np.int64),
         "super_labels": np.array(super_labels, np.int64),
         "paths": np.array(image_paths, np.str_),
+        **{name: np.array(values, np.str_) for name, values in texts.items()},
     }
 
 

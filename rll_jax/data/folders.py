@@ -112,8 +112,8 @@ def read_index(
 ) -> list[Row]:
     """Lists the images of a table: a .csv or .parquet file, also one of open-metric-learning.
 
-    Its columns are path and label, and optionally split, super_label, is_query and is_gallery.
-    Other columns are ignored, except x_1, x_2, y_1 and y_2: bounding boxes are refused.
+    Its columns are path and label, and optionally split, super_label, group, image_id, is_query and
+    is_gallery. Other columns are ignored, except x_1, x_2, y_1 and y_2: bounding boxes are refused.
 
     A path starts from the dataset's root folder, or is absolute and below `root`. A label is any
     text or number, but no word for an empty cell, such as nan, None or NA. Classes are numbered in
@@ -121,6 +121,10 @@ def read_index(
     is 10, and 010 is text. A split is train or test, or else train, query or gallery; val, valid,
     validation and dev mean test. Where is_query and is_gallery are given, test rows with both are
     test, and those with one are query or gallery.
+
+    A query is not ranked against images of its own group (any text or number: the same camera,
+    sequence or product shot) nor against those of its own image_id (the same image in another
+    file). An empty cell is none.
 
     Args:
       file: the table, local or in an object store.
@@ -151,7 +155,14 @@ def read_index(
     else:
         _refuse_halves(test_classes, f"{file}: has a split for each row")
     return [
-        Row(entry.path, labels[entry.label], split, super_labels[entry.super_label])
+        Row(
+            entry.path,
+            labels[entry.label],
+            split,
+            super_labels[entry.super_label],
+            entry.group,
+            entry.image_id,
+        )
         for entry, split in zip(entries, splits, strict=True)
     ]
 

@@ -42,6 +42,9 @@ class EncodedImageDataset:
       super_labels: (N,) int64 super classes, or None.
       in_gallery: (N,) bool, whether a row belongs to the gallery in which the other rows are
         searched, or None where each image is searched among all others.
+      groups: (N,) int64; a row is not ranked against rows of its own group. None: no groups.
+      image_ids: (N,) int64; a row is not ranked against rows of its own id. None: each row has its
+        own.
     """
 
     read: Callable[[int], bytes]
@@ -52,6 +55,8 @@ class EncodedImageDataset:
     changed: np.ndarray | None = None
     super_labels: np.ndarray | None = None
     in_gallery: np.ndarray | None = None
+    groups: np.ndarray | None = None
+    image_ids: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -245,8 +250,22 @@ def from_rows(root: paths.AnyPath, rows: list[Row]) -> dict[str, EncodedImageDat
         sizes=sizes,
         changed=changed,
         super_labels=super_labels if np.ptp(super_labels) else None,
+        groups=number_names([row.group for row in rows]),
+        image_ids=number_names([row.image_id for row in rows]),
     )
     return split_dataset(dataset, np.array([row.split for row in rows]))
+
+
+def number_names(names: Sequence[str] | np.ndarray) -> np.ndarray | None:
+    """Numbers the (N,) names of groups or images: (N,) int64; None where all are "".
+
+    Each row without a name gets a number of its own.
+    """
+    named = np.array([bool(name) for name in names])
+    if not named.any():
+        return None
+    found, numbers = np.unique(np.asarray(names, np.str_), return_inverse=True)
+    return np.where(named, numbers, len(found) + np.arange(len(named)))
 
 
 def split_dataset(

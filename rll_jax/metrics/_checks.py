@@ -3,6 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
+
+_ROWS = 65536  # rows that are checked at once
 
 
 def labelled_rows(
@@ -60,9 +63,38 @@ def embedding_rows(name: str, embeddings: jax.Array | np.ndarray) -> np.ndarray:
         raise ValueError(f"{name} must be (N, D) and not empty, found shape {rows.shape}")
     if rows.dtype.itemsize not in (4, 8):
         rows = rows.astype(np.float32 if rows.dtype.itemsize < 4 else np.float64)
-    _check_none(name, "not finite", np.logical_not(np.isfinite(rows).all(axis=1)))
-    _check_none(name, "zero vectors", np.logical_not(rows.any(axis=1)))
+    not_finite, zero = np.empty((2, len(rows)), bool)
+    for first in range(0, len(rows), _ROWS):  # the rows may be a file's, larger than the memory
+        part = slice(first, first + _ROWS)
+        not_finite[part] = ~np.isfinite(rows[part]).all(axis=1)
+        zero[part] = ~rows[part].any(axis=1)
+    _check_none(name, "not finite", not_finite)
+    _check_none(name, "zero vectors", zero)
     return rows
+
+
+def codes(name: str, values: npt.ArrayLike | None, number: int) -> np.ndarray | None:
+    """Returns ids or groups as a NumPy array, or None for None.
+
+    Args:
+      name: what error messages call them.
+      values: (N,) integers or text.
+      number: N.
+
+    Raises:
+      TypeError: they are neither integers nor text.
+      ValueError: there are not N of them.
+    """
+    if values is None:
+        return None
+    array = np.asarray(values)
+    if array.dtype == object and all(isinstance(value, str) for value in array.flat):
+        array = array.astype(np.str_)  # as pandas keeps text
+    if array.dtype.kind not in "iuUS":
+        raise TypeError(f"{name} must be integers or text, found {array.dtype}")
+    if array.shape != (number,):
+        raise ValueError(f"{name} must be ({number},), one for each row, found {array.shape}")
+    return array
 
 
 def _check_none(name: str, fault: str, faulty: np.ndarray) -> None:

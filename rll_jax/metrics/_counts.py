@@ -4,128 +4,180 @@ The similarities of all queries with the gallery are computed in tiles: a block 
 a block of the gallery. The tiles are shared out over the devices, and each device holds all
 queries and the whole gallery. Where the queries rank each other, one tile serves both its rows
 and its columns as queries, so that half of the tiles are enough.
+
+Where there are several levels, a tile has the product of each, and the similarity of a combination
+of levels is the mean of theirs: one pass counts for all combinations.
 """
 
-from collections.abc import Callable
-import functools
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from collections.abc import Sequence
+import time
+from typing import Any, cast
 
 import jax
-from jax import lax
-import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from rll_jax.metrics import _vectors
+from rll_jax.metrics import _tiles, _vectors
 from rll_jax.metrics._problem import Problem
+from rll_jax.metrics._progress import Watch
 
-_ABOVE_ALL = 3.0  # a threshold above every similarity
-_BELOW_ALL = -2  # a similarity below every threshold
-
-_Counts = tuple[jax.Array, jax.Array]  # (I, M, B) int32: similarity >= low, similarity > high
-
-
-_Array = TypeVar("_Array", np.ndarray, jax.Array)  # on the host, on a device
-
-
-class _Operands(NamedTuple, Generic[_Array]):
-    """What every device counts with: I blocks of B queries, J blocks of B items, M positives."""
-
-    queries: _Array  # (I * B, D) float32 of length 1, rotated
-    query_labels: _Array  # (I * B,) int32
-    gallery: _Array  # (J * B, D) float32 of length 1, rotated
-    gallery_labels: _Array  # (J * B,) int32
-    low: _Array  # (I, M, B) float32: from here on an item may be before a positive
-    high: _Array  # (I, M, B) float32: above, an item is surely before a positive
-    most_positives: _Array  # (I,) int32: the most positives of a block's queries
+_SECONDS = 0.5  # that the devices count before Python has a say again
 
 
 def count_before(
-    problem: Problem, rows: np.ndarray, similarity: np.ndarray, block_size: int
+    problem: Problem,
+    combinations: Sequence[_tiles.Combination],
+    rows: np.ndarray,
+    similarity: np.ndarray,
+    block_size: int,
+    watch: Watch,
+    items: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Counts the items of other classes before each positive, by float32 products.
 
+    Items that a query leaves out are not counted.
+
     Args:
       problem: the queries and the gallery.
+      combinations: C combinations of levels.
       rows: (Q,) queries, those with most positives first.
-      similarity: (Q, M) float64 similarities with their positives, descending, then -inf.
-      block_size: B, the rows and columns of a tile, less than 65536.
+      similarity: (C, Q, M) float64 similarities with their positives, descending, then -inf.
+      block_size: B, the rows and columns of a tile, a multiple of `BLOCK_MULTIPLE` below
+        65536.
+      watch: hears how many tiles are counted, and keeps the counts so far.
+      items: the rows of the gallery to count, or None for all.
 
     Returns:
-      Two (Q, M) int64 counts: the items that may be before a positive (at least as similar, as
+      Two (C, Q, M) int64 counts: the items that may be before a positive (at least as similar, as
       far as float32 can tell), and those that surely are. Counts where `similarity` is -inf mean
       nothing.
     """
-    rotation, band = _vectors.rotation_and_band(problem.gallery.shape[1])
-    operands, padding = _make_operands(problem, rows, similarity, block_size, rotation, band)
-    devices = cast(list[Any], jax.local_devices())  # pyright: ignore[reportUnknownMemberType] (jax)
-    mesh = Mesh(np.array(devices), ("device",))
+    symmetric = problem.symmetric and items is None
+    if items is None:
+        items = np.arange(len(problem.gallery_labels))
+    if symmetric:
+        # The queries first, in their order: the gallery then has the blocks of the queries.
+        items = np.concatenate([rows, np.setdiff1d(items, rows)])
+    padding = -len(items) % block_size
+    low, high = _thresholds(similarity, combinations, _bands(problem), block_size)
+    operands = _make_operands(problem, rows, items, low, high, symmetric)
+    devices = _devices()
+    plan = _tiles.Plan(
+        Mesh(np.array(devices), ("device",)), symmetric, tuple(map(tuple, combinations))
+    )
     tiles, num_tiles = _share_tiles(
-        operands.most_positives,
-        len(operands.gallery) // block_size,
-        mesh.size,
-        symmetric=problem.leave_one_out,
+        operands.most_positives.max(axis=1),
+        len(operands.gallery_labels) // block_size,
+        len(devices),
+        symmetric=symmetric,
     )
-    may_be, surely = cast(
-        _Counts,
-        _count_on_devices(operands, tiles, num_tiles, mesh=mesh, symmetric=problem.leave_one_out),
-    )
+    may_be, surely = _count_in_parts(operands, tiles, num_tiles, plan, watch)
     # The similarity of the padding is exactly 0.
     padding_may_be = padding * (operands.low <= 0)
     padding_surely = padding * (operands.high < 0)
     return (
-        _sum_over_devices(may_be, mesh.size, padding_may_be)[: len(rows)],
-        _sum_over_devices(surely, mesh.size, padding_surely)[: len(rows)],
+        _sum_over_devices(may_be, len(devices), padding_may_be)[:, : len(rows)],
+        _sum_over_devices(surely, len(devices), padding_surely)[:, : len(rows)],
     )
+
+
+def _devices() -> list[Any]:
+    return cast(list[Any], jax.local_devices())  # pyright: ignore[reportUnknownMemberType] (jax)
+
+
+def num_devices() -> int:
+    """Returns the number of devices that count."""
+    return len(_devices())
+
+
+def _bands(problem: Problem) -> list[float]:
+    """Returns how far a float32 product of each level may be off."""
+    dims = [level.gallery.shape[1] for level in problem.levels]
+    return [_vectors.rotation_and_band(dim)[1] for dim in dims]
 
 
 def _make_operands(
     problem: Problem,
     rows: np.ndarray,
-    similarity: np.ndarray,
-    block_size: int,
-    rotation: np.ndarray,
-    band: float,
-) -> tuple[_Operands[np.ndarray], int]:
-    """Returns what the devices count with, and the number of rows that pad the gallery."""
-    gallery_rows = np.arange(len(problem.gallery))
-    if problem.leave_one_out:
-        # The queries first, in their order: the gallery then has the blocks of the queries.
-        gallery_rows = np.concatenate([rows, np.setdiff1d(gallery_rows, rows)])
-    gallery = _padded(
-        _vectors.unit_rows(
-            problem.gallery[gallery_rows], problem.gallery_norms[gallery_rows], rotation
-        ),
-        block_size,
-        0,
-    )
-    gallery_labels = _padded(problem.gallery_labels[gallery_rows], block_size, -1)
-    queries, query_labels = gallery, gallery_labels
-    if not problem.leave_one_out:
-        units = _vectors.unit_rows(problem.queries[rows], problem.query_norms[rows], rotation)
-        queries = _padded(units, block_size, 0)
-        query_labels = _padded(problem.query_labels[rows], block_size, -1)
-    thresholds = np.full((len(queries), similarity.shape[1]), _ABOVE_ALL)
-    thresholds[: len(rows)] = np.where(np.isfinite(similarity), similarity, _ABOVE_ALL)
-    thresholds = thresholds.reshape(-1, block_size, similarity.shape[1]).transpose(0, 2, 1)
-    operands = _Operands(
-        queries=queries,
+    items: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    symmetric: bool,
+) -> _tiles.Operands[np.ndarray]:
+    """Returns what the devices count with: some queries, some items, and the thresholds."""
+    block_size: int = low.shape[3]
+    padding, query_padding = -len(items) % block_size, -len(rows) % block_size
+    queries: list[np.ndarray] = []
+    gallery: list[np.ndarray] = []
+    for level in problem.levels:
+        rotation, _ = _vectors.rotation_and_band(level.gallery.shape[1])
+        gallery.append(
+            _vectors.unit_rows(level.gallery, level.gallery_norms, rotation, items, padding)
+        )
+        if symmetric:
+            queries.append(gallery[-1])
+        else:
+            queries.append(
+                _vectors.unit_rows(level.queries, level.query_norms, rotation, rows, query_padding)
+            )
+    codes = list(problem.mixed_codes)
+    gallery_labels = _padded(problem.gallery_labels[items], padding)
+    gallery_codes = _padded(problem.gallery_codes[codes][:, items], padding)
+    query_labels, query_codes = gallery_labels, gallery_codes
+    if not symmetric:
+        query_labels = _padded(problem.query_labels[rows], query_padding)
+        query_codes = _padded(problem.query_codes[codes][:, rows], query_padding)
+    return _tiles.Operands(
+        queries=tuple(queries),
         query_labels=query_labels,
-        gallery=gallery,
+        query_codes=query_codes,
+        gallery=tuple(gallery),
         gallery_labels=gallery_labels,
-        low=(thresholds - band).astype(np.float32),
-        high=(thresholds + band).astype(np.float32),
-        most_positives=(thresholds < _ABOVE_ALL).any(axis=2).sum(axis=1).astype(np.int32),
+        gallery_codes=gallery_codes,
+        low=low,
+        high=high,
+        most_positives=(low < _tiles.ABOVE_ALL).any(axis=3).sum(axis=2).astype(np.int32),
     )
-    return operands, len(gallery) - len(gallery_rows)
 
 
-def _padded(rows: np.ndarray, multiple: int, value: int) -> np.ndarray:
-    """Returns rows, with rows of a value behind them up to a multiple in number."""
-    padding = -len(rows) % multiple
-    if not padding:
-        return rows
-    return np.concatenate([rows, np.full((padding, *rows.shape[1:]), value, rows.dtype)])
+def _padded(values: np.ndarray, padding: int) -> np.ndarray:
+    """Returns (..., N) values with -1, which no query has, behind them."""
+    return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, padding)], constant_values=-1)
+
+
+def _thresholds(
+    similarity: np.ndarray,
+    combinations: Sequence[_tiles.Combination],
+    bands: Sequence[float],
+    block_size: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (I, C, M, B) thresholds of the sums of a combination's similarities.
+
+    Args:
+      similarity: (C, Q, M) float64 similarities with the positives, or -inf.
+      combinations: the C combinations.
+      bands: how far the float32 product of each level may be off.
+      block_size: B.
+    """
+    num_combinations, rows, most = similarity.shape
+    shape = (num_combinations, rows + -rows % block_size, most)
+    low, high = (
+        np.full(shape, _tiles.ABOVE_ALL, np.float32),
+        np.full(shape, _tiles.ABOVE_ALL, np.float32),
+    )
+    for number, combination in enumerate(combinations):
+        size = len(combination)
+        band = _tiles.band_of_sum(bands, combination)
+        of_sum = size * similarity[number]
+        finite = np.isfinite(of_sum)
+        low[number, :rows] = np.where(finite, of_sum - band, _tiles.ABOVE_ALL)
+        high[number, :rows] = np.where(finite, of_sum + band, _tiles.ABOVE_ALL)
+
+    def in_blocks(thresholds: np.ndarray) -> np.ndarray:
+        blocks = thresholds.reshape(num_combinations, -1, block_size, most)
+        return np.ascontiguousarray(blocks.transpose(1, 0, 3, 2))
+
+    return in_blocks(low), in_blocks(high)
 
 
 def _share_tiles(
@@ -152,137 +204,82 @@ def _share_tiles(
     return padded, num_tiles.astype(np.int32)
 
 
-def _sum_over_devices(
-    counts: jax.Array, num_devices: int, padding_counts: np.ndarray
-) -> np.ndarray:
+def _count_in_parts(
+    operands: _tiles.Operands[np.ndarray],
+    tiles: np.ndarray,
+    num_tiles: np.ndarray,
+    plan: _tiles.Plan,
+    watch: Watch,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Counts all tiles, so many at a time that Python has a say about twice a second.
+
+    Returns:
+      Two (devices * I, C, M, B) int32 counts, each device's own one after the other.
+    """
+    on_all = NamedSharding(plan.mesh, PartitionSpec())
+    per_device = NamedSharding(plan.mesh, PartitionSpec("device"))
+    shape = (plan.mesh.size * len(operands.low), *operands.low.shape[1:])
+    saved = watch.saved_counts()
+    zeros = np.zeros(shape, np.int32)
+    done, host_counts = (0, (zeros, zeros)) if saved is None else saved
+    on_devices = cast(_tiles.Operands[jax.Array], _put_operands(operands, plan, on_all))
+    tiles_on_devices, numbers = _put((tiles, num_tiles), per_device)
+    progress: tuple[int, _tiles.Counts] = (done, _put(host_counts, per_device))
+    last = int(num_tiles.max(initial=0))
+    step = 1
+    try:
+        while progress[0] < last:
+            begin = time.monotonic()
+            stop = min(progress[0] + step, last)
+            part = (np.int32(progress[0]), np.int32(stop))
+            counts = cast(
+                _tiles.Counts,
+                _tiles.count_on_devices(
+                    on_devices, tiles_on_devices, numbers, *part, progress[1], plan=plan
+                ),
+            )
+            jax.block_until_ready(counts)  # pyright: ignore[reportUnknownMemberType] (jax)
+            # One assignment: an interruption leaves counts and their number together.
+            progress = (stop, counts)
+            seconds = max(time.monotonic() - begin, 1e-4)
+            step = max(1, min(2 * step, int(step * _SECONDS / seconds)))
+            watch.counted(*progress, last)
+    except BaseException:
+        watch.keep_counts(*progress)
+        raise
+    may_be, surely = progress[1]
+    return np.asarray(may_be), np.asarray(surely)
+
+
+def _put(values: Any, sharding: NamedSharding) -> Any:
+    return jax.device_put(values, sharding)  # pyright: ignore[reportUnknownMemberType] (jax)
+
+
+def _put_operands(
+    operands: _tiles.Operands[np.ndarray], plan: _tiles.Plan, sharding: NamedSharding
+) -> Any:
+    """Returns the operands on all devices; queries that are the gallery are put there once."""
+    if not plan.symmetric:
+        return _put(operands, sharding)
+    shared: dict[str, Any] = {"queries": (), "query_labels": (), "query_codes": ()}
+    put = _put(operands._replace(**shared), sharding)
+    return put._replace(
+        queries=put.gallery, query_labels=put.gallery_labels, query_codes=put.gallery_codes
+    )
+
+
+def _sum_over_devices(counts: np.ndarray, devices: int, padding_counts: np.ndarray) -> np.ndarray:
     """Adds the counts of all devices and takes those of the padding off.
 
     Args:
-      counts: (num_devices * I, M, B) int32.
-      num_devices: the number of devices.
-      padding_counts: (I, M, B) integers.
+      counts: (devices * I, C, M, B) int32.
+      devices: the number of devices.
+      padding_counts: (I, C, M, B) integers.
 
     Returns:
-      (I * B, M) int64.
+      (C, I * B, M) int64.
     """
-    by_device = np.asarray(counts).reshape(num_devices, *padding_counts.shape)
+    by_device = counts.reshape(devices, *padding_counts.shape)
     total = by_device.sum(axis=0, dtype=np.int64) - padding_counts
-    return total.transpose(0, 2, 1).reshape(-1, padding_counts.shape[1])
-
-
-@jax.jit(static_argnames=("mesh", "symmetric"))  # pyright: ignore[reportUnknownMemberType]
-def _count_on_devices(
-    operands: _Operands[jax.Array],
-    tiles: jax.Array,
-    num_tiles: jax.Array,
-    *,
-    mesh: Mesh,
-    symmetric: bool,
-) -> _Counts:
-    """Counts all tiles, each on its device.
-
-    Args:
-      operands: the same for every device.
-      tiles: (devices * T, 2) int32, as `_share_tiles` returns them.
-      num_tiles: (devices,) int32.
-      mesh: the devices, along an axis "device".
-      symmetric: as for `_share_tiles`.
-
-    Returns:
-      (devices * I, M, B) int32 counts, each device's own one after the other.
-    """
-    per_device, on_all = PartitionSpec("device"), PartitionSpec()
-    count = jax.shard_map(
-        functools.partial(_count_tiles, symmetric=symmetric),
-        mesh=mesh,
-        in_specs=(on_all, per_device, per_device),
-        out_specs=(per_device, per_device),
-        check_vma=False,
-    )
-    return count(operands, tiles, num_tiles)
-
-
-def _count_tiles(
-    operands: _Operands[jax.Array], tiles: jax.Array, num_tiles: jax.Array, *, symmetric: bool
-) -> _Counts:
-    """Counts the tiles of one device: the first `num_tiles[0]` of (T, 2) `tiles`."""
-    zeros = lax.full_like(operands.low, 0, jnp.int32)
-    count = functools.partial(_count_tile, operands, tiles, symmetric)
-    return _repeat(num_tiles[0], count, (zeros, zeros))
-
-
-def _repeat(
-    times: jax.Array, add: Callable[[jax.Array, _Counts], _Counts], counts: _Counts
-) -> _Counts:
-    """Returns the counts after `add(number, counts)` for the numbers from 0 to `times` - 1."""
-    return lax.fori_loop(0, times, add, counts)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-
-
-def _count_tile(
-    operands: _Operands[jax.Array],
-    tiles: jax.Array,
-    symmetric: bool,
-    number: jax.Array,
-    counts: _Counts,
-) -> _Counts:
-    """Adds what one tile counts."""
-    query_block, gallery_block = tiles[number, 0], tiles[number, 1]
-    similarity = jnp.matmul(
-        _block(operands.queries, query_block, operands),
-        _block(operands.gallery, gallery_block, operands).T,
-        precision=lax.Precision.HIGHEST,
-    )
-    same_class = (
-        _block(operands.query_labels, query_block, operands)[:, None]
-        == _block(operands.gallery_labels, gallery_block, operands)[None, :]
-    )
-    # Behind the barrier XLA computes the similarities once, not once for each positive.
-    similarity = jnp.where(same_class, _BELOW_ALL, similarity)
-    similarity = lax.optimization_barrier(similarity)  # pyright: ignore[reportUnknownMemberType] (jax)
-    of_rows = functools.partial(_count_positive, operands, similarity, query_block, 1)
-    counts = _repeat(operands.most_positives[query_block], of_rows, counts)
-    if symmetric:
-        # A tile on the diagonal has counted its columns as rows.
-        on_diagonal = query_block == gallery_block
-        of_columns = functools.partial(_count_positive, operands, similarity, gallery_block, 0)
-        num_positives = jnp.where(on_diagonal, 0, operands.most_positives[gallery_block])
-        counts = _repeat(num_positives, of_columns, counts)
-    return counts
-
-
-def _block(rows: jax.Array, number: jax.Array, operands: _Operands[jax.Array]) -> jax.Array:
-    """Returns a block of rows by its number."""
-    block_size = operands.low.shape[2]
-    return lax.dynamic_slice_in_dim(rows, number * block_size, block_size)
-
-
-def _count_positive(
-    operands: _Operands[jax.Array],
-    similarity: jax.Array,
-    block: jax.Array,
-    axis: int,
-    positive: jax.Array,
-    counts: _Counts,
-) -> _Counts:
-    """Adds the items of a tile before one positive of each query of a block.
-
-    Args:
-      operands: has the thresholds.
-      similarity: (B, B) of the tile.
-      block: the number of the block of queries.
-      axis: the axis of `similarity` over which items are counted: 1 where the queries are its
-        rows, 0 where they are its columns.
-      positive: the number of the positive, from 0 to M - 1.
-      counts: the counts so far.
-    """
-    low = jnp.expand_dims(operands.low[block, positive], axis)
-    high = jnp.expand_dims(operands.high[block, positive], axis)
-    may_be = (similarity >= low).astype(jnp.uint32)
-    surely = (similarity > high).astype(jnp.uint32)
-    # One sum gives both counts: a block has fewer than 2^16 rows.
-    both = jnp.sum(may_be + (surely << 16), axis=axis)
-    all_may_be, all_surely = counts
-    return (
-        all_may_be.at[block, positive].add((both & 0xFFFF).astype(jnp.int32)),
-        all_surely.at[block, positive].add((both >> 16).astype(jnp.int32)),
-    )
+    _, num_combinations, most, _ = total.shape
+    return total.transpose(1, 0, 3, 2).reshape(num_combinations, -1, most)

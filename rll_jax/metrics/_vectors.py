@@ -21,21 +21,29 @@ def row_norms(vectors: np.ndarray) -> np.ndarray:
 
 
 def unit_rows(
-    vectors: np.ndarray, norms: np.ndarray | None = None, rotation: np.ndarray | None = None
+    vectors: np.ndarray,
+    norms: np.ndarray | None = None,
+    rotation: np.ndarray | None = None,
+    rows: np.ndarray | None = None,
+    padding: int = 0,
 ) -> np.ndarray:
     """Returns vectors as float32 rows of length 1.
 
     Args:
-      vectors: (N, D) floating, no zero vectors.
+      vectors: (N, D) floating, no zero vectors. They are read in parts, and may be a file's.
       norms: (N, 1) the lengths of the vectors, computed if None.
       rotation: (D, D) float64, by which the rows are multiplied, or None.
+      rows: the rows to return, in their order, or None for all.
+      padding: the number of zero rows to return behind them.
     """
     norms = row_norms(vectors) if norms is None else norms
-    units = np.empty(vectors.shape, np.float32)
-    for first in range(0, len(vectors), FLOAT64_ROWS):
-        part = slice(first, first + FLOAT64_ROWS)
-        rows = vectors[part] / norms[part]
-        units[part] = rows if rotation is None else rows @ rotation
+    number = len(vectors) if rows is None else len(rows)
+    units = np.zeros((number + padding, vectors.shape[1]), np.float32)
+    for first in range(0, number, FLOAT64_ROWS):
+        part = slice(first, min(first + FLOAT64_ROWS, number))
+        taken = part if rows is None else rows[part]
+        unit = vectors[taken] / norms[taken]
+        units[part] = unit if rotation is None else unit @ rotation
     return units
 
 

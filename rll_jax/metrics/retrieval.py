@@ -4,29 +4,34 @@ The scores follow from the ranks of each query's positives, and `rll_jax.metrics
 ranks with blocks of a matrix product, comparisons and counts. It does not sort the gallery.
 """
 
-from collections.abc import Iterable
-import numbers
+from collections.abc import Iterable, Mapping, Sequence
+import itertools
+import os
 
 import jax
 import numpy as np
 import numpy.typing as npt
 
-from rll_jax._jaxlib_fault import warn_of_wrong_sums
-from rll_jax.metrics import _checks, _problem, _ranks, _vectors
+from rll_jax.metrics import _request
+from rll_jax.metrics._progress import Progress
 
-_BLOCK_SIZE = 1024
-_MAX_BLOCK_SIZE = 1 << 15
-_NEAREST_QUERIES = 256  # queries whose similarities `nearest` holds at once
+_Rows = jax.Array | np.ndarray
 
 
 def retrieval_metrics(
-    queries: jax.Array | np.ndarray,
-    query_labels: jax.Array | np.ndarray,
-    gallery: jax.Array | np.ndarray | None = None,
-    gallery_labels: jax.Array | np.ndarray | None = None,
+    queries: _Rows,
+    query_labels: _Rows,
+    gallery: _Rows | None = None,
+    gallery_labels: _Rows | None = None,
     *,
+    query_ids: npt.ArrayLike | None = None,
+    gallery_ids: npt.ArrayLike | None = None,
+    query_groups: npt.ArrayLike | None = None,
+    gallery_groups: npt.ArrayLike | None = None,
     ks: Iterable[int] = (1, 10, 100, 1000),
     block_size: int | None = None,
+    progress: Progress | None = None,
+    state_file: str | os.PathLike[str] | None = None,
 ) -> dict[str, float]:
     """Scores how well queries rank a gallery by cosine similarity.
 
@@ -35,61 +40,105 @@ def retrieval_metrics(
     they agree to 1e-14. "mrr" is exact to 1e-6, all other scores are exact. The scores depend
     neither on the block size nor on the devices, which share the work.
 
-    A query with more than 64 positives costs a float64 product with the gallery on the CPU, and so
-    does every query where most similarities tie, as those of a collapsed network do: minutes for
-    60,000 of them.
+    A query with more than 64 positives costs a float32 product with the gallery on the CPU. A query
+    where most similarities tie, as those of a collapsed network do, costs a float64 product:
+    minutes for 60,000 of them.
+
+    **Who may answer whom.** An item never answers itself: without a gallery each query leaves
+    itself out, and with `query_ids` and `gallery_ids` it leaves out the items of its own id. A
+    query also leaves out the items of its own group: the same camera, sequence or product shot. An
+    item that is left out is neither a positive nor a negative: it has no rank, and R does not count
+    it.
+
+    Re-identification (Zheng et al. 2015, Market-1501) leaves out less: the items of the same person
+    *and* the same camera, and ranks other persons of the same camera. A group for each pair of
+    person and camera says that:
+
+        _, groups = np.unique(np.stack([labels, cameras]), axis=1, return_inverse=True)
+        retrieval_metrics(queries, labels[is_query], gallery, labels[~is_query],
+                          query_groups=groups[is_query], gallery_groups=groups[~is_query])
+
+    Groups of cameras alone leave out everything that the query's camera took. Near-copies of an
+    image are a group too.
 
     Args:
       queries: (Q, D) floating, finite, no zero vectors. They may have any length: the function
-        normalises them.
+        normalises them. They may be a file's (`np.load(..., mmap_mode="r")`): of float32 or
+        float64, it is read in parts.
       query_labels: (Q,) integers.
       gallery: (N, D) as the queries, or None: the queries rank each other, and each query leaves
         itself out (Song et al. 2016).
       gallery_labels: (N,) integers. A gallery needs them.
+      query_ids: (Q,) integers or text: which item each query is. With a gallery, it needs
+        `gallery_ids` too. None: the queries are other items than the gallery's.
+      gallery_ids: (N,) as `query_ids`.
+      query_groups: (Q,) integers or text. With a gallery, it needs `gallery_groups` too. None: no
+        groups.
+      gallery_groups: (N,) as `query_groups`.
       ks: the K of Recall@K, at least one. A K larger than the gallery asks for all of it.
-      block_size: the rows and columns of a block of similarities, from 1 to 32768. None means 1024.
-        Each device needs memory for one block and two copies of the embeddings. The process needs
-        about 80 bytes for each query and each item of the largest class, of which at most 64
-        count.
+      block_size: the rows and columns of a block of similarities, from 1 to 32768, rounded up to
+        a multiple of 64. None means 512. Each device needs memory for one block and two copies of
+        the embeddings. The process needs about 80 bytes for each query and each item of the
+        largest class, of which at most 64 count.
+      progress: called about twice a second with what is done (a stage's name), how much of it,
+        and of how much. Ctrl-C is heard as often.
+      state_file: a file that keeps the counts so far, about every minute and when the function is
+        interrupted. The same call with the same file goes on from there. It is removed at the end.
+        None: no file.
 
     Returns:
-      The scores, each in [0, 1] and a mean over the queries that have a match in the gallery. R is
-      the number of items of a query's class in the gallery.
-      "recall@K", for each K: the share of queries with an item of their class among the K nearest.
+      The scores, each in [0, 1] and a mean over the queries that have a match in the gallery. A
+      match is an item of the query's class that the query does not leave out, and R is their
+      number.
+      "recall@K", for each K: the share of queries with a match among the K nearest.
       "r_precision": the share of the R nearest items that are of the query's class.
       "map@r": the mean over the ranks 1 to R of the precision at that rank, taken as 0 where the
       item is of another class. (Both: Musgrave et al. 2020, "A Metric Learning Reality Check".)
-      "mrr": the mean of 1 / (rank of the nearest item of the query's class).
-      And "queries_without_match": the number of queries without an item of their class in the
-      gallery. They have no part in the scores.
+      "mrr": the mean of 1 / (rank of the nearest match).
+      And "queries_without_match": the number of queries without a match in the gallery. They have
+      no part in the scores.
 
     Raises:
       ValueError: lengths or dimensions differ, rows are not finite or zero (the message says
-        which), the gallery is empty, no query has a match, only one of gallery and gallery_labels
-        is there, or a K or block_size is out of range.
-      TypeError: embeddings are not floating, labels are not integers, or no integer type holds the
-        labels of both queries and gallery.
+        which), the gallery is empty, no query has a match, only one of two arguments that go
+        together is there, or a K or block_size is out of range. Also where all queries are in the
+        gallery, as bit-equal rows of their class, and neither ids nor groups are given: each would
+        answer itself. (Rows that most queries share are no copies: a collapsed network has such.)
+        Also where `state_file` is of another call.
+      TypeError: embeddings are not floating, labels are not integers, ids or groups are neither
+        integers nor text, or no type holds those of both queries and gallery.
     """
-    ks = tuple(ks)
-    if not ks or not all(isinstance(k, numbers.Integral) and k >= 1 for k in ks):
-        raise ValueError(f"ks must be integers of at least 1, found {ks}")
-    rows, scores = _score(queries, query_labels, gallery, gallery_labels, ks, block_size)
-    recalls = {f"recall@{k}": float(np.mean(scores.first_rank <= k)) for k in ks}
-    return recalls | {
-        "map@r": float(scores.average_precision.mean()),
-        "r_precision": float(scores.r_precision.mean()),
-        "mrr": float(np.mean(1 / scores.first_rank)),
-        "queries_without_match": len(queries) - len(rows),
-    }
+    by_query = scores_by_query(
+        queries,
+        query_labels,
+        gallery,
+        gallery_labels,
+        query_ids=query_ids,
+        gallery_ids=gallery_ids,
+        query_groups=query_groups,
+        gallery_groups=gallery_groups,
+        ks=(ks := tuple(ks)),
+        block_size=block_size,
+        progress=progress,
+        state_file=state_file,
+    )
+    return mean_scores(by_query, len(queries), ks=ks)
 
 
 def scores_by_query(
-    queries: jax.Array | np.ndarray,
-    query_labels: jax.Array | np.ndarray,
-    gallery: jax.Array | np.ndarray | None = None,
-    gallery_labels: jax.Array | np.ndarray | None = None,
+    queries: _Rows,
+    query_labels: _Rows,
+    gallery: _Rows | None = None,
+    gallery_labels: _Rows | None = None,
     *,
+    query_ids: npt.ArrayLike | None = None,
+    gallery_ids: npt.ArrayLike | None = None,
+    query_groups: npt.ArrayLike | None = None,
+    gallery_groups: npt.ArrayLike | None = None,
+    ks: Iterable[int] = (1,),
     block_size: int | None = None,
+    progress: Progress | None = None,
+    state_file: str | os.PathLike[str] | None = None,
 ) -> dict[str, np.ndarray]:
     """Returns the values whose means `retrieval_metrics` returns, one for each query.
 
@@ -97,125 +146,110 @@ def scores_by_query(
 
     Returns:
       Arrays over the M queries that have a match in the gallery. "query": (M,) their rows in
-      `queries`. "first_rank": (M,) the rank of the nearest item of the query's class, from 1; its
-      reciprocal is exact to 1e-6. "r_precision" and "average_precision": (M,), the mean of the
-      latter is "map@r".
+      `queries`. "first_rank": (M,) the rank of the nearest match, from 1; its reciprocal is exact
+      to 1e-6, and whether it is at most K is exact for each K of `ks`. "r_precision" and
+      "average_precision": (M,), the mean of the latter is "map@r".
     """
-    rows, scores = _score(queries, query_labels, gallery, gallery_labels, (1,), block_size)
-    return {"query": rows} | scores._asdict()
+    by_levels = level_scores_by_query(
+        {"": queries},
+        query_labels,
+        None if gallery is None else {"": gallery},
+        gallery_labels,
+        query_ids=query_ids,
+        gallery_ids=gallery_ids,
+        query_groups=query_groups,
+        gallery_groups=gallery_groups,
+        ks=ks,
+        block_size=block_size,
+        progress=progress,
+        state_file=state_file,
+    )
+    return by_levels[""]
 
 
-def _score(
-    queries: jax.Array | np.ndarray,
-    query_labels: jax.Array | np.ndarray,
-    gallery: jax.Array | np.ndarray | None,
-    gallery_labels: jax.Array | np.ndarray | None,
-    ks: tuple[int, ...],
-    block_size: int | None,
-) -> tuple[np.ndarray, _ranks.Scores]:
-    """Checks the arguments and returns the rows of the queries with a match and their scores."""
-    queries, query_labels = _checks.labelled_rows("queries", queries, "query_labels", query_labels)
-    if (gallery is None) != (gallery_labels is None):
-        raise ValueError("gallery and gallery_labels go together: found one without the other")
-    items = item_labels = None
-    if gallery is not None and gallery_labels is not None:
-        items, item_labels = _checks.labelled_rows(
-            "gallery", gallery, "gallery_labels", gallery_labels
-        )
-        if items.shape[1] != queries.shape[1]:
-            raise ValueError(
-                f"queries have {queries.shape[1]} dimensions and gallery {items.shape[1]}: "
-                "expected the same"
-            )
-    largest = max(len(queries), 0 if items is None else len(items))
-    if block_size is None:
-        block_size = _BLOCK_SIZE
-    if not isinstance(block_size, numbers.Integral) or not 1 <= block_size <= _MAX_BLOCK_SIZE:
-        raise ValueError(
-            f"block_size must be an integer from 1 to {_MAX_BLOCK_SIZE}, found {block_size}"
-        )
-    warn_of_wrong_sums()
-    problem = _problem.make_problem(queries, query_labels, items, item_labels)
-    rows, scores = _ranks.score(problem, ks, int(min(block_size, largest)))
-    if not len(rows):
-        reason = "no query's class is in the gallery"
-        if gallery is None:
-            reason = "no class has two images"
-        raise ValueError(f"{reason}: there is nothing to retrieve")
-    return rows, scores
-
-
-def nearest(
-    queries: jax.Array | np.ndarray,
-    gallery: jax.Array | np.ndarray,
-    k: int,
+def level_scores_by_query(
+    queries: Mapping[str, _Rows],
+    query_labels: _Rows,
+    gallery: Mapping[str, _Rows] | None = None,
+    gallery_labels: _Rows | None = None,
     *,
-    leave_out: npt.ArrayLike | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the k items of a gallery that are most similar to each query by cosine.
+    combinations: Iterable[Sequence[str]] | None = None,
+    query_ids: npt.ArrayLike | None = None,
+    gallery_ids: npt.ArrayLike | None = None,
+    query_groups: npt.ArrayLike | None = None,
+    gallery_groups: npt.ArrayLike | None = None,
+    ks: Iterable[int] = (1,),
+    block_size: int | None = None,
+    progress: Progress | None = None,
+    state_file: str | os.PathLike[str] | None = None,
+) -> dict[str, dict[str, np.ndarray]]:
+    """Scores combinations of several embeddings of the same items, in one pass over each.
+
+    Each level is an embedding. A combination is the concatenation of its levels, each normalised:
+    the cosine of two concatenations is the mean of their levels' cosines. So the levels' own
+    products rank all combinations: three products for the seven combinations of three levels, where
+    one after the other takes twelve of the same size. The ranks are those of the concatenations in
+    float64, with the guarantees of `retrieval_metrics`.
 
     Args:
-      queries: (Q, D) floating, finite, no zero vectors.
-      gallery: (N, D) as the queries.
-      k: the number of items, from 1 to N, or to N - 1 with `leave_out`.
-      leave_out: (Q,) integers: for each query the row of the gallery that is the query itself,
-        which is not returned. None leaves no row out.
+      queries: {level: (Q, D)}; D may differ from level to level.
+      query_labels: (Q,) integers.
+      gallery: {level: (N, D)} with the levels of `queries`, or None.
+      gallery_labels: (N,) integers.
+      combinations: the levels of each. None: each level, each pair, and so on to all levels.
+      query_ids: this and the others as in `retrieval_metrics`.
+      gallery_ids: as above.
+      query_groups: as above.
+      gallery_groups: as above.
+      ks: as above.
+      block_size: as above. A device needs memory for a block of each level.
+      progress: as above.
+      state_file: as above.
 
     Returns:
-      (Q, k) int64 rows of the gallery, the most similar first, and their (Q, k) float32
-      similarities. Of items with equal float32 similarity the lower row comes first.
+      {"L": ..., "L,M": ...}: what `scores_by_query` returns, for each combination, named by its
+      levels with commas between.
 
     Raises:
-      ValueError: as `retrieval_metrics`; k is out of range; `leave_out` has another shape or type,
-        or rows that the gallery does not have.
+      ValueError: as `retrieval_metrics`; there is no level, the gallery has others, or a
+        combination is empty, has a level twice, or one that is not there.
       TypeError: as `retrieval_metrics`.
     """
-    queries = _checks.embedding_rows("queries", queries)
-    gallery = _checks.embedding_rows("gallery", gallery)
-    most = len(gallery) - (leave_out is not None)
-    if queries.shape[1] != gallery.shape[1] or not 1 <= k <= most:
-        raise ValueError(
-            f"queries {queries.shape}, gallery {gallery.shape}, k = {k}: expected (Q, D), (N, D) "
-            f"and k from 1 to {most}"
-        )
-    left_out = None
-    if leave_out is not None:
-        left_out = _checked_leave_out(np.asarray(leave_out), len(queries), len(gallery))
-    queries, gallery = _vectors.unit_rows(queries), _vectors.unit_rows(gallery)
-    rows = np.empty((len(queries), k), np.int64)
-    similarities = np.empty((len(queries), k), np.float32)
-    for first in range(0, len(queries), _NEAREST_QUERIES):
-        part = slice(first, first + _NEAREST_QUERIES)
-        similarity = queries[part] @ gallery.T
-        if left_out is not None:
-            similarity[np.arange(len(similarity)), left_out[part]] = -np.inf
-        rows[part] = _largest_columns(similarity, k)
-        similarities[part] = np.take_along_axis(similarity, rows[part], axis=1)
-    return rows, similarities
+    if combinations is None:
+        sizes = range(1, len(queries) + 1)
+        combinations = [some for n in sizes for some in itertools.combinations(queries, n)]
+    request = _request.checked(
+        _request.Given(queries, query_labels, query_ids, query_groups, "query"),
+        _request.Given(gallery, gallery_labels, gallery_ids, gallery_groups, "gallery"),
+        [tuple(some) for some in combinations],
+        tuple(ks),
+        block_size,
+    )
+    rows, scores = _request.score(request, progress, state_file)
+    return {
+        ",".join(names): {"query": rows} | part._asdict()
+        for names, part in zip(request.names, scores, strict=True)
+    }
 
 
-def _checked_leave_out(leave_out: np.ndarray, num_queries: int, num_items: int) -> np.ndarray:
-    """Returns `leave_out`, or raises ValueError unless it has a row of the gallery per query."""
-    if (
-        leave_out.shape != (num_queries,)
-        or not np.issubdtype(leave_out.dtype, np.integer)
-        or not np.isin(leave_out, np.arange(num_items)).all()
-    ):
-        raise ValueError(
-            f"leave_out must be ({num_queries},) integers from 0 to {num_items - 1}, "
-            f"found {leave_out.dtype} {leave_out.shape}"
-        )
-    return leave_out
+def mean_scores(
+    by_query: Mapping[str, np.ndarray],
+    num_queries: int,
+    *,
+    ks: Iterable[int] = (1, 10, 100, 1000),
+) -> dict[str, float]:
+    """Returns the scores of `retrieval_metrics` from those of each query.
 
-
-def _largest_columns(values: np.ndarray, k: int) -> np.ndarray:
-    """Returns the (Q, k) columns of the k largest of (Q, N) values, the largest first.
-
-    Of equal values the lower column comes first.
+    Args:
+      by_query: of `scores_by_query`, with the same `ks`.
+      num_queries: Q, the number of all queries.
+      ks: the K of Recall@K.
     """
-    columns = np.empty((len(values), k), np.int64)
-    kth_largest = np.partition(values, -k, axis=1)[:, -k]
-    for number, row in enumerate(values):
-        candidates = np.flatnonzero(row >= kth_largest[number])
-        columns[number] = candidates[np.argsort(-row[candidates], kind="stable")][:k]
-    return columns
+    first_rank = by_query["first_rank"]
+    recalls = {f"recall@{k}": float(np.mean(first_rank <= k)) for k in ks}
+    return recalls | {
+        "map@r": float(by_query["average_precision"].mean()),
+        "r_precision": float(by_query["r_precision"].mean()),
+        "mrr": float(np.mean(1 / first_rank)),
+        "queries_without_match": num_queries - len(first_rank),
+    }

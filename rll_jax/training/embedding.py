@@ -140,6 +140,42 @@ class SearchDataset(Protocol):
         ...
 
 
+class GroupedDataset(SearchDataset, Protocol):
+    """A dataset to search in which some rows do not answer each other."""
+
+    @property
+    def groups(self) -> np.ndarray | None:
+        """(N,) integers: rows of a group do not answer each other; None: no groups."""
+        ...
+
+    @property
+    def image_ids(self) -> np.ndarray | None:
+        """(N,) integers: rows of an id do not answer each other; None: each has its own."""
+        ...
+
+
+def left_out(data: GroupedDataset) -> dict[str, Any]:
+    """Returns the ids and groups of a dataset as `rll_jax.metrics.retrieval_metrics` takes them.
+
+    Args:
+      data: the dataset.
+
+    Returns:
+      Keyword arguments that go with what `queries_and_gallery` returns; none without groups or ids.
+    """
+    named = {"ids": data.image_ids, "groups": data.groups}
+    arguments: dict[str, Any] = {}
+    for name, values in named.items():
+        if values is None:
+            continue
+        if data.in_gallery is None:
+            arguments[f"query_{name}"] = values
+        else:
+            arguments[f"query_{name}"] = values[~data.in_gallery]
+            arguments[f"gallery_{name}"] = values[data.in_gallery]
+    return arguments
+
+
 def queries_and_gallery(embeddings: np.ndarray, data: SearchDataset) -> tuple[np.ndarray, ...]:
     """Returns the arguments of `rll_jax.metrics.retrieval_metrics` for a dataset.
 

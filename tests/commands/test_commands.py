@@ -49,6 +49,14 @@ def test_evaluate(workdir, emoji):
         assert found["scores"]["M,H"][name] == pytest.approx(last[name], abs=1e-3)
     assert 0 < found["scores"]["H"]["nmi"] < 1 and {"f1", "ami"} <= found["scores"]["H"].keys()
     assert f"{100 * found['scores']['M']['recall@1']:.1f}" in result.stdout
+    for name, (value, low, high) in found["intervals"]["scores"].items():
+        assert low <= value <= high and value == pytest.approx(found["scores"]["M,H"][name])
+    with np.load(workdir / "scores_by_query.npz") as kept:
+        assert np.mean(kept["first_rank"] <= 1) == pytest.approx(last["recall@1"])
+    result = run(f"--workdir={workdir}", f"--baseline={workdir}", "--noclustering", name="evaluate")
+    assert result.returncode == 0, result.stderr
+    assert f"difference to {workdir}, paired:\nrecall@1 +0.0 (+0.0 to +0.0)" in result.stdout
+    refused("expected a run", f"--workdir={workdir}", "--baseline=/nowhere", name="evaluate")
 
 
 def test_evaluate_a_dataset_without_training_classes(workdir, folder, tmp_path):

@@ -5,11 +5,12 @@ import pathlib
 import statistics
 import types
 
+import numpy as np
 import pytest
 from scipy import stats
 
 from experiments import compare
-from experiments.engine import comparison_table, config, many_runs
+from experiments.engine import comparison_table, config, many_runs, query_scores
 from tests.helpers.commands import TINY, refused, run
 
 BASE = {**config.Config().flat(), "workdir": "w", "report": False, "steps": 20}
@@ -171,3 +172,34 @@ def test_the_command_goes_on_with_more_seeds(tmp_path):
         name="compare",
     )
     refused("--tuning_share", *given, "--tuning_share=0.5", name="compare")
+
+
+def test_differences_over_classes_are_paired_by_query(tmp_path):
+    """Two seeds of an entry and of the first; what a run has kept is what is read."""
+    rng = np.random.default_rng(0)
+    classes = np.repeat(np.arange(30), 4)
+    runs = []
+    for number, share in enumerate((0.5, 0.6, 0.7, 0.8)):  # the first's seeds, the other's seeds
+        hits = rng.random(120) < share
+        by_query = {"query": np.arange(120), "first_rank": np.where(hits, 1, 2)}
+        by_query |= {"r_precision": hits * 1.0, "average_precision": hits * 1.0}
+        (tmp_path / str(number)).mkdir()
+        query_scores.write(tmp_path / str(number), query_scores.QueryScores(by_query, classes))
+        runs.append(query_scores.read(tmp_path / str(number)))
+    first, other = query_scores.join(runs[:2]), query_scores.join(runs[2:])
+    found = query_scores.intervals(other, (1,), first)
+    means = [np.mean(run.by_query["first_rank"] == 1) for run in runs]
+    assert found["recall@1"].value == pytest.approx(np.mean(means[2:]) - np.mean(means[:2]))
+    scores = {
+        name: {seed: {"recall@1": means[2 * i + seed], "map@r": 0.0} for seed in range(2)}
+        for i, name in enumerate(("rll", "other"))
+    }
+    titles = {"rll": "RLL", "other": "Other"}
+    rows = comparison_table.make_rows(scores, titles, dict.fromkeys(titles, 0.1), {"other": found})
+    low, high = (100 * end for end in found["recall@1"][1:])
+    assert f"({low:+.1f} to {high:+.1f})" in comparison_table.as_markdown(rows, "")
+    with pytest.raises(ValueError, match="other classes"):
+        query_scores.intervals(other, (1,), runs[0])
+    (tmp_path / "0" / query_scores.NAME).write_bytes(b"x")
+    with pytest.raises(ValueError, match="damaged"):
+        query_scores.read(tmp_path / "0")

@@ -279,6 +279,12 @@ def test_nearest():
     rows, similarities = metrics.nearest(x, x, 2, leave_out=np.arange(5))
     np.testing.assert_array_equal(rows, [[4, 1], [0, 4], [3, 1], [2, 1], [0, 1]])  # the copy stays
     assert np.isfinite(similarities).all()
+    groups = np.array([0, 1, 2, 2, 0])
+    rows, similarities = metrics.nearest(x, x, 4, query_groups=groups, gallery_groups=groups)
+    np.testing.assert_array_equal(rows[0, :3], [1, 3, 2])  # neither itself nor its copy
+    assert np.isfinite(similarities[0, :3]).all() and similarities[0, 3] == -np.inf
+    with pytest.raises(ValueError, match="go together"):
+        metrics.nearest(x, x, 1, query_groups=groups)
     for k, leave_out, text in (
         (6, None, "k from 1 to 5"),
         (5, np.arange(5), "k from 1 to 4"),

@@ -1,0 +1,88 @@
+"""The scores of each query that a run keeps, for intervals and for paired comparisons."""
+
+from collections.abc import Mapping, Sequence
+import pathlib
+from typing import Any, NamedTuple
+import zipfile
+
+import numpy as np
+
+from experiments.engine.scoring import ByQuery
+from rll_jax import metrics
+from rll_jax.data import files
+
+NAME = "scores_by_query.npz"  # in the workdir
+
+
+class QueryScores(NamedTuple):
+    """The scores of a run's last evaluation, by all its levels concatenated.
+
+    Attributes:
+      by_query: as `metrics.scores_by_query` returns them.
+      classes: (M,) the class of each of these queries.
+    """
+
+    by_query: ByQuery
+    classes: np.ndarray
+
+
+def write(workdir: pathlib.Path, scores: QueryScores) -> None:
+    """Writes the scores into the workdir."""
+    with files.atomic_write(workdir / NAME) as temporary, temporary.open("wb") as file:
+        columns: dict[str, Any] = {"classes": scores.classes, **scores.by_query}
+        np.savez_compressed(file, **columns)
+
+
+def read(workdir: pathlib.Path) -> QueryScores:
+    """Returns the scores that a run has kept.
+
+    Raises:
+      ValueError: there are none, or the file is damaged.
+    """
+    path = workdir / NAME
+    if not path.exists():
+        raise ValueError(f"{path}: no such file: expected a run that has ended, by this version")
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            columns = dict(saved)
+        return QueryScores(columns, columns.pop("classes"))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def join(runs: Sequence[QueryScores]) -> QueryScores:
+    """Returns the scores of several runs on the same images as one: a class keeps its queries."""
+    names = runs[0].by_query
+    joined = {name: np.concatenate([run.by_query[name] for run in runs]) for name in names}
+    return QueryScores(joined, np.concatenate([run.classes for run in runs]))
+
+
+def intervals(
+    scores: QueryScores, ks: Sequence[int], baseline: QueryScores | None = None
+) -> dict[str, metrics.Interval]:
+    """Returns the 95 % intervals over classes, of the scores or of the differences to a baseline.
+
+    There are none where all queries are of one class.
+
+    Raises:
+      ValueError: the baseline has scores of other images.
+    """
+    if len(np.unique(scores.classes)) < 2:
+        return {}
+    if baseline is not None and not np.array_equal(scores.classes, baseline.classes):
+        raise ValueError("the queries are of other classes than the baseline's")
+    return metrics.confidence_intervals(
+        scores.by_query,
+        scores.classes,
+        baseline=None if baseline is None else baseline.by_query,
+        ks=ks,
+    )
+
+
+def as_text(found: Mapping[str, metrics.Interval], *, sign: bool = False) -> str:
+    """Returns intervals in percent: recall@1 61.9 (60.0 to 63.8)  ..."""
+    plus = "+" if sign else ""
+    return "  ".join(
+        f"{name} {100 * i.value:{plus}.1f} ({100 * i.low:{plus}.1f} to {100 * i.high:{plus}.1f})"
+        for name, i in found.items()
+    )
