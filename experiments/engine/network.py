@@ -1,13 +1,14 @@
 """The network of a run: its options, the model, and the weights that it starts from."""
 
 import dataclasses
-from typing import ClassVar
+import pathlib
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
 from experiments.engine.options import Section, option
 from rll_jax import typing
-from rll_jax.networks import backbones, embedding_net, resnet, weights
+from rll_jax.networks import backbones, embedding_net, resnet, vit, vit_weights, weights
 from rll_jax.training import devices, steps
 
 # Changes of a `ResNetConfig` by the names of --stem.
@@ -44,11 +45,25 @@ class NetworkOptions(Section):
         "The number of blocks in each stage of a ResNet, such as 2,2,2,2. Empty: the backbone's "
         "own.",
     )
+    pixel_norm: str = option(
+        "auto",
+        "The mean and standard deviation of the pixels that the network gets: ImageNet's, a half "
+        "and a half, CLIP's, or Caffe's. auto: those of the weights that --pretrained names, where "
+        "a vision transformer's name tells (dino, augreg, clip, siglip, ...); else the backbone's "
+        "own.",
+        choices=("auto", *backbones.PIXELS),
+    )
+    position_size: int = option(
+        0,
+        "The side in pixels of the images that the position embeddings of a vision transformer's "
+        "weights were learnt on; they are interpolated to --image_size. 0: the backbone's own.",
+        low=0,
+    )
     pretrained: str = option(
         "",
-        "The weights to start from: a .safetensors, .pth or .npz file in the names of torchvision, "
-        "timm or Caffe; another run's workdir; or a repository of the Hugging Face hub such as "
-        "timm/resnet50.tv_in1k. Empty: random weights.",
+        "The weights to start from: a .safetensors, .pth or .npz file in the names of "
+        "torchvision, timm, Hugging Face or Caffe; another run's workdir; or a repository of the "
+        "Hugging Face hub such as timm/resnet50.tv_in1k. Empty: random weights.",
         main=True,
     )
     pretrained_head: bool = option(
@@ -75,8 +90,8 @@ class NetworkOptions(Section):
     )
     frozen_stages: int = option(
         0,
-        "The number of first stages, and the stem, that do not train. Needs --batch_norm=frozen or "
-        "frozen_affine.",
+        "The number of first stages, and the stem, that do not train. The stages of a vision "
+        "transformer are its blocks; other networks need --batch_norm=frozen or frozen_affine.",
         low=0,
     )
     frozen_views: int = option(
@@ -107,13 +122,13 @@ class NetworkOptions(Section):
             raise ValueError(
                 f"--levels={text}: expected some of L,M,H, each once, with commas between"
             )
-        stages = self.backbone_config.num_stages
-        needed = len(embedding_net.LEVELS) - embedding_net.LEVELS.index(self.levels[0])
-        if stages < needed:
+        backbone = self.backbone_config
+        stages = backbone.num_stages
+        if not set(self.levels) <= embedding_net.level_stages(backbone).keys():
             raise ValueError(
                 f"--levels={text}: --backbone={self.backbone} has only {stages} stages"
             )
-        self._check_stages(stages)
+        self._check_stages(backbone)
         if self.frozen_views and not self.frozen_stages:
             raise ValueError(
                 f"--frozen_views={self.frozen_views} caches the features of frozen stages: give "
@@ -124,23 +139,64 @@ class NetworkOptions(Section):
                 f"--init_from={self.init_from} and --pretrained={self.pretrained}: give one of them"
             )
 
-    def _check_stages(self, stages: int) -> None:
+    def _check_stages(self, backbone: typing.Backbone) -> None:
+        stages = backbone.num_stages
         if not set(self.remat) <= set(range(1, stages + 1)):
             raise ValueError(
                 f"--remat={','.join(map(str, self.remat))}: the stages of "
                 f"--backbone={self.backbone} are 1 to {stages}"
             )
-        frozen_norm = self.batch_norm.startswith("frozen")
+        has_norm = not isinstance(backbone, typing.TokenBackbone)
+        frozen_norm = self.batch_norm.startswith("frozen") or not has_norm
         if self.frozen_stages > stages or (self.frozen_stages and not frozen_norm):
             raise ValueError(
                 f"--frozen_stages={self.frozen_stages}: expected at most the {stages} stages of "
-                f"--backbone={self.backbone}, and --batch_norm=frozen or frozen_affine"
+                f"--backbone={self.backbone}"
+                + (", and --batch_norm=frozen or frozen_affine" if has_norm else "")
             )
 
     @property
     def backbone_config(self) -> typing.Backbone:
+        """--backbone, changed by --stem, --width, --stage_sizes, --pixel_norm and the weights."""
+        config: Any = self._sized_backbone
+        if isinstance(config, vit.ViTConfig):
+            config = self._as_published(config)
+        if self.pixel_norm == "auto":
+            return config
+        mean, std = backbones.PIXELS[self.pixel_norm]
+        mean, std = (mean[::-1], std[::-1]) if config.bgr else (mean, std)
+        return dataclasses.replace(config, mean=mean, std=std)
+
+    def _as_published(self, config: vit.ViTConfig) -> vit.ViTConfig:
+        """Returns a vision transformer as --position_size and the name of --pretrained say."""
+        if self.position_size:
+            try:
+                config = dataclasses.replace(config, image_size=self.position_size)
+            except ValueError as error:
+                raise ValueError(f"--position_size={self.position_size}: {error}") from error
+        name = self._published_name
+        pixels = vit_weights.pixels_of(name)
+        if pixels:
+            mean, std = backbones.PIXELS[pixels]
+            config = dataclasses.replace(config, mean=mean, std=std)
+        return dataclasses.replace(config, antialias=True) if vit_weights.is_timms(name) else config
+
+    @property
+    def _published_name(self) -> str:
+        """The name of the weights of --pretrained: of the hub's repository, or of the file."""
+        path = pathlib.PurePath(self.pretrained)
+        is_file = path.suffix in weights.SUFFIXES
+        return path.stem if is_file else self.pretrained if len(path.parts) == 2 else ""
+
+    @property
+    def _sized_backbone(self) -> typing.Backbone:
         """--backbone, changed by --stem, --width and --stage_sizes."""
         config = backbones.BACKBONES[self.backbone]
+        if self.position_size and not isinstance(config, vit.ViTConfig):
+            raise ValueError(
+                f"--position_size={self.position_size} is of vision transformers, and "
+                f"--backbone={self.backbone} is none"
+            )
         changes: dict[str, object] = dict(_STEMS.get(self.stem, {}))
         if self.width:
             changes["width"] = self.width

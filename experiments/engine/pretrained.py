@@ -9,7 +9,8 @@ import numpy as np
 
 from experiments.engine import build, trained_network
 from experiments.engine.config import Config
-from rll_jax.networks import weights
+from rll_jax.networks import backbones, weights
+from rll_jax.typing import Backbone
 
 
 def read_starting_weights(config: Config) -> dict[str, np.ndarray] | None:
@@ -27,6 +28,7 @@ def read_starting_weights(config: Config) -> dict[str, np.ndarray] | None:
         if options.init_from or pathlib.Path(name).is_dir():
             trained = trained_network.load(name)
             backbone = trained.config.network.backbone_config
+            _check_pixels(backbone, options.backbone_config)
             arrays = weights.to_named_arrays(trained.variables, backbone)
         else:
             arrays = _read_file(name)
@@ -35,6 +37,18 @@ def read_starting_weights(config: Config) -> dict[str, np.ndarray] | None:
         flag = "pretrained" if options.pretrained else "init_from"
         raise ValueError(f"--{flag}={name}: {error}") from error
     return arrays
+
+
+def _check_pixels(theirs: Backbone, ours: Backbone) -> None:
+    """Raises ValueError where the run of a workdir had other pixels."""
+    expected, found = ((*backbone.mean, *backbone.std) for backbone in (theirs, ours))
+    if expected != found:
+        names = [name for name, of in backbones.PIXELS.items() if (*of[0], *of[1]) == expected]
+        raise ValueError(
+            f"its network expects pixels of mean {theirs.mean} and standard deviation "
+            f"{theirs.std}, and this one {ours.mean} and {ours.std}: give "
+            f"{' or '.join(f'--pixel_norm={name}' for name in names) or 'its --backbone'}"
+        )
 
 
 def _check(arrays: dict[str, np.ndarray], config: Config) -> None:

@@ -23,7 +23,7 @@ from rll_jax.networks._stages import ModuleMaker
 from rll_jax.networks.convolution import conv_general_dilated
 from rll_jax.networks.normalization import BatchNorm, relu
 from rll_jax.networks.pooling import avg_pool
-from rll_jax.typing import Backbone
+from rll_jax.typing import Backbone, TokenBackbone
 
 BatchNormMode = Literal["train", "local", "frozen", "frozen_affine"]
 
@@ -55,6 +55,7 @@ class EmbeddingNet(nn.Module):
         "local": this device's share of the batch.
         "frozen": the running averages.
         "frozen_affine": the running averages; scales and biases get no gradient either.
+        A vision transformer has none.
         The heads' batch norms always use a batch's statistics while training, over all devices
         unless "local".
       axis_name: the device axis for batch statistics while training, that is, the axis of the
@@ -96,27 +97,28 @@ class EmbeddingNet(nn.Module):
 
         Returns:
           {level: (B, embedding_dim) float32}. With `features` a list of the maps at the ends of
-          the stages, (B, h, w, channels) of `dtype` each; None for stages that are not computed.
+          the stages, (B, h, w, channels) of `dtype` each, or (B, tokens, channels) of a
+          `TokenBackbone`; None for stages that are not computed.
         """
         self._check()
         ends = self._stage_ends(images, train)
         if features:
             return ends
-        embeddings = {}
+        embeddings, stages = {}, level_stages(self.backbone)
         for level in self.levels:
-            end = ends[LEVELS.index(level) - len(LEVELS)]
+            end = ends[stages[level] - 1]
             if end is None:
                 raise ValueError(
                     f"levels={self.levels}, cached_stages={self.cached_stages}: expected the stage "
                     f"of level {level} among the cached ones"
                 )
-            embeddings[level] = self._head(level, end, train)
+            sides = None if self.cached_stages else images.shape[1:3]
+            embeddings[level] = self._head(level, end, sides, train)
         return embeddings
 
     def _check(self) -> None:
         """Raises ValueError for fields that do not go with the backbone."""
-        stages = self.backbone.num_stages
-        possible = LEVELS[max(0, len(LEVELS) - stages) :]
+        stages, possible = self.backbone.num_stages, level_stages(self.backbone)
         distinct = set(self.levels)
         if not distinct or len(distinct) < len(self.levels) or not distinct <= set(possible):
             raise ValueError(
@@ -184,13 +186,25 @@ class EmbeddingNet(nn.Module):
             axis_name=self.axis_name if train and self.batch_norm != "local" else None,
         )
 
-    def _head(self, level: str, x: jax.Array, train: bool) -> jax.Array:
-        """Returns the (B, embedding_dim) embedding of a level from (B, h, w, channels)."""
+    def _head(
+        self, level: str, x: jax.Array, sides: Sequence[int] | None, train: bool
+    ) -> jax.Array:
+        """Returns the (B, embedding_dim) embedding of a level from the end of its stage.
+
+        Args:
+          level: the level.
+          x: (B, h, w, channels), or (B, tokens, channels) of a `TokenBackbone`.
+          sides: the height and the width of the images in pixels; None: they are not known.
+          train: whether the network trains.
+        """
         conv, norm = self._conv(), self._norm(train, frozen=False)
         dense = functools.partial(nn.Dense, dtype=self.dtype, use_bias=False)
+        backbone = self.backbone
         if level == "H":
-            x = jnp.mean(x, axis=(1, 2))
+            has_tokens = isinstance(backbone, TokenBackbone)
+            x = backbone.pooled(x) if has_tokens else jnp.mean(x, axis=(1, 2))
         else:
+            x = backbone.to_map(x, sides) if isinstance(backbone, TokenBackbone) else x
             x = avg_pool(x, _pool_window(x.shape[1:3]), strides=(3, 3))
             x = conv(HEAD_CHANNELS, (1, 1), name=f"{level}_conv")(x)
             x = relu(norm(name=f"{level}_bn1")(x))
@@ -198,6 +212,14 @@ class EmbeddingNet(nn.Module):
             x = relu(norm(name=f"{level}_bn2")(x))
         x = dense(self.embedding_dim, name=f"{level}_embedding")(x)
         return normalize_rows(x.astype(jnp.float32))
+
+
+def level_stages(backbone: Backbone) -> dict[str, int]:
+    """Returns {level: stage}, from 1, of the levels that a backbone has stages for."""
+    last = backbone.num_stages
+    tokens = isinstance(backbone, TokenBackbone)
+    stages = backbone.level_stages if tokens else range(last - len(LEVELS) + 1, last + 1)
+    return {level: stage for level, stage in zip(LEVELS, stages, strict=True) if stage > 0}
 
 
 def _pool_window(sides: Sequence[int]) -> tuple[int, ...]:

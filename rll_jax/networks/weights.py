@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from rll_jax.networks import embedding_net
-from rll_jax.typing import Backbone
+from rll_jax.typing import Backbone, TokenBackbone
 
 HEAD_PREFIXES = embedding_net.HEAD_PREFIXES  # names of the heads' modules and arrays begin so
 SUFFIXES = (".safetensors", ".npz", ".pth", ".pt")
@@ -67,6 +67,7 @@ def from_named_arrays(
       ValueError: names are missing or not expected, or shapes differ. The message lists up to 20
         names of each kind.
     """
+    arrays = backbone.from_published(arrays) if isinstance(backbone, TokenBackbone) else arrays
     arrays = _fold_convolution_biases(_without_classifier(arrays))
     expected = {
         name: _to_pytorch(name, np.asarray(leaf)).shape
@@ -169,7 +170,8 @@ def _named(variables: Mapping[str, Any], backbone: Backbone) -> Iterator[tuple[s
         _, *modules, kind = (key.key for key in path)
         is_head = modules[0].startswith(HEAD_PREFIXES)
         module = ".".join(modules) if is_head else backbone.array_name(modules)
-        yield f"{module}.{_LEAVES[kind]}", leaf
+        # A parameter that is no layer's, such as a class token, keeps its name.
+        yield ".".join(filter(None, (module, _LEAVES.get(kind, kind)))), leaf
 
 
 def _without_classifier(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

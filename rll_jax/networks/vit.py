@@ -1,0 +1,377 @@
+"""Vision transformers (Dosovitskiy et al. 2021) by configuration, as published in many variants.
+
+Modules are made in the scope of the caller. Blocks are the stages: a stage ends with (B, tokens,
+width) instead of a map. The tokens are the class token, the registers and the patches row by row.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import functools
+import math
+from typing import Literal, get_args
+
+from flax import linen as nn
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from rll_jax.networks import vit_weights
+from rll_jax.networks._stages import ModuleMaker, cached_ends
+from rll_jax.networks.resnet import IMAGENET_MEAN, IMAGENET_STD
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
+
+_INIT = nn.initializers.truncated_normal(0.02)
+_dense = functools.partial(nn.Dense, kernel_init=_INIT)
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI's CLIP
+}
+# timm's names of modules where they differ from ours, which have no dots.
+_PUBLISHED = {
+    "tokens": "",
+    "patch_embed": "patch_embed.proj",
+    "attn_qkv": "attn.qkv",
+    "attn_proj": "attn.proj",
+    "mlp_fc1": "mlp.fc1",
+    "mlp_fc2": "mlp.fc2",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """A vision transformer, as a `rll_jax.typing.TokenBackbone`.
+
+    Args:
+      patch: the side of a patch in pixels. What an image has beyond whole patches, at the right and
+        at the bottom, is not seen.
+      width: the number of channels of a token.
+      depth: the number of blocks, which are the stages. Levels L, M and H are the ends of those at
+        a third, at two thirds and at the end.
+      heads: the number of heads of an attention; they share the width.
+      image_size: the side of the images in pixels that the position embeddings were learnt on. They
+        are interpolated to images of other sides.
+      antialias: whether position embeddings are interpolated as by PyTorch's bicubic interpolation
+        with antialias (timm, DINOv2 with registers) or without it.
+      mlp_width: the channels inside the MLP of a block; 0: 4 times the width.
+      activation: what the MLP computes: GELU, exact or by tanh; x * sigmoid(1.702 x); or SwiGLU,
+        silu(a) * b of two halves.
+      class_token: whether a class token goes along. It is what the head H takes.
+      registers: the number of register tokens (Darcet et al. 2024). They have no positions, and
+        then the class token has none either, as in timm.
+      layer_scale: whether the branches of a block have learnt scales (DINOv2).
+      pre_norm: whether the tokens are normalised before the first block (CLIP).
+      attention_pool: whether a learnt query pools the tokens at the end (SigLIP). The result takes
+        the place of a class token, for the head H. Without it and without a class token, H takes
+        the mean of the patches.
+      epsilon: what layer norms add to the variance.
+      mean: the mean of the RGB values 0-255 that the weights expect.
+      std: the standard deviation that goes with `mean`.
+
+    Raises:
+      ValueError: a number is out of range, or two do not go together.
+    """
+
+    patch: int = 16
+    width: int = 384
+    depth: int = 12
+    heads: int = 6
+    image_size: int = 224
+    antialias: bool = False
+    mlp_width: int = 0
+    activation: Activation = "gelu"
+    class_token: bool = True
+    registers: int = 0
+    layer_scale: bool = False
+    pre_norm: bool = False
+    attention_pool: bool = False
+    epsilon: float = 1e-6
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if min(self.patch, self.width, self.depth, self.heads) < 1 or self.width % self.heads:
+            raise ValueError(
+                f"patch={self.patch}, width={self.width}, depth={self.depth}, heads={self.heads}: "
+                "expected at least 1, and a width that the heads divide"
+            )
+        if self.image_size < self.patch or self.registers < 0 or self.mlp_width < 0:
+            raise ValueError(
+                f"image_size={self.image_size}, registers={self.registers}, "
+                f"mlp_width={self.mlp_width}: expected an image of one patch of {self.patch} "
+                "pixels or more, and nothing below 0"
+            )
+        if self.activation not in get_args(Activation):
+            raise ValueError(
+                f"activation={self.activation!r}: expected one of {', '.join(get_args(Activation))}"
+            )
+
+    @property
+    def bgr(self) -> bool:
+        """False: published weights expect red, green, blue."""
+        return False
+
+    @property
+    def num_stages(self) -> int:
+        """The number of blocks."""
+        return self.depth
+
+    @property
+    def level_stages(self) -> tuple[int, int, int]:
+        """The blocks whose ends are the levels L, M and H."""
+        return round(self.depth / 3), round(2 * self.depth / 3), self.depth
+
+    def stage_of(self, module: str) -> int:
+        """Returns the block, from 1, of a top-level module by its name; 0 before the first.
+
+        The last layer norm and the attention pool belong to the last block.
+        """
+        if module.startswith("blocks_"):
+            return int(module.removeprefix("blocks_")) + 1
+        return self.depth if module in ("norm", "attn_pool") else 0
+
+    def array_name(self, modules: Sequence[str]) -> str:
+        """Returns timm's name of a module: blocks.0.attn.qkv.
+
+        Args:
+          modules: the names on the module's path: ("blocks_0", "attn_qkv").
+        """
+        names = (_PUBLISHED.get(name, name).replace("blocks_", "blocks.") for name in modules)
+        return ".".join(names)
+
+    def from_published(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns arrays that Hugging Face or the authors named under timm's names.
+
+        Raises:
+          ValueError: there are several networks, or position embeddings of another image size.
+        """
+        named = vit_weights.to_timm(arrays)
+        others = self.class_token and not self.registers
+        count = named["pos_embed"].shape[1] - others if "pos_embed" in named else 0
+        if count and count != (self.image_size // self.patch) ** 2:
+            raise ValueError(
+                f"the weights have positions of {count} patches, expected those of images of "
+                f"{self.image_size} pixels: give image_size={math.isqrt(count) * self.patch} "
+                "(--position_size) for these weights"
+            )
+        return named
+
+    def to_huggingface(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns arrays under timm's names under Hugging Face's."""
+        return vit_weights.to_huggingface(arrays, self.activation == "swiglu")
+
+    def stage_ends(
+        self,
+        x: jax.Array | Mapping[int, jax.Array],
+        conv: ModuleMaker,
+        norm: ModuleMaker,
+        remat: Sequence[int] = (),
+        frozen: int = 0,
+    ) -> list[jax.Array | None]:
+        """Returns the tokens at the end of every block; see `rll_jax.typing.TokenBackbone`.
+
+        The last ones are normalised, and begin with what the attention pool computes if there is
+        one.
+        """
+        if isinstance(x, Mapping):
+            ends, x = cached_ends(x)
+        else:
+            ends, x = [], self._stem(x, conv)
+        for block in range(len(ends), self.depth):
+            make_block = nn.remat(ViTBlock) if block + 1 in remat else ViTBlock
+            x = make_block(self, name=f"blocks_{block}")(x)
+            if block + 1 == self.depth:
+                x = _norm(self, x, "norm")
+                if self.attention_pool:
+                    pooled = AttentionPool(self, name="attn_pool")(x)
+                    x = jnp.concatenate([pooled, x], axis=1)
+            x = lax.stop_gradient(x) if block < frozen else x
+            ends.append(x)
+        return ends
+
+    def pooled(self, tokens: jax.Array) -> jax.Array:
+        """Returns the (B, width) class token, attention pool or mean from the last stage's end."""
+        if self.class_token or self.attention_pool:
+            return tokens[:, 0]
+        return tokens.mean(axis=1)
+
+    def to_map(self, tokens: jax.Array, sides: Sequence[int] | None = None) -> jax.Array:
+        """Returns the (B, h, w, width) map of the patches from the tokens at a stage's end.
+
+        Args:
+          tokens: (B, tokens, width).
+          sides: the height and the width of the images in pixels; None: they are square.
+        """
+        others = self.registers + self.class_token
+        if sides is None:
+            height = width = math.isqrt(tokens.shape[1] - others)
+        else:
+            height, width = (side // self.patch for side in sides)
+        patches = tokens[:, -height * width :]
+        return patches.reshape(len(tokens), height, width, self.width)
+
+    def _stem(self, x: jax.Array, conv: ModuleMaker) -> jax.Array:
+        """Returns the tokens before the first block from (B, H, W, 3) normalised images."""
+        if min(x.shape[1:3]) < self.patch:
+            raise ValueError(
+                f"images of {x.shape[1]} x {x.shape[2]} pixels: expected sides of one patch of "
+                f"{self.patch} pixels or more"
+            )
+        x = conv(
+            self.width,
+            (self.patch, self.patch),
+            (self.patch, self.patch),
+            padding="VALID",
+            use_bias=not self.pre_norm,
+            kernel_init=_INIT,
+            conv_general_dilated=_convolve_patches,
+            name="patch_embed",
+        )(x)
+        x = Tokens(self, name="tokens")(x)
+        return _norm(self, x, "norm_pre") if self.pre_norm else x
+
+
+class Tokens(nn.Module):
+    """Adds positions to patches, and the class token and the registers before them."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns (B, tokens, width) from (B, h, w, width) embedded patches."""
+        config, (batch, *sides, width) = self.config, x.shape
+        grid = config.image_size // config.patch
+        others = []
+        if config.class_token:
+            others.append(self.param("cls_token", nn.initializers.zeros, (1, 1, width)))
+        # Beside registers, positions are those of patches alone.
+        placed = len(others) if not config.registers else 0
+        positions = self.param("pos_embed", _INIT, (1, placed + grid * grid, width))
+        if config.registers:
+            others.append(self.param("reg_token", _INIT, (1, config.registers, width)))
+        if placed:
+            others[0] = others[0] + positions[:, :1]
+        of_patches = positions[0, placed:].reshape(grid, grid, width)
+        if sides != [grid, grid]:
+            down, across = (bicubic(grid, side, config.antialias) for side in sides)
+            of_patches = jnp.einsum("yh,xw,hwc->yxc", down, across, of_patches)
+        patches = (x + of_patches.astype(x.dtype)).reshape(batch, -1, width)
+        first = [
+            jnp.broadcast_to(token, (batch, *token.shape[1:])).astype(x.dtype) for token in others
+        ]
+        return jnp.concatenate([*first, patches], axis=1)
+
+
+class ViTBlock(nn.Module):
+    """A block: attention between tokens, then an MLP for each, both beside a shortcut."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns (B, tokens, width) of the same shape."""
+        config = self.config
+        y = _norm(config, x, "norm1")
+        qkv = _dense(3 * config.width, dtype=x.dtype, name="attn_qkv")(y)
+        q, k, v = jnp.split(qkv, 3, axis=-1)
+        y = _attend(q, k, v, config.heads)
+        y = _dense(config.width, dtype=x.dtype, name="attn_proj")(y)
+        x = x + (LayerScale(name="ls1")(y) if config.layer_scale else y)
+        y = _mlp(config, _norm(config, x, "norm2"))
+        return x + (LayerScale(name="ls2")(y) if config.layer_scale else y)
+
+
+class LayerScale(nn.Module):
+    """A learnt factor for each channel (Touvron et al. 2021)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns `x` times the factors, in its dtype."""
+        gamma = self.param("gamma", nn.initializers.constant(1e-5), x.shape[-1:])
+        return x * gamma.astype(x.dtype)
+
+
+class AttentionPool(nn.Module):
+    """A learnt query that attends to all tokens, and an MLP beside a shortcut (SigLIP)."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns (B, 1, width) from (B, tokens, width)."""
+        config, width = self.config, x.shape[-1]
+        latent = self.param("latent", _INIT, (1, 1, width))
+        latent = jnp.broadcast_to(latent, (len(x), 1, width)).astype(x.dtype)
+        q = _dense(width, dtype=x.dtype, name="q")(latent)
+        k, v = jnp.split(_dense(2 * width, dtype=x.dtype, name="kv")(x), 2, axis=-1)
+        y = _attend(q, k, v, config.heads)
+        y = _dense(width, dtype=x.dtype, name="proj")(y)
+        return y + _mlp(config, _norm(config, y, "norm"))
+
+
+def _norm(config: ViTConfig, x: jax.Array, name: str) -> jax.Array:
+    """Returns the layer norm of tokens; its statistics are float32 whatever the dtype."""
+    norm = nn.LayerNorm(epsilon=config.epsilon, dtype=x.dtype, use_fast_variance=False, name=name)
+    return norm(x)
+
+
+def _mlp(config: ViTConfig, x: jax.Array) -> jax.Array:
+    """Returns the MLP of each token."""
+    hidden = config.mlp_width or 4 * config.width
+    gated = config.activation == "swiglu"
+    y = _dense(2 * hidden if gated else hidden, dtype=x.dtype, name="mlp_fc1")(x)
+    if gated:
+        gate, value = jnp.split(y, 2, axis=-1)
+        y = nn.silu(gate) * value
+    else:
+        y = _ACTIVATIONS[config.activation](y)
+    return _dense(config.width, dtype=x.dtype, name="mlp_fc2")(y)
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
+    """Returns (B, queries, width) from queries, keys and values, (B, count, width) each."""
+    q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
+    return jax.nn.dot_product_attention(q, k, v).reshape(*q.shape[:2], -1)
+
+
+def _convolve_patches(
+    x: jax.Array, kernel: jax.Array, window_strides: Sequence[int], padding: object, **_: object
+) -> jax.Array:
+    """Convolves patches that do not overlap: one matrix product, and so are its gradients."""
+    patch = window_strides[0]
+    batch, (height, width) = len(x), (side // patch for side in x.shape[1:3])
+    x = x[:, : height * patch, : width * patch]
+    x = x.reshape(batch, height, patch, width, patch, -1).swapaxes(2, 3)
+    return x.reshape(batch, height, width, -1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def bicubic(before: int, after: int, antialias: bool) -> np.ndarray:
+    """Returns the (after, before) float32 matrix of PyTorch's bicubic interpolation of a side.
+
+    Args:
+      before: the number of values on the side.
+      after: the number of values wanted, with corners that are not aligned.
+      antialias: whether the kernel is widened where the side gets smaller. Keys' kernel has its
+        parameter at -0.5 then, as in Pillow, and at -0.75 otherwise.
+    """
+    scale = before / after
+    places = (np.arange(after)[:, None] + 0.5) * scale - 0.5
+    if antialias:
+        shares = _keys((np.arange(before) - places) / max(scale, 1.0), -0.5)
+        return (shares / shares.sum(axis=1, keepdims=True)).astype(np.float32)
+    matrix = np.zeros((after, before))
+    for tap in range(-1, 3):
+        source = np.floor(places).astype(int) + tap
+        inside = np.clip(source, 0, before - 1)  # values beyond an edge are those at the edge
+        np.add.at(matrix, (np.arange(after)[:, None], inside), _keys(source - places, -0.75))
+    return matrix.astype(np.float32)
+
+
+def _keys(distance: np.ndarray, a: float) -> np.ndarray:
+    """Returns the cubic convolution kernel of Keys (1981) with the parameter `a`."""
+    x = np.abs(distance)
+    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+    far = a * (x**3 - 5 * x**2 + 8 * x - 4)
+    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
