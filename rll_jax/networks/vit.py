@@ -210,7 +210,7 @@ class ViTConfig:
         else:
             height, width = (side // self.patch for side in sides)
         patches = tokens[:, -height * width :]
-        return patches.reshape(len(tokens), height, width, self.width)
+        return patches.reshape(tokens.shape[0], height, width, self.width)
 
     def _stem(self, x: jax.Array, conv: ModuleMaker) -> jax.Array:
         """Returns the tokens before the first block from (B, H, W, 3) normalised images."""
@@ -257,7 +257,7 @@ class Tokens(nn.Module):
         if sides != [grid, grid]:
             down, across = (bicubic(grid, side, config.antialias) for side in sides)
             of_patches = jnp.einsum("yh,xw,hwc->yxc", down, across, of_patches)
-        patches = (x + of_patches.astype(x.dtype)).reshape(batch, -1, width)
+        patches = (x + of_patches.astype(x.dtype)).reshape(batch, sides[0] * sides[1], width)
         first = [
             jnp.broadcast_to(token, (batch, *token.shape[1:])).astype(x.dtype) for token in others
         ]
@@ -303,7 +303,7 @@ class AttentionPool(nn.Module):
         """Returns (B, 1, width) from (B, tokens, width)."""
         config, width = self.config, x.shape[-1]
         latent = self.param("latent", _INIT, (1, 1, width))
-        latent = jnp.broadcast_to(latent, (len(x), 1, width)).astype(x.dtype)
+        latent = jnp.broadcast_to(latent, (x.shape[0], 1, width)).astype(x.dtype)
         q = _dense(width, dtype=x.dtype, name="q")(latent)
         k, v = jnp.split(_dense(2 * width, dtype=x.dtype, name="kv")(x), 2, axis=-1)
         y = _attend(q, k, v, config.heads)
@@ -332,19 +332,21 @@ def _mlp(config: ViTConfig, x: jax.Array) -> jax.Array:
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
     """Returns (B, queries, width) from queries, keys and values, (B, count, width) each."""
-    q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
-    return jax.nn.dot_product_attention(q, k, v).reshape(*q.shape[:2], -1)
+    shape = q.shape
+    q, k, v = (x.reshape(*x.shape[:2], heads, shape[-1] // heads) for x in (q, k, v))
+    return jax.nn.dot_product_attention(q, k, v).reshape(shape)
 
 
 def _convolve_patches(
     x: jax.Array, kernel: jax.Array, window_strides: Sequence[int], padding: object, **_: object
 ) -> jax.Array:
     """Convolves patches that do not overlap: one matrix product, and so are its gradients."""
-    patch = window_strides[0]
-    batch, (height, width) = len(x), (side // patch for side in x.shape[1:3])
+    patch, channels = window_strides[0], kernel.shape[2]
+    height, width = (side // patch for side in x.shape[1:3])
     x = x[:, : height * patch, : width * patch]
-    x = x.reshape(batch, height, patch, width, patch, -1).swapaxes(2, 3)
-    return x.reshape(batch, height, width, -1) @ kernel.reshape(-1, kernel.shape[-1])
+    x = x.reshape(x.shape[0], height, patch, width, patch, channels).swapaxes(2, 3)
+    x = x.reshape(x.shape[0], height, width, patch * patch * channels)
+    return x @ kernel.reshape(-1, kernel.shape[-1])
 
 
 def bicubic(before: int, after: int, antialias: bool) -> np.ndarray:

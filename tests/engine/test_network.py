@@ -94,7 +94,7 @@ def test_stem_width_and_stages_are_free(options, expected):
         (dict(pretrained="files/dino_vits16.pth", pixel_norm="clip"), "clip", False),
         (dict(backbone="vit_small_14"), "imagenet", False),
         (dict(backbone="vit_small_14_reg4"), "imagenet", True),
-        (dict(backbone="vit_base_16_clip", pretrained="openai/clip-vit-base-patch16"), "clip", False),
+        (dict(backbone="vit_base_16_clip", pretrained="a/clip-vit-base"), "clip", False),
         (dict(backbone="vit_base_16_siglip", pretrained="a/clip-siglip"), "half", False),
         (dict(backbone="resnet50", pretrained="a/dino_resnet50", pixel_norm="half"), "half", None),
     ],

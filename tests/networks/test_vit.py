@@ -5,6 +5,7 @@ import importlib.util
 import pathlib
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -229,8 +230,8 @@ def test_positions_are_interpolated_as_by_pytorch(antialias):
 
 def test_what_an_embedding_net_does_with_blocks():
     """dtype, remat and frozen blocks, as of other backbones' stages."""
-    config = CASES["registers"]
-    pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 40, 3), np.uint8)
+    config = vit.ViTConfig(**SMALL | dict(depth=2), registers=1)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 40, 3), np.uint8)
     make = functools.partial(embedding_net.EmbeddingNet, config, 8)
     variables = jax.jit(make().init)(jax.random.key(0), pixels)
 
@@ -246,32 +247,39 @@ def test_what_an_embedding_net_does_with_blocks():
 
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3),
-        gradients(make(remat=(1, 3)), variables),
+        gradients(make(remat=(1,)), variables),
         gradients(make(), variables),
     )
-    for name, tree in gradients(make(frozen_stages=2), variables).items():
+    for name, tree in gradients(make(frozen_stages=1), variables).items():
         moves = any(np.asarray(leaf).any() for leaf in jax.tree.leaves(tree))
         head = name.startswith(weights.HEAD_PREFIXES)
-        assert moves == (name in ("blocks_2", "norm") or head), name
+        assert moves == (name in ("blocks_1", "norm") or head), name
     half = make(dtype=jnp.bfloat16)
     ends, levels = jax.jit(lambda v: (half.apply(v, pixels, features=True), half.apply(v, pixels)))(
         variables
     )
     assert {x.dtype for x in ends} == {jnp.dtype("bfloat16")}
     for level, expected in jax.jit(make().apply)(variables, pixels).items():
-        assert levels[level].dtype == np.float32 and expected.shape == (4, 8)
+        assert levels[level].dtype == np.float32 and expected.shape == (2, 8)
         np.testing.assert_allclose(levels[level], expected, atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["registers", "siglip"])
+def test_any_number_of_images_is_exported(name):
+    model = embedding_net.EmbeddingNet(CASES[name], 8, levels=("L", "H"))
+    variables = variables_of(model, 32)
+    (batch,) = jax.export.symbolic_shape("N")
+    images = jax.ShapeDtypeStruct((batch, 32, 32, 3), jnp.uint8)
+    embed = jax.jit(lambda x: model.apply(variables, x))
+    exported = jax.export.export(embed, platforms=("cpu", "cuda", "tpu"))(images)
+    assert {str(x.shape) for x in exported.out_avals} == {"(N, 8)"}
 
 
 def test_heads_l_and_m_take_the_map_of_the_patches():
     """Images that are not square, and tokens from a cache."""
     config = CASES["siglip"]
     tokens = np.arange(2 * 12 * 24, dtype=np.float32).reshape(2, 12, 24)
-    np.testing.assert_array_equal(
-        config.to_map(tokens, (24, 39)).reshape(2, 12, 24),
-        config.to_map(tokens, (39, 24)).reshape(2, 12, 24),
-    )
-    assert config.to_map(tokens, (24, 39)).shape == (2, 3, 4, 24)
+    np.testing.assert_array_equal(config.to_map(tokens, (24, 39)), tokens.reshape(2, 3, 4, 24))
     square = CASES["registers"].to_map(np.arange(9 + 5)[None, :, None] * np.ones(24))
     np.testing.assert_array_equal(square[0, :, :, 0], 5 + np.arange(9).reshape(3, 3))
     assert embedding_net.level_stages(backbones.BACKBONES["vit_large_16"]) == dict(L=8, M=16, H=24)
