@@ -106,6 +106,10 @@ class TokenBackbone(Backbone, Protocol):
         """Returns (B, channels), what the head H takes, from the tokens at the last stage's end."""
         ...
 
+    def merged(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the parameters without adapters, which are added to what they stand beside."""
+        ...
+
     def from_published(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Returns arrays under the names of `array_name` from those of other publishers."""
         ...

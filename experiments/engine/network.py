@@ -78,6 +78,25 @@ class NetworkOptions(Section):
         "The levels of the network that have an embedding and a loss each, some of L,M,H.",
         main=True,
     )
+    pooling: embedding_net.Pooling = option(
+        "own",
+        "How the head of level H pools the last map, or a vision transformer's patches: average, "
+        "maximum, the sum of both, or a generalised mean with a learnt power (gem). own: the "
+        "average, and a vision transformer's class token or attention pool.",
+        choices=embedding_net.POOLINGS,
+    )
+    head_norm: bool = option(
+        False, "Put a layer norm before the last linear layer of each embedding head."
+    )
+    lora_rank: int = option(
+        0,
+        "Train low-rank adapters (LoRA) of this rank on the queries, keys and values of a vision "
+        "transformer, and the heads, in place of its own weights. Export merges them. 0: none.",
+        low=0,
+    )
+    lora_alpha: float = option(
+        16.0, "The factor of the adapters of --lora_rank is this number divided by the rank.", low=0
+    )
     batch_norm: embedding_net.BatchNormMode = option(
         "train",
         "The statistics of the backbone's batch norm: of the batch over all devices (train), of "
@@ -168,12 +187,16 @@ class NetworkOptions(Section):
         return dataclasses.replace(config, mean=mean, std=std)
 
     def _as_published(self, config: vit.ViTConfig) -> vit.ViTConfig:
-        """Returns a vision transformer as --position_size and the name of --pretrained say."""
+        """Returns a vision transformer as its options and the name of --pretrained say."""
         if self.position_size:
             try:
                 config = dataclasses.replace(config, image_size=self.position_size)
             except ValueError as error:
                 raise ValueError(f"--position_size={self.position_size}: {error}") from error
+        if self.lora_rank:
+            config = dataclasses.replace(
+                config, lora_rank=self.lora_rank, lora_alpha=self.lora_alpha
+            )
         name = self._published_name
         pixels = vit_weights.pixels_of(name)
         if pixels:
@@ -192,11 +215,12 @@ class NetworkOptions(Section):
     def _sized_backbone(self) -> typing.Backbone:
         """--backbone, changed by --stem, --width and --stage_sizes."""
         config = backbones.BACKBONES[self.backbone]
-        if self.position_size and not isinstance(config, vit.ViTConfig):
-            raise ValueError(
-                f"--position_size={self.position_size} is of vision transformers, and "
-                f"--backbone={self.backbone} is none"
-            )
+        for name, value in (("position_size", self.position_size), ("lora_rank", self.lora_rank)):
+            if value and not isinstance(config, vit.ViTConfig):
+                raise ValueError(
+                    f"--{name}={value} is of vision transformers, and --backbone={self.backbone} "
+                    "is none"
+                )
         changes: dict[str, object] = dict(_STEMS.get(self.stem, {}))
         if self.width:
             changes["width"] = self.width
@@ -226,9 +250,13 @@ class NetworkOptions(Section):
 
     def is_frozen(self, module: str) -> bool:
         """Whether --frozen_stages holds a top-level module of the network, by its name."""
-        if module.startswith((*weights.HEAD_PREFIXES, steps.PROXIES)):
+        if not self.is_of_backbone(module):
             return False
         return self.backbone_config.stage_of(module) <= self.frozen_stages
+
+    def is_of_backbone(self, module: str) -> bool:
+        """Whether a top-level module is neither a head nor the proxies of a loss."""
+        return not module.startswith((*weights.HEAD_PREFIXES, steps.PROXIES))
 
 
 def make_model(options: NetworkOptions) -> embedding_net.EmbeddingNet:
@@ -239,6 +267,8 @@ def make_model(options: NetworkOptions) -> embedding_net.EmbeddingNet:
         options.levels,
         dtype=jnp.dtype(options.dtype),
         batch_norm=options.batch_norm,
+        pooling=options.pooling,
+        head_norm=options.head_norm,
         axis_name=devices.AXIS,
         remat=options.remat,
         frozen_stages=options.frozen_stages,

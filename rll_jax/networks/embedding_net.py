@@ -1,7 +1,7 @@
 """Embedding networks in Flax linen: a backbone with an embedding head for each level.
 
 The levels are those of Ranked List Loss (Wang et al. 2019). H is taken from the end of the last
-stage: a global average pool and a linear layer without a bias. M and L are taken from the ends of
+stage: a global pool and a linear layer without a bias. M and L are taken from the ends of
 the two stages before it: an average pool, a 1x1 convolution, batch norm, ReLU, a linear layer,
 batch norm, ReLU, and a linear layer without a bias. Each embedding is L2-normalised.
 """
@@ -26,9 +26,11 @@ from rll_jax.networks.pooling import avg_pool
 from rll_jax.typing import Backbone, TokenBackbone
 
 BatchNormMode = Literal["train", "local", "frozen", "frozen_affine"]
+Pooling = Literal["own", "avg", "max", "avg+max", "gem"]
 
 LEVELS = ("L", "M", "H")
 BATCH_NORMS: tuple[BatchNormMode, ...] = get_args(BatchNormMode)
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 HEAD_PREFIXES = tuple(f"{level}_" for level in LEVELS)  # of the names of the heads' modules
 HEAD_CHANNELS = 128  # of the maps that the heads' linear layers L_dense and M_dense take flattened
 _HEAD_UNITS = 1024
@@ -39,6 +41,20 @@ class _FixedBatchNorm(BatchNorm):
 
     def param(self, *args: Any, **kwargs: Any) -> Any:
         return lax.stop_gradient(super().param(*args, **kwargs))
+
+
+class GeM(nn.Module):
+    """The generalised mean with a learnt power (Radenovic et al. 2018): mean(x^p)^(1/p).
+
+    The power starts at 3. Values below 1e-6 count as 1e-6, so that negative values are not seen.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns (B, channels) from (B, h, w, channels); the arithmetic is float32."""
+        power = self.param("p", nn.initializers.constant(3.0), (1,))
+        values = jnp.maximum(x.astype(jnp.float32), 1e-6)
+        return (values**power).mean(axis=(1, 2)) ** (1 / power)
 
 
 class EmbeddingNet(nn.Module):
@@ -58,6 +74,10 @@ class EmbeddingNet(nn.Module):
         A vision transformer has none.
         The heads' batch norms always use a batch's statistics while training, over all devices
         unless "local".
+      pooling: how the head H pools the end of the last stage: "avg", "max", the sum of both
+        ("avg+max"), or "gem" with a learnt power, over the map or the patches. "own": what the
+        backbone was published with, the mean of a map, and a vision transformer's class token.
+      head_norm: whether a layer norm stands before the last linear layer of each head.
       axis_name: the device axis for batch statistics while training, that is, the axis of the
         step's pmap or shard_map (`rll_jax.training.devices.AXIS`), or None on one device.
       remat: the stages, from 1, whose blocks are computed again for the gradient instead of kept.
@@ -68,9 +88,9 @@ class EmbeddingNet(nn.Module):
         before the last of them are not computed.
 
     Raises:
-      ValueError: by `init` and `apply`: `levels` or `batch_norm` that do not exist, stages that
-        the backbone does not have, a dimension below 1, or a level whose stage is before the last
-        cached one and not cached.
+      ValueError: by `init` and `apply`: `levels`, `batch_norm` or `pooling` that do not exist,
+        stages that the backbone does not have, a dimension below 1, or a level whose stage is
+        before the last cached one and not cached.
     """
 
     backbone: Backbone
@@ -78,6 +98,8 @@ class EmbeddingNet(nn.Module):
     levels: tuple[str, ...] = ("H",)
     dtype: DTypeLike = jnp.float32
     batch_norm: BatchNormMode = "train"
+    pooling: Pooling = "own"
+    head_norm: bool = False
     axis_name: str | None = None
     remat: tuple[int, ...] = ()
     frozen_stages: int = 0
@@ -129,6 +151,8 @@ class EmbeddingNet(nn.Module):
             raise ValueError(
                 f"batch_norm={self.batch_norm!r}: expected one of {', '.join(BATCH_NORMS)}"
             )
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling={self.pooling!r}: expected one of {', '.join(POOLINGS)}")
         remat_exists = set(self.remat) <= set(range(1, stages + 1))
         if not remat_exists or not 0 <= self.frozen_stages <= stages:
             raise ValueError(
@@ -200,18 +224,31 @@ class EmbeddingNet(nn.Module):
         conv, norm = self._conv(), self._norm(train, frozen=False)
         dense = functools.partial(nn.Dense, dtype=self.dtype, use_bias=False)
         backbone = self.backbone
-        if level == "H":
-            has_tokens = isinstance(backbone, TokenBackbone)
-            x = backbone.pooled(x) if has_tokens else jnp.mean(x, axis=(1, 2))
+        tokens = isinstance(backbone, TokenBackbone)
+        if level == "H" and tokens and self.pooling == "own":
+            x = backbone.pooled(x)
         else:
-            x = backbone.to_map(x, sides) if isinstance(backbone, TokenBackbone) else x
+            x = backbone.to_map(x, sides) if tokens else x
+            x = self._pooled_map(x) if level == "H" else x
+        if level != "H":
             x = avg_pool(x, _pool_window(x.shape[1:3]), strides=(3, 3))
             x = conv(HEAD_CHANNELS, (1, 1), name=f"{level}_conv")(x)
             x = relu(norm(name=f"{level}_bn1")(x))
             x = dense(_HEAD_UNITS, name=f"{level}_dense")(x.reshape(x.shape[0], -1))
             x = relu(norm(name=f"{level}_bn2")(x))
+        if self.head_norm:
+            x = nn.LayerNorm(dtype=self.dtype, use_fast_variance=False, name=f"{level}_norm")(x)
         x = dense(self.embedding_dim, name=f"{level}_embedding")(x)
         return normalize_rows(x.astype(jnp.float32))
+
+    def _pooled_map(self, x: jax.Array) -> jax.Array:
+        """Returns the (B, channels) pool of a (B, h, w, channels) map, for the head H."""
+        if self.pooling == "gem":
+            return GeM(name="H_gem")(x).astype(self.dtype)
+        if self.pooling == "max":
+            return jnp.max(x, axis=(1, 2))
+        mean = jnp.mean(x, axis=(1, 2))
+        return mean + jnp.max(x, axis=(1, 2)) if self.pooling == "avg+max" else mean
 
 
 def level_stages(backbone: Backbone) -> dict[str, int]:

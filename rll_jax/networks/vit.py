@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from flax import linen as nn
 import jax
@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from rll_jax.networks import vit_weights
+from rll_jax.networks._bicubic import bicubic
 from rll_jax.networks._stages import ModuleMaker, cached_ends
 from rll_jax.networks.resnet import IMAGENET_MEAN, IMAGENET_STD
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
 
+LORA = "attn_lora"  # the name of the module that LoRA adds to a block
 _INIT = nn.initializers.truncated_normal(0.02)
-_dense = functools.partial(nn.Dense, kernel_init=_INIT)
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(nn.gelu, approximate=True),
@@ -66,6 +67,9 @@ class ViTConfig:
       attention_pool: whether a learnt query pools the tokens at the end (SigLIP). The result takes
         the place of a class token, for the head H. Without it and without a class token, H takes
         the mean of the patches.
+      lora_rank: the rank of low-rank adapters (Hu et al. 2022) beside the queries, keys and values
+        of each block. The gradient does not reach the blocks' linear layers then. 0: no adapters.
+      lora_alpha: the factor of the adapters is this number divided by the rank.
       epsilon: what layer norms add to the variance.
       mean: the mean of the RGB values 0-255 that the weights expect.
       std: the standard deviation that goes with `mean`.
@@ -87,6 +91,8 @@ class ViTConfig:
     layer_scale: bool = False
     pre_norm: bool = False
     attention_pool: bool = False
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
     epsilon: float = 1e-6
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
@@ -97,11 +103,12 @@ class ViTConfig:
                 f"patch={self.patch}, width={self.width}, depth={self.depth}, heads={self.heads}: "
                 "expected at least 1, and a width that the heads divide"
             )
-        if self.image_size < self.patch or self.registers < 0 or self.mlp_width < 0:
+        least = min(self.registers, self.mlp_width, self.lora_rank)
+        if self.image_size < self.patch or least < 0:
             raise ValueError(
                 f"image_size={self.image_size}, registers={self.registers}, "
-                f"mlp_width={self.mlp_width}: expected an image of one patch of {self.patch} "
-                "pixels or more, and nothing below 0"
+                f"mlp_width={self.mlp_width}, lora_rank={self.lora_rank}: expected an image of one "
+                f"patch of {self.patch} pixels or more, and nothing below 0"
             )
         if self.activation not in get_args(Activation):
             raise ValueError(
@@ -140,6 +147,20 @@ class ViTConfig:
         """
         names = (_PUBLISHED.get(name, name).replace("blocks_", "blocks.") for name in modules)
         return ".".join(names)
+
+    def merged(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns parameters with LoRA's adapters added to the kernels that they stand beside."""
+        return {name: self._merged_block(module) for name, module in params.items()}
+
+    def _merged_block(self, module: Any) -> Any:
+        if not self.lora_rank or LORA not in module:
+            return module
+        block = dict(module)
+        lora, qkv = block.pop(LORA), dict(block["attn_qkv"])
+        a = np.asarray(lora["a"]).reshape(self.width, 3, self.lora_rank)
+        added = np.einsum("ikr,kro->iko", a, np.asarray(lora["b"])).reshape(self.width, -1)
+        qkv["kernel"] = np.asarray(qkv["kernel"]) + self.lora_alpha / self.lora_rank * added
+        return {**block, "attn_qkv": qkv}
 
     def from_published(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Returns arrays that Hugging Face or the authors named under timm's names.
@@ -274,13 +295,32 @@ class ViTBlock(nn.Module):
         """Returns (B, tokens, width) of the same shape."""
         config = self.config
         y = _norm(config, x, "norm1")
-        qkv = _dense(3 * config.width, dtype=x.dtype, name="attn_qkv")(y)
+        qkv = _dense(config, 3 * config.width, y, "attn_qkv")
+        if config.lora_rank:
+            qkv = qkv + LoRA(config, name=LORA)(y)
         q, k, v = jnp.split(qkv, 3, axis=-1)
         y = _attend(q, k, v, config.heads)
-        y = _dense(config.width, dtype=x.dtype, name="attn_proj")(y)
+        y = _dense(config, config.width, y, "attn_proj")
         x = x + (LayerScale(name="ls1")(y) if config.layer_scale else y)
         y = _mlp(config, _norm(config, x, "norm2"))
         return x + (LayerScale(name="ls2")(y) if config.layer_scale else y)
+
+
+class LoRA(nn.Module):
+    """Low-rank adapters of queries, keys and values: factor * (x a) b, with b at 0 first."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns (B, tokens, 3 * width), what is added to queries, keys and values."""
+        rank, width = self.config.lora_rank, x.shape[-1]
+        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        a = self.param("a", init, (width, 3 * rank))
+        b = self.param("b", nn.initializers.zeros, (3, rank, width))
+        y = (x @ a.astype(x.dtype)).reshape(*x.shape[:2], 3, rank)
+        y = jnp.einsum("btkr,krc->btkc", y, b.astype(x.dtype))
+        return self.config.lora_alpha / rank * y.reshape(*x.shape[:2], 3 * width)
 
 
 class LayerScale(nn.Module):
@@ -304,11 +344,24 @@ class AttentionPool(nn.Module):
         config, width = self.config, x.shape[-1]
         latent = self.param("latent", _INIT, (1, 1, width))
         latent = jnp.broadcast_to(latent, (x.shape[0], 1, width)).astype(x.dtype)
-        q = _dense(width, dtype=x.dtype, name="q")(latent)
-        k, v = jnp.split(_dense(2 * width, dtype=x.dtype, name="kv")(x), 2, axis=-1)
+        q = _dense(config, width, latent, "q")
+        k, v = jnp.split(_dense(config, 2 * width, x, "kv"), 2, axis=-1)
         y = _attend(q, k, v, config.heads)
-        y = _dense(width, dtype=x.dtype, name="proj")(y)
+        y = _dense(config, width, y, "proj")
         return y + _mlp(config, _norm(config, y, "norm"))
+
+
+class _FixedDense(nn.Dense):
+    """A linear layer whose parameters the gradient does not reach."""
+
+    def param(self, *args: Any, **kwargs: Any) -> Any:
+        return lax.stop_gradient(super().param(*args, **kwargs))
+
+
+def _dense(config: ViTConfig, features: int, x: jax.Array, name: str) -> jax.Array:
+    """Returns a linear layer of each token."""
+    layer = _FixedDense if config.lora_rank else nn.Dense
+    return layer(features, dtype=x.dtype, kernel_init=_INIT, name=name)(x)
 
 
 def _norm(config: ViTConfig, x: jax.Array, name: str) -> jax.Array:
@@ -321,13 +374,13 @@ def _mlp(config: ViTConfig, x: jax.Array) -> jax.Array:
     """Returns the MLP of each token."""
     hidden = config.mlp_width or 4 * config.width
     gated = config.activation == "swiglu"
-    y = _dense(2 * hidden if gated else hidden, dtype=x.dtype, name="mlp_fc1")(x)
+    y = _dense(config, 2 * hidden if gated else hidden, x, "mlp_fc1")
     if gated:
         gate, value = jnp.split(y, 2, axis=-1)
         y = nn.silu(gate) * value
     else:
         y = _ACTIVATIONS[config.activation](y)
-    return _dense(config.width, dtype=x.dtype, name="mlp_fc2")(y)
+    return _dense(config, config.width, y, "mlp_fc2")
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
@@ -347,33 +400,3 @@ def _convolve_patches(
     x = x.reshape(x.shape[0], height, patch, width, patch, channels).swapaxes(2, 3)
     x = x.reshape(x.shape[0], height, width, patch * patch * channels)
     return x @ kernel.reshape(-1, kernel.shape[-1])
-
-
-def bicubic(before: int, after: int, antialias: bool) -> np.ndarray:
-    """Returns the (after, before) float32 matrix of PyTorch's bicubic interpolation of a side.
-
-    Args:
-      before: the number of values on the side.
-      after: the number of values wanted, with corners that are not aligned.
-      antialias: whether the kernel is widened where the side gets smaller. Keys' kernel has its
-        parameter at -0.5 then, as in Pillow, and at -0.75 otherwise.
-    """
-    scale = before / after
-    places = (np.arange(after)[:, None] + 0.5) * scale - 0.5
-    if antialias:
-        shares = _keys((np.arange(before) - places) / max(scale, 1.0), -0.5)
-        return (shares / shares.sum(axis=1, keepdims=True)).astype(np.float32)
-    matrix = np.zeros((after, before))
-    for tap in range(-1, 3):
-        source = np.floor(places).astype(int) + tap
-        inside = np.clip(source, 0, before - 1)  # values beyond an edge are those at the edge
-        np.add.at(matrix, (np.arange(after)[:, None], inside), _keys(source - places, -0.75))
-    return matrix.astype(np.float32)
-
-
-def _keys(distance: np.ndarray, a: float) -> np.ndarray:
-    """Returns the cubic convolution kernel of Keys (1981) with the parameter `a`."""
-    x = np.abs(distance)
-    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
-    far = a * (x**3 - 5 * x**2 + 8 * x - 4)
-    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rll_jax.networks import embedding_net
+from rll_jax.networks import embedding_net, vit
 from rll_jax.typing import Backbone, TokenBackbone
 
 HEAD_PREFIXES = embedding_net.HEAD_PREFIXES  # names of the heads' modules and arrays begin so
@@ -35,12 +35,14 @@ def to_named_arrays(variables: Mapping[str, Any], backbone: Backbone) -> dict[st
     """Returns a network's variables under their published names, in PyTorch's layout.
 
     The heads have no published names and keep those of their modules. L_dense and M_dense take a
-    map that is flattened as in PyTorch, channels first.
+    map that is flattened as in PyTorch, channels first. Adapters are merged.
 
     Args:
       variables: {"params": ..., "batch_stats": ...} of an `EmbeddingNet`.
       backbone: the backbone of this network.
     """
+    if isinstance(backbone, TokenBackbone):
+        variables = {**variables, "params": backbone.merged(variables["params"])}
     return {name: _to_pytorch(name, np.asarray(leaf)) for name, leaf in _named(variables, backbone)}
 
 
@@ -72,6 +74,7 @@ def from_named_arrays(
     expected = {
         name: _to_pytorch(name, np.asarray(leaf)).shape
         for name, leaf in _named(variables, backbone)
+        if f".{vit.LORA}." not in name  # adapters start anew
     }
     if not heads:
         arrays = {name: x for name, x in arrays.items() if not name.startswith(HEAD_PREFIXES)}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rll_jax.networks import backbones, embedding_net, vit, weights
+from rll_jax.networks import _bicubic, backbones, embedding_net, vit, weights
 from tests.helpers.networks import variables_of
 
 SMALL = dict(patch=8, width=24, depth=3, heads=2, image_size=32)
@@ -224,7 +224,7 @@ def test_positions_are_interpolated_as_by_pytorch(antialias):
         expected = torch.nn.functional.interpolate(
             torch.from_numpy(x)[None, None], sides, mode="bicubic", antialias=antialias
         )[0, 0]
-        down, across = (vit.bicubic(9, side, antialias) for side in sides)
+        down, across = (_bicubic.bicubic(9, side, antialias) for side in sides)
         np.testing.assert_allclose(down @ x @ across.T, expected, atol=1e-5)
 
 
@@ -264,6 +264,41 @@ def test_what_an_embedding_net_does_with_blocks():
         np.testing.assert_allclose(levels[level], expected, atol=0.1)
 
 
+def test_lora_starts_at_nothing_and_is_merged():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    plain = embedding_net.EmbeddingNet(CASES["vit"], 8)
+    config = vit.ViTConfig(**SMALL, lora_rank=2, lora_alpha=8.0)
+    model = embedding_net.EmbeddingNet(config, 8)
+    variables = jax.jit(plain.init)(jax.random.key(0), pixels)
+    arrays = weights.to_named_arrays(variables, CASES["vit"])
+    fresh = jax.jit(model.init)(jax.random.key(1), pixels)
+    adapted = weights.from_named_arrays(arrays, fresh, config, heads=True)
+    embed, with_lora = jax.jit(plain.apply), jax.jit(model.apply)
+    before = embed(variables, pixels)["H"]
+    np.testing.assert_allclose(with_lora(adapted, pixels)["H"], before, atol=1e-6)
+    for block in range(3):
+        lora = adapted["params"][f"blocks_{block}"][vit.LORA]
+        assert np.asarray(lora["a"]).any() and not np.asarray(lora["b"]).any()
+        lora["b"] = np.random.default_rng(block).normal(size=(3, 2, 24)).astype(np.float32)
+    after = with_lora(adapted, pixels)["H"]
+    assert np.abs(after - before).max() > 0.01
+    merged = weights.to_named_arrays(adapted, config)
+    assert merged.keys() == arrays.keys()
+    loaded_again = weights.from_named_arrays(merged, variables, CASES["vit"], heads=True)
+    np.testing.assert_allclose(embed(loaded_again, pixels)["H"], after, atol=1e-5)
+    values = adapted["params"]["blocks_0"][vit.LORA]  # rank 2, alpha 8: a factor of 4
+    of_keys = 4 * np.asarray(values["a"])[:, 2:4] @ values["b"][1]
+    name = "blocks.0.attn.qkv.weight"
+    np.testing.assert_allclose((merged[name] - arrays[name])[24:48].T, of_keys, atol=1e-5)
+
+    def loss(params):
+        return model.apply({"params": params}, pixels)["H"][:, 0].sum()
+
+    block = jax.jit(jax.grad(loss))(adapted["params"])["blocks_1"]
+    moved = {name for name, tree in block.items() if any(x.any() for x in jax.tree.leaves(tree))}
+    assert moved == {vit.LORA, "norm1", "norm2"}  # norms are held by the optimiser
+
+
 @pytest.mark.parametrize("name", ["registers", "siglip"])
 def test_any_number_of_images_is_exported(name):
     model = embedding_net.EmbeddingNet(CASES[name], 8, levels=("L", "H"))
@@ -289,7 +324,7 @@ def test_heads_l_and_m_take_the_map_of_the_patches():
     "wrong",
     [
         dict(heads=5), dict(depth=0), dict(image_size=4), dict(registers=-1),
-        dict(activation="relu"), dict(patch=0), dict(mlp_width=-1),
+        dict(activation="relu"), dict(patch=0), dict(mlp_width=-1), dict(lora_rank=-1),
     ],
 )  # fmt: skip
 def test_networks_that_cannot_be(wrong):
