@@ -56,6 +56,7 @@ def _jittered(size: int, *, strong: bool) -> typing.View:
 VIEWS = {
     "affine": Views(views.RandomAffine, _whole_image),
     "random_resized_crop": Views(views.RandomResizedCrop, _centre),
+    "wide_crop": Views(functools.partial(views.RandomResizedCrop, scale=(0.16, 1.0)), _centre),
     "resize_crop": Views(_resize_crop, _centre),
     "border_crop": Views(_border_crop, _border_centre),
     "colour_jitter": Views(functools.partial(_jittered, strong=False), _centre),

@@ -79,3 +79,24 @@ def test_stablehlo(workdir, tmp_path):
     model = network.make_model(trained.config.network).clone(axis_name=None)
     expected = embedding_net.concatenate_levels(model.apply(trained.variables, pixels))
     np.testing.assert_allclose(np.load(tmp_path / "pixels.npy"), expected, atol=1e-5)
+
+
+def test_adapters_are_merged_into_what_export_writes(workdir, tmp_path):
+    head = ["--pooling=gem", "--head_norm", "--pixel_norm=imagenet"]
+    trains = ["--lora_rank=2", "--head_warmup_steps=1", "--layer_decay=0.9", "--steps=3"]
+    start = [f"--workdir={tmp_path / 'lora'}", f"--pretrained={workdir}"]
+    ended = run(*VIT, *head, *trains, *start, "--learning_rate=0.1", "--augment=wide_crop")
+    assert ended.returncode == 0, ended.stderr
+    trained = trained_network.load(str(tmp_path / "lora")).variables["params"]
+    assert np.asarray(trained["blocks_0"]["attn_lora"]["b"]).any()
+    before = trained_network.load(str(workdir)).variables["params"]
+    np.testing.assert_array_equal(
+        trained["blocks_0"]["attn_qkv"]["kernel"], before["blocks_0"]["attn_qkv"]["kernel"]
+    )
+    np.testing.assert_array_equal(trained["norm"]["bias"], before["norm"]["bias"])
+    export(tmp_path / "lora", out := tmp_path / "model.safetensors")
+    again = [f"--workdir={tmp_path / 'again'}", f"--pretrained={out}", "--pretrained_head"]
+    ended = run(*VIT, *head, *again, "--steps=1", "--augment=wide_crop")
+    assert ended.returncode == 0, ended.stderr
+    last, first = scores(tmp_path / "lora")[-1], scores(tmp_path / "again")[0]
+    assert first["recall@1"] == pytest.approx(last["recall@1"], abs=0.02)
