@@ -99,7 +99,8 @@ _IGNORED = ("mask_token", "pooler.dense.weight", "pooler.dense.bias", "embedding
 def to_timm(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns a vision transformer's arrays under timm's names and in its pieces.
 
-    A tower in a larger file is found by the kernel of its patches. What stands beside it, such as a
+    A tower in a larger file is found by the kernel of its patches; of a student and a teacher the
+    teacher is taken. What stands beside it, such as a
     text tower, is left out; and so are poolers and mask tokens. Arrays that are no vision
     transformer's stay as they are.
 
@@ -168,6 +169,8 @@ def _tower(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         for kernel in _PATCH_KERNELS
         if name == kernel or name.endswith(f".{kernel}")
     }
+    evaluated = {prefix for prefix in prefixes if {"teacher", "ema"} & set(prefix.split("."))}
+    prefixes = evaluated if len(evaluated) == 1 else prefixes
     if len(prefixes) > 1:
         raise ValueError(
             f"the weights hold {len(prefixes)} vision transformers "
@@ -208,7 +211,7 @@ def _place_beside_registers(named: dict[str, np.ndarray]) -> None:
     if not {"reg_token", "cls_token", "pos_embed"} <= named.keys():
         return
     positions = named["pos_embed"]
-    if _is_square(positions.shape[1] - 1):
+    if positions.shape[1] > 1 and _is_square(positions.shape[1] - 1):
         named["cls_token"] = named["cls_token"] + positions[:, :1]
         named["pos_embed"] = positions[:, 1:]
 

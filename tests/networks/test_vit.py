@@ -341,14 +341,17 @@ def test_weights_that_do_not_fit():
             r"positions of 36 patches, .* of 32 pixels: give image_size=48 \(--position_size\)",
         ),
         (
-            {f"{a}.{k}": v for k, v in arrays.items() for a in ("student", "teacher")},
-            r"2 vision transformers \(student\., teacher\.\)",
+            {f"{a}.{k}": v for k, v in arrays.items() for a in ("left", "right")},
+            r"2 vision transformers \(left\., right\.\)",
         ),
         ({**arrays, "norm.scale": np.zeros(24)}, r"1 unexpected \(norm.scale\)"),
         ({"conv1.weight": np.zeros((8, 3, 7, 7))}, r"missing \(blocks\.0.*unexpected \(conv1"),
     ):
         with pytest.raises(ValueError, match=text):
             loaded(wrong, config)
+    both = {f"student.{name}": x + 1 for name, x in arrays.items()}
+    both |= {f"teacher.{name}": x for name, x in arrays.items()}
+    assert not any(x.any() for x in jax.tree.leaves(loaded(both, config)[1]))
     with pytest.raises(ValueError, match="images of 4 x 32 pixels: expected sides of one patch"):
         variables = variables_of(embedding_net.EmbeddingNet(config, 8))
         embedding_net.EmbeddingNet(config, 8).apply(variables, np.zeros((1, 4, 32, 3)))
