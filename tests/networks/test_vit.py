@@ -61,14 +61,18 @@ def their_options(name, config):
 
 
 def randomize(theirs):
-    """Random weights, all of them large enough to be seen."""
+    """Random weights, all of them large enough to be seen.
+
+    Kernels keep the scale of what they take, as trained ones do. Larger ones amplify rounding.
+    """
     import torch
 
     torch.manual_seed(0)
     with torch.no_grad():
         for key, parameter in theirs.named_parameters():
             normed = "norm" in key and key.endswith("weight")
-            parameter.normal_(1.0 if normed else 0.0, 0.2)
+            taken = parameter[0].numel() if parameter.ndim in (2, 4) else 1
+            parameter.normal_(1.0 if normed else 0.0, min(0.2, taken**-0.5))
     return theirs
 
 
