@@ -3,7 +3,8 @@
     python -m experiments.export --workdir=runs/emoji --out=model.safetensors
     python -m experiments.export --workdir=runs/emoji --out=model.stablehlo --format=stablehlo
 
-safetensors: the weights in torchvision's names and layout, for a network in PyTorch. The embedding
+safetensors: the weights in torchvision's names and layout, for a network in PyTorch; those of a
+vision transformer in timm's names, or in Hugging Face's with --names=huggingface. The embedding
 heads are {L,M,H}_*, and take maps flattened channels first.
 
 stablehlo: a function from (N, size, size, 3) uint8 images, any N, to (N, D) embeddings, exported by
@@ -12,7 +13,7 @@ stablehlo: a function from (N, size, size, 3) uint8 images, any N, to (N, D) emb
 """
 
 import pathlib
-from typing import Any
+from typing import Any, cast
 
 from absl import app, flags
 import jax
@@ -23,6 +24,7 @@ from experiments.engine import command, network, phases, trained_network
 from experiments.engine.trained_network import TrainedNetwork
 from rll_jax.data import files
 from rll_jax.networks import embedding_net, weights
+from rll_jax.typing import TokenBackbone
 
 
 def _stablehlo(trained: TrainedNetwork) -> bytes:
@@ -48,12 +50,19 @@ def main(_: Any) -> None:
         out = pathlib.Path(options.out)
         command.check_free("out", out)
         trained = trained_network.load_from_flags()
+        backbone = trained.config.network.backbone_config
+        if options.names == "huggingface" and not isinstance(backbone, TokenBackbone):
+            raise ValueError(
+                "--names=huggingface is of vision transformers, and "
+                f"--backbone={trained.config.network.backbone} is none: leave it out"
+            )
         with phases.told("writing the file"), files.atomic_write(out) as temporary:
             if options.format == "stablehlo":
                 temporary.write_bytes(_stablehlo(trained))
             else:
-                backbone = trained.config.network.backbone_config
                 arrays = weights.to_named_arrays(trained.variables, backbone)
+                if options.names == "huggingface":
+                    arrays = cast(TokenBackbone, backbone).to_huggingface(arrays)
                 weights.write_safetensors(temporary, arrays)
     size, mib = trained.config.data.image_size, out.stat().st_size / 2**20
     print(
@@ -66,5 +75,12 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "The file to write.", required=True)
     flags.DEFINE_enum(
         "format", "safetensors", ["safetensors", "stablehlo"], "The format of the file."
+    )
+    flags.DEFINE_enum(
+        "names",
+        "published",
+        ["published", "huggingface"],
+        "The names of the weights in a .safetensors file: torchvision's, timm's and Caffe's, or, "
+        "of a vision transformer, Hugging Face's.",
     )
     app.run(main, flags_parser=command.parse_flags)

@@ -4,12 +4,12 @@ Whatever has these methods fits; nothing needs to inherit from these classes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
-__all__ = ["Backbone", "ImageDataset", "Loss", "Sampler", "View"]
+__all__ = ["Backbone", "ImageDataset", "Loss", "Sampler", "TokenBackbone", "View"]
 
 
 class Loss(Protocol):
@@ -78,6 +78,44 @@ class Backbone(Protocol):
           remat: stages, from 1, whose blocks are computed again for the gradient.
           frozen: the number of first stages that the gradient does not reach.
         """
+        ...
+
+
+@runtime_checkable
+class TokenBackbone(Backbone, Protocol):
+    """A backbone whose stages end with (B, tokens, channels), as a vision transformer's.
+
+    It has no batch norm.
+    """
+
+    @property
+    def level_stages(self) -> tuple[int, int, int]:
+        """The stages whose ends are the levels L, M and H; 0 for a level that does not exist."""
+        ...
+
+    def to_map(self, tokens: jax.Array, sides: Sequence[int] | None = None) -> jax.Array:
+        """Returns the (B, h, w, channels) map of the patches from the tokens at a stage's end.
+
+        Args:
+          tokens: (B, tokens, channels).
+          sides: the height and the width of the images in pixels; None: they are square.
+        """
+        ...
+
+    def pooled(self, tokens: jax.Array) -> jax.Array:
+        """Returns (B, channels), what the head H takes, from the tokens at the last stage's end."""
+        ...
+
+    def merged(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the parameters without adapters, which are added to what they stand beside."""
+        ...
+
+    def from_published(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns arrays under the names of `array_name` from those of other publishers."""
+        ...
+
+    def to_huggingface(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns arrays under the names of `array_name` under those of Hugging Face."""
         ...
 
 

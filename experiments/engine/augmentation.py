@@ -60,6 +60,10 @@ def _random_resized_crop(size: int, interpolation: Interpolation) -> typing.View
     return views.RandomResizedCrop(size, interpolation=interpolation)
 
 
+def _wide_crop(size: int, interpolation: Interpolation) -> typing.View:
+    return views.RandomResizedCrop(size, scale=(0.16, 1.0), interpolation=interpolation)
+
+
 def _scaled_crop(size: int, interpolation: Interpolation) -> typing.View:
     return views.ScaledCrop(size, resized_side(size), interpolation=interpolation)
 
@@ -80,6 +84,7 @@ VIEWS = {
     "affine": Views(_affine, _whole_image),
     "random_resized_crop": Views(_random_resized_crop, _centre),
     "scaled_crop": Views(_scaled_crop, _centre),
+    "wide_crop": Views(_wide_crop, _centre),
     "resize_crop": Views(_resize_crop, _centre),
     "border_crop": Views(_border_crop, _border_centre),
     "colour_jitter": Views(functools.partial(_jittered, strong=False), _centre),

@@ -1,14 +1,37 @@
 """The network of a run: its options, the model, and the weights that it starts from."""
 
 import dataclasses
+import pathlib
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
 from experiments.engine.options import Section, option, to_text
 from rll_jax import typing
-from rll_jax.networks import backbones, embedding_net, pooling, resnet, weights
+from rll_jax.networks import (
+    backbones,
+    embedding_net,
+    resnet,
+    vit,
+    vit_weights,
+    weights,
+)
+from rll_jax.networks.pooling import POOL_ROUNDINGS, PoolRounding
 from rll_jax.training import devices, steps
+
+# A name of --pretrained that ends so is a file's, not one of the hub's.
+WEIGHT_ENDINGS = (
+    ".safetensors",
+    ".npz",
+    ".pth",
+    ".pt",
+    ".tar",
+    ".ckpt",
+    ".bin",
+    ".pkl",
+    ".th",
+    ".h5",
+)
 
 # Changes of a `ResNetConfig` by the names of --stem.
 _STEMS = {
@@ -44,11 +67,25 @@ class NetworkOptions(Section):
         "The number of blocks in each stage of a ResNet, such as 2,2,2,2. Empty: the backbone's "
         "own.",
     )
+    pixel_norm: str = option(
+        "auto",
+        "The mean and standard deviation of the pixels that the network gets: ImageNet's, a half "
+        "and a half, CLIP's, or Caffe's. auto: those of the weights that --pretrained names, where "
+        "a vision transformer's name tells (dino, augreg, clip, siglip, ...); else the backbone's "
+        "own.",
+        choices=("auto", *backbones.PIXELS),
+    )
+    position_size: int = option(
+        0,
+        "The side in pixels of the images that the position embeddings of a vision transformer's "
+        "weights were learnt on; they are interpolated to --image_size. 0: the backbone's own.",
+        low=0,
+    )
     pretrained: str = option(
         "",
         "The weights to start from: a file of safetensors, PyTorch or .npz in the names of "
-        "torchvision, timm or Caffe; another run's workdir; or a repository of the Hugging Face "
-        "hub such as timm/resnet50.tv_in1k. Empty: random weights.",
+        "torchvision, timm, Hugging Face or Caffe; another run's workdir; or a repository of the "
+        "Hugging Face hub such as timm/resnet50.tv_in1k. Empty: random weights.",
         main=True,
     )
     pretrained_prefix: str = option(
@@ -68,6 +105,25 @@ class NetworkOptions(Section):
         "The levels of the network that have an embedding and a loss each, some of L,M,H.",
         main=True,
     )
+    pooling: embedding_net.Pooling = option(
+        "own",
+        "How the head of level H pools the last map, or a vision transformer's patches: average, "
+        "maximum, the sum of both, or a generalised mean with a learnt power (gem). own: the "
+        "average, and a vision transformer's class token or attention pool.",
+        choices=embedding_net.POOLINGS,
+    )
+    head_norm: bool = option(
+        False, "Put a layer norm before the last linear layer of each embedding head."
+    )
+    lora_rank: int = option(
+        0,
+        "Train low-rank adapters (LoRA) of this rank on the queries, keys and values of a vision "
+        "transformer, and the heads, in place of its own weights. Export merges them. 0: none.",
+        low=0,
+    )
+    lora_alpha: float = option(
+        16.0, "The factor of the adapters of --lora_rank is this number divided by the rank.", low=0
+    )
     batch_norm: embedding_net.BatchNormMode = option(
         "train",
         "The statistics of the backbone's batch norm: of the batch over all devices (train), of "
@@ -81,12 +137,12 @@ class NetworkOptions(Section):
         low=0,
         high=0.999999,
     )
-    pool_rounding: pooling.PoolRounding = option(
+    pool_rounding: PoolRounding = option(
         "up",
         "How the average pools of L and M, and of a ResNet's stem for small images, round the "
         "number of their windows: up, as Caffe, so that all of a map is seen; or down, where its "
         "last rows and columns may be lost.",
-        choices=pooling.POOL_ROUNDINGS,
+        choices=POOL_ROUNDINGS,
         earlier="down",
     )
     pixel_mean: tuple[float, ...] = option(
@@ -100,8 +156,8 @@ class NetworkOptions(Section):
     )
     frozen_stages: int = option(
         0,
-        "The number of first stages, and the stem, that do not train. Needs --batch_norm=frozen or "
-        "frozen_affine.",
+        "The number of first stages, and the stem, that do not train. The stages of a vision "
+        "transformer are its blocks; other networks need --batch_norm=frozen or frozen_affine.",
         low=0,
     )
     frozen_views: int = option(
@@ -132,13 +188,13 @@ class NetworkOptions(Section):
             raise ValueError(
                 f"--levels={text}: expected some of L,M,H, each once, with commas between"
             )
-        stages = self.backbone_config.num_stages
-        needed = len(embedding_net.LEVELS) - embedding_net.LEVELS.index(self.levels[0])
-        if stages < needed:
+        backbone = self.backbone_config
+        stages = backbone.num_stages
+        if not set(self.levels) <= embedding_net.level_stages(backbone).keys():
             raise ValueError(
                 f"--levels={text}: --backbone={self.backbone} has only {stages} stages"
             )
-        self._check_stages(stages)
+        self._check_stages(backbone)
         if self.pixel_mean and (
             len(self.pixel_mean) != 3 or not all(0 <= mean <= 255 for mean in self.pixel_mean)
         ):
@@ -160,25 +216,69 @@ class NetworkOptions(Section):
                 f"--init_from={self.init_from} and --pretrained={self.pretrained}: give one of them"
             )
 
-    def _check_stages(self, stages: int) -> None:
+    def _check_stages(self, backbone: typing.Backbone) -> None:
+        stages = backbone.num_stages
         if not set(self.remat) <= set(range(1, stages + 1)):
             raise ValueError(
                 f"--remat={','.join(map(str, self.remat))}: the stages of "
                 f"--backbone={self.backbone} are 1 to {stages}"
             )
-        frozen_norm = self.batch_norm.startswith("frozen")
+        has_norm = not isinstance(backbone, typing.TokenBackbone)
+        frozen_norm = self.batch_norm.startswith("frozen") or not has_norm
         if self.frozen_stages > stages or (self.frozen_stages and not frozen_norm):
             raise ValueError(
                 f"--frozen_stages={self.frozen_stages}: expected at most the {stages} stages of "
-                f"--backbone={self.backbone}, and --batch_norm=frozen or frozen_affine"
+                f"--backbone={self.backbone}"
+                + (", and --batch_norm=frozen or frozen_affine" if has_norm else "")
             )
 
     @property
     def backbone_config(self) -> typing.Backbone:
-        """--backbone, changed by the options that are about it."""
+        """--backbone, changed by the options that are about it and by the weights."""
+        config: Any = self._sized_backbone
+        if isinstance(config, vit.ViTConfig):
+            config = self._as_published(config)
+        if self.pixel_norm != "auto":
+            mean, std = backbones.PIXELS[self.pixel_norm]
+            mean, std = (mean[::-1], std[::-1]) if config.bgr else (mean, std)
+            config = dataclasses.replace(config, mean=mean, std=std)
+        return dataclasses.replace(config, mean=self.pixel_mean) if self.pixel_mean else config
+
+    def _as_published(self, config: vit.ViTConfig) -> vit.ViTConfig:
+        """Returns a vision transformer as its options and the name of --pretrained say."""
+        if self.position_size:
+            try:
+                config = dataclasses.replace(config, image_size=self.position_size)
+            except ValueError as error:
+                raise ValueError(f"--position_size={self.position_size}: {error}") from error
+        if self.lora_rank:
+            config = dataclasses.replace(
+                config, lora_rank=self.lora_rank, lora_alpha=self.lora_alpha
+            )
+        name = self._published_name
+        pixels = vit_weights.pixels_of(name)
+        if pixels:
+            mean, std = backbones.PIXELS[pixels]
+            config = dataclasses.replace(config, mean=mean, std=std)
+        return dataclasses.replace(config, antialias=True) if vit_weights.is_timms(name) else config
+
+    @property
+    def _published_name(self) -> str:
+        """The name of the weights of --pretrained: of the hub's repository, or of the file."""
+        path = pathlib.PurePath(self.pretrained)
+        is_file = path.suffix in WEIGHT_ENDINGS
+        return path.stem if is_file else self.pretrained if len(path.parts) == 2 else ""
+
+    @property
+    def _sized_backbone(self) -> typing.Backbone:
+        """--backbone, changed by --stem, --width and --stage_sizes."""
         config: Any = backbones.BACKBONES[self.backbone]
-        if self.pixel_mean:
-            config = dataclasses.replace(config, mean=self.pixel_mean)
+        for name, value in (("position_size", self.position_size), ("lora_rank", self.lora_rank)):
+            if value and not isinstance(config, vit.ViTConfig):
+                raise ValueError(
+                    f"--{name}={value} is of vision transformers, and --backbone={self.backbone} "
+                    "is none"
+                )
         changes: dict[str, object] = dict(_STEMS.get(self.stem, {}))
         if self.width:
             changes["width"] = self.width
@@ -208,9 +308,13 @@ class NetworkOptions(Section):
 
     def is_frozen(self, module: str) -> bool:
         """Whether --frozen_stages holds a top-level module of the network, by its name."""
-        if module.startswith((*weights.HEAD_PREFIXES, steps.PROXIES)):
+        if not self.is_of_backbone(module):
             return False
         return self.backbone_config.stage_of(module) <= self.frozen_stages
+
+    def is_of_backbone(self, module: str) -> bool:
+        """Whether a top-level module is neither a head nor the proxies of a loss."""
+        return not module.startswith((*weights.HEAD_PREFIXES, steps.PROXIES))
 
 
 def make_model(options: NetworkOptions) -> embedding_net.EmbeddingNet:
@@ -221,6 +325,8 @@ def make_model(options: NetworkOptions) -> embedding_net.EmbeddingNet:
         options.levels,
         dtype=jnp.dtype(options.dtype),
         batch_norm=options.batch_norm,
+        pooling=options.pooling,
+        head_norm=options.head_norm,
         axis_name=devices.AXIS,
         remat=options.remat,
         frozen_stages=options.frozen_stages,

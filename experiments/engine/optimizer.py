@@ -6,11 +6,12 @@ import functools
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from experiments.engine.network import NetworkOptions
 from experiments.engine.options import Section, option
-from rll_jax.networks import embedding_net, weights
+from rll_jax.networks import embedding_net, vit, weights
 from rll_jax.training import steps
 
 
@@ -35,6 +36,20 @@ class OptimizerOptions(Section):
         "The layers of the heads that --head_lr_multiplier is of: all, or the last one, which "
         "gives the embedding, as in the authors' recipes.",
         choices=("all", "last"),
+    )
+    head_warmup_steps: int = option(
+        0,
+        "The number of first steps in which the embedding heads and the loss's proxies train "
+        "alone. Running statistics of batch norm move all the same.",
+        low=0,
+    )
+    layer_decay: float = option(
+        1.0,
+        "The factor of the learning rate from each stage of the backbone to the one before: the "
+        "last stage has this factor, the one before its square, and the stem one power more than "
+        "the first stage. A vision transformer's blocks are its stages. 1: no decay.",
+        low=0.01,
+        high=1,
     )
     weight_decay: float = option(
         0.05, "The weight decay: decoupled for adamw, an L2 penalty for sgd.", low=0
@@ -117,10 +132,47 @@ def make_optimizer(
     if proxy_lr_multiplier != 1:
         proxies = _modules(lambda name: name == steps.PROXIES)
         parts.append(optax.masked(optax.scale(proxy_lr_multiplier), proxies))
+    if options.layer_decay != 1:
+        parts.append(_layer_decay(options.layer_decay, network))
+    if warmup := options.head_warmup_steps:
+        waits = optax.scale_by_schedule(lambda step: jnp.greater_equal(step, warmup))
+        parts.append(optax.masked(waits, _modules(network.is_of_backbone)))
     if network.frozen_stages:
         # Last, as weight decay would move frozen parameters too.
         parts.append(optax.masked(optax.set_to_zero(), _modules(network.is_frozen)))
+    if network.lora_rank:
+        labels = functools.partial(_beside_lora, network)
+        return optax.partition(
+            {"trains": optax.chain(*parts), "fixed": optax.set_to_zero()}, labels
+        )
     return optax.chain(*parts)
+
+
+def _layer_decay(factor: float, network: NetworkOptions) -> optax.GradientTransformation:
+    """Returns what scales the updates of the backbone's modules by their distance to the heads."""
+    backbone = network.backbone_config
+
+    def factor_of(name: str) -> float:
+        if not network.is_of_backbone(name):
+            return 1.0
+        return factor ** (backbone.num_stages + 1 - backbone.stage_of(name))
+
+    def scaled(updates: Any, _: Any = None) -> Any:
+        factors = {name: _like(module, factor_of(name)) for name, module in updates.items()}
+        return jax.tree.map(jnp.multiply, updates, factors)
+
+    return optax.stateless(scaled)
+
+
+def _beside_lora(network: NetworkOptions, params: Any) -> Any:
+    """Returns "trains" for LoRA's parameters, the heads' and the proxies', and else "fixed"."""
+
+    def label(path: Any, _: Any) -> str:
+        top, *inner = (key.key for key in path)
+        trains = not network.is_of_backbone(top) or vit.LORA in inner
+        return "trains" if trains else "fixed"
+
+    return jax.tree_util.tree_map_with_path(label, params)
 
 
 _matrices = functools.partial(jax.tree.map, lambda parameter: parameter.ndim > 1)
@@ -135,5 +187,5 @@ def _modules(chosen: Callable[[str], bool]) -> Callable[[Any], Any]:
     return mask
 
 
-def _like(tree: Any, value: bool) -> Any:
+def _like(tree: Any, value: float) -> Any:
     return jax.tree.map(lambda _: value, tree)

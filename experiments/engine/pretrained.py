@@ -9,12 +9,12 @@ import numpy as np
 
 from experiments.engine import build, processes, trained_network
 from experiments.engine.config import Config
-from rll_jax.networks import weights
+from experiments.engine.network import WEIGHT_ENDINGS
+from rll_jax.networks import backbones, weights
+from rll_jax.typing import Backbone, TokenBackbone
 
 # What the Hugging Face hub's folders of a model have.
 _FILES_OF_MODELS = ("model.safetensors", "pytorch_model.bin")
-# A name that ends so is a file's, not one of the hub's.
-_ENDINGS = (".safetensors", ".npz", ".pth", ".pt", ".tar", ".ckpt", ".bin", ".pkl", ".th", ".h5")
 
 
 def read_starting_weights(config: Config) -> dict[str, np.ndarray] | None:
@@ -32,6 +32,7 @@ def read_starting_weights(config: Config) -> dict[str, np.ndarray] | None:
         if options.init_from or (pathlib.Path(name) / "flags.txt").is_file():
             trained = trained_network.load(name)
             backbone = trained.config.network.backbone_config
+            _check_pixels(backbone, options.backbone_config)
             arrays = weights.to_named_arrays(trained.variables, backbone)
         else:
             arrays = _read_file(name)
@@ -39,6 +40,18 @@ def read_starting_weights(config: Config) -> dict[str, np.ndarray] | None:
     except ValueError as error:
         flag = "pretrained" if options.pretrained else "init_from"
         raise ValueError(f"--{flag}={name}: {error}") from error
+
+
+def _check_pixels(theirs: Backbone, ours: Backbone) -> None:
+    """Raises ValueError where the run of a workdir had other pixels."""
+    expected, found = ((*backbone.mean, *backbone.std) for backbone in (theirs, ours))
+    if expected != found:
+        names = [name for name, of in backbones.PIXELS.items() if (*of[0], *of[1]) == expected]
+        raise ValueError(
+            f"its network expects pixels of mean {theirs.mean} and standard deviation "
+            f"{theirs.std}, and this one {ours.mean} and {ours.std}: give "
+            f"{' or '.join(f'--pixel_norm={name}' for name in names) or 'its --backbone'}"
+        )
 
 
 def _checked(arrays: dict[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
@@ -52,9 +65,14 @@ def _checked(arrays: dict[str, np.ndarray], config: Config) -> dict[str, np.ndar
     variables = {"params": shapes.params, "batch_stats": shapes.batch_stats}
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variables)
     backbone, heads = options.backbone_config, options.loads_heads
-    prefix = weights.find_prefix(
-        arrays, zeros, backbone, heads=heads, ending=options.pretrained_prefix
-    )
+    if isinstance(backbone, TokenBackbone):
+        # It finds the tower by itself, unless the prefix says where it is.
+        if options.pretrained_prefix:
+            prefix = options.pretrained_prefix
+            arrays = weights.take_prefix(arrays, prefix if prefix.endswith(".") else f"{prefix}.")
+        arrays = backbone.from_published(arrays)
+    ending = "" if isinstance(backbone, TokenBackbone) else options.pretrained_prefix
+    prefix = weights.find_prefix(arrays, zeros, backbone, heads=heads, ending=ending)
     taken = weights.take_prefix(arrays, prefix)
     try:
         weights.from_named_arrays(taken, zeros, backbone, heads=heads, prefix="")
@@ -80,7 +98,7 @@ def _read_file(name: str) -> dict[str, np.ndarray]:
                 f"{', '.join(_FILES_OF_MODELS)}"
             )
         return weights.read(files[0])
-    if path.exists() or path.suffix in _ENDINGS:
+    if path.exists() or path.suffix in WEIGHT_ENDINGS:
         return weights.read(path)
     return weights.read(_download(name))
 

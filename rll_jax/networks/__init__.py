@@ -8,13 +8,14 @@ import types
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rll_jax.networks import backbones, embedding_net, googlenet, resnet, weights
+    from rll_jax.networks import backbones, embedding_net, googlenet, resnet, vit, weights
 
 __all__ = [
     "backbones",
     "embedding_net",
     "googlenet",
     "resnet",
+    "vit",
     "weights",
 ]
 

@@ -1,9 +1,9 @@
 """Embedding networks in Flax linen: a backbone with an embedding head for each level.
 
 The levels are those of Ranked List Loss (Wang et al. 2019). H is taken from the end of the last
-stage: a global average pool and a linear layer without a bias. M and L are taken from the ends of
-the two stages before it: a 5x5 average pool of stride 3, a 1x1 convolution, batch norm, ReLU, a
-linear layer, batch norm, ReLU, and a linear layer without a bias. Each embedding is L2-normalised.
+stage: a global pool and a linear layer without a bias. M and L are taken from the ends of the two
+stages before it: an average pool, a 1x1 convolution, batch norm, ReLU, a linear layer, batch norm,
+ReLU, and a linear layer without a bias. Each embedding is L2-normalised.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,12 +23,14 @@ from rll_jax.networks._stages import ModuleMaker
 from rll_jax.networks.convolution import conv_general_dilated
 from rll_jax.networks.normalization import BatchNorm, relu
 from rll_jax.networks.pooling import NO_PADDING, PoolRounding, avg_pool, last_window_padding
-from rll_jax.typing import Backbone
+from rll_jax.typing import Backbone, TokenBackbone
 
 BatchNormMode = Literal["train", "local", "frozen", "frozen_affine"]
+Pooling = Literal["own", "avg", "max", "avg+max", "gem"]
 
 LEVELS = ("L", "M", "H")
 BATCH_NORMS: tuple[BatchNormMode, ...] = get_args(BatchNormMode)
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 HEAD_PREFIXES = tuple(f"{level}_" for level in LEVELS)  # of the names of the heads' modules
 LAST_LAYERS = tuple(f"{level}_embedding" for level in LEVELS)  # of the heads
 HEAD_CHANNELS = 128  # of the maps that the heads' linear layers L_dense and M_dense take flattened
@@ -40,6 +42,20 @@ class _FixedBatchNorm(BatchNorm):
 
     def param(self, *args: Any, **kwargs: Any) -> Any:
         return lax.stop_gradient(super().param(*args, **kwargs))
+
+
+class GeM(nn.Module):
+    """The generalised mean with a learnt power (Radenovic et al. 2018): mean(x^p)^(1/p).
+
+    The power starts at 3. Values below 1e-6 count as 1e-6, so that negative values are not seen.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns (B, channels) from (B, h, w, channels); the arithmetic is float32."""
+        power = self.param("p", nn.initializers.constant(3.0), (1,))
+        values = jnp.maximum(x.astype(jnp.float32), 1e-6)
+        return (values**power).mean(axis=(1, 2)) ** (1 / power)
 
 
 class EmbeddingNet(nn.Module):
@@ -56,8 +72,13 @@ class EmbeddingNet(nn.Module):
         "local": this device's share of the batch.
         "frozen": the running averages.
         "frozen_affine": the running averages; scales and biases get no gradient either.
+        A vision transformer has none.
         The heads' batch norms always use a batch's statistics while training, over all devices
         unless "local".
+      pooling: how the head H pools the end of the last stage: "avg", "max", the sum of both
+        ("avg+max"), or "gem" with a learnt power, over the map or the patches. "own": what the
+        backbone was published with, the mean of a map, and a vision transformer's class token.
+      head_norm: whether a layer norm stands before the last linear layer of each head.
       axis_name: the device axis for batch statistics while training, that is, the axis of the
         step's pmap or shard_map (`rll_jax.training.devices.AXIS`), or None on one device.
       remat: the stages, from 1, whose blocks are computed again for the gradient instead of kept.
@@ -72,9 +93,9 @@ class EmbeddingNet(nn.Module):
       batch_norm_momentum: the share of the running averages that a step keeps.
 
     Raises:
-      ValueError: by `init` and `apply`: `levels` or `batch_norm` that do not exist, stages that
-        the backbone does not have, a dimension below 1, or a level whose stage is before the last
-        cached one and not cached.
+      ValueError: by `init` and `apply`: `levels`, `batch_norm` or `pooling` that do not exist,
+        stages that the backbone does not have, a dimension below 1, or a level whose stage is
+        before the last cached one and not cached.
     """
 
     backbone: Backbone
@@ -82,6 +103,8 @@ class EmbeddingNet(nn.Module):
     levels: tuple[str, ...] = ("H",)
     dtype: DTypeLike = jnp.float32
     batch_norm: BatchNormMode = "train"
+    pooling: Pooling = "own"
+    head_norm: bool = False
     axis_name: str | None = None
     remat: tuple[int, ...] = ()
     frozen_stages: int = 0
@@ -103,27 +126,28 @@ class EmbeddingNet(nn.Module):
 
         Returns:
           {level: (B, embedding_dim) float32}. With `features` a list of the maps at the ends of
-          the stages, (B, h, w, channels) of `dtype` each; None for stages that are not computed.
+          the stages, (B, h, w, channels) of `dtype` each, or (B, tokens, channels) of a
+          `TokenBackbone`; None for stages that are not computed.
         """
         self._check()
         ends = self._stage_ends(images, train)
         if features:
             return ends
-        embeddings = {}
+        embeddings, stages = {}, level_stages(self.backbone)
         for level in self.levels:
-            end = ends[LEVELS.index(level) - len(LEVELS)]
+            end = ends[stages[level] - 1]
             if end is None:
                 raise ValueError(
                     f"levels={self.levels}, cached_stages={self.cached_stages}: expected the stage "
                     f"of level {level} among the cached ones"
                 )
-            embeddings[level] = self._head(level, end, train)
+            sides = None if self.cached_stages else images.shape[1:3]
+            embeddings[level] = self._head(level, end, sides, train)
         return embeddings
 
     def _check(self) -> None:
         """Raises ValueError for fields that do not go with the backbone."""
-        stages = self.backbone.num_stages
-        possible = LEVELS[max(0, len(LEVELS) - stages) :]
+        stages, possible = self.backbone.num_stages, level_stages(self.backbone)
         distinct = set(self.levels)
         if not distinct or len(distinct) < len(self.levels) or not distinct <= set(possible):
             raise ValueError(
@@ -134,6 +158,8 @@ class EmbeddingNet(nn.Module):
             raise ValueError(
                 f"batch_norm={self.batch_norm!r}: expected one of {', '.join(BATCH_NORMS)}"
             )
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling={self.pooling!r}: expected one of {', '.join(POOLINGS)}")
         remat_exists = set(self.remat) <= set(range(1, stages + 1))
         if not remat_exists or not 0 <= self.frozen_stages <= stages:
             raise ValueError(
@@ -192,13 +218,27 @@ class EmbeddingNet(nn.Module):
             axis_name=self.axis_name if train and self.batch_norm != "local" else None,
         )
 
-    def _head(self, level: str, x: jax.Array, train: bool) -> jax.Array:
-        """Returns the (B, embedding_dim) embedding of a level from (B, h, w, channels)."""
+    def _head(
+        self, level: str, x: jax.Array, sides: Sequence[int] | None, train: bool
+    ) -> jax.Array:
+        """Returns the (B, embedding_dim) embedding of a level from the end of its stage.
+
+        Args:
+          level: the level.
+          x: (B, h, w, channels), or (B, tokens, channels) of a `TokenBackbone`.
+          sides: the height and the width of the images in pixels; None: they are not known.
+          train: whether the network trains.
+        """
         conv, norm = self._conv(), self._norm(train, frozen=False)
         dense = functools.partial(nn.Dense, dtype=self.dtype, use_bias=False)
-        if level == "H":
-            x = jnp.mean(x, axis=(1, 2))
+        backbone = self.backbone
+        tokens = isinstance(backbone, TokenBackbone)
+        if level == "H" and tokens and self.pooling == "own":
+            x = backbone.pooled(x)
         else:
+            x = backbone.to_map(x, sides) if tokens else x
+            x = self._pooled_map(x) if level == "H" else x
+        if level != "H":
             window, strides = _pool_window(x.shape[1:3]), (3, 3)
             padding = last_window_padding(x.shape[1:3], window, strides, self.pool_rounding)
             x = avg_pool(x, window, strides, padding, count_include_pad=padding == NO_PADDING)
@@ -206,8 +246,27 @@ class EmbeddingNet(nn.Module):
             x = relu(norm(name=f"{level}_bn1")(x))
             x = dense(_HEAD_UNITS, name=f"{level}_dense")(x.reshape(x.shape[0], -1))
             x = relu(norm(name=f"{level}_bn2")(x))
+        if self.head_norm:
+            x = nn.LayerNorm(dtype=self.dtype, use_fast_variance=False, name=f"{level}_norm")(x)
         x = dense(self.embedding_dim, name=f"{level}_embedding")(x)
         return normalize_rows(x.astype(jnp.float32))
+
+    def _pooled_map(self, x: jax.Array) -> jax.Array:
+        """Returns the (B, channels) pool of a (B, h, w, channels) map, for the head H."""
+        if self.pooling == "gem":
+            return GeM(name="H_gem")(x).astype(self.dtype)
+        if self.pooling == "max":
+            return jnp.max(x, axis=(1, 2))
+        mean = jnp.mean(x, axis=(1, 2))
+        return mean + jnp.max(x, axis=(1, 2)) if self.pooling == "avg+max" else mean
+
+
+def level_stages(backbone: Backbone) -> dict[str, int]:
+    """Returns {level: stage}, from 1, of the levels that a backbone has stages for."""
+    last = backbone.num_stages
+    tokens = isinstance(backbone, TokenBackbone)
+    stages = backbone.level_stages if tokens else range(last - len(LEVELS) + 1, last + 1)
+    return {level: stage for level, stage in zip(LEVELS, stages, strict=True) if stage > 0}
 
 
 def _pool_window(sides: Sequence[int]) -> tuple[int, ...]:

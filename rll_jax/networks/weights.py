@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rll_jax.networks import embedding_net
+from rll_jax.networks import embedding_net, vit
 from rll_jax.networks._weight_files import KINDS as KINDS
 from rll_jax.networks._weight_files import read as read
 from rll_jax.networks._weight_files import write_safetensors as write_safetensors
-from rll_jax.typing import Backbone
+from rll_jax.typing import Backbone, TokenBackbone
 
 HEAD_PREFIXES = embedding_net.HEAD_PREFIXES  # names of the heads' modules and arrays begin so
 
@@ -47,12 +47,14 @@ def to_named_arrays(variables: Mapping[str, Any], backbone: Backbone) -> dict[st
     """Returns a network's variables under their published names, in PyTorch's layout.
 
     The heads have no published names and keep those of their modules. L_dense and M_dense take a
-    map that is flattened as in PyTorch, channels first.
+    map that is flattened as in PyTorch, channels first. Adapters are merged.
 
     Args:
       variables: {"params": ..., "batch_stats": ...} of an `EmbeddingNet`.
       backbone: the backbone of this network.
     """
+    if isinstance(backbone, TokenBackbone):
+        variables = {**variables, "params": backbone.merged(variables["params"])}
     return {name: _to_pytorch(name, np.asarray(leaf)) for name, leaf in _named(variables, backbone)}
 
 
@@ -85,13 +87,17 @@ def from_named_arrays(
       ValueError: no name begins with `prefix`; or arrays are not of a floating type, or hold NaN or
         infinity.
     """
-    if prefix is None:
-        prefix = find_prefix(arrays, variables, backbone, heads=heads)
-    arrays = take_prefix(arrays, prefix) if arrays else arrays
+    if prefix is not None:
+        arrays = take_prefix(arrays, prefix) if arrays else arrays
+    # It finds the tower by itself, whatever stands before its names.
+    arrays = backbone.from_published(arrays) if isinstance(backbone, TokenBackbone) else arrays
+    if prefix is None and arrays:
+        arrays = take_prefix(arrays, find_prefix(arrays, variables, backbone, heads=heads))
     arrays = _fold_convolution_biases(_flat_vectors(_without_classifier(arrays)))
     expected = {
         name: _to_pytorch(name, np.asarray(leaf)).shape
         for name, leaf in _named(variables, backbone)
+        if f".{vit.LORA}." not in name  # adapters start anew
     }
     if not heads:
         arrays = {name: x for name, x in arrays.items() if not name.startswith(HEAD_PREFIXES)}
@@ -177,7 +183,8 @@ def _named(variables: Mapping[str, Any], backbone: Backbone) -> Iterator[tuple[s
         _, *modules, kind = (key.key for key in path)
         is_head = modules[0].startswith(HEAD_PREFIXES)
         module = ".".join(modules) if is_head else backbone.array_name(modules)
-        yield f"{module}.{_LEAVES[kind]}", leaf
+        # A parameter that is no layer's, such as a class token, keeps its name.
+        yield ".".join(filter(None, (module, _LEAVES.get(kind, kind)))), leaf
 
 
 def _dotted(prefix: str) -> str:

@@ -43,9 +43,10 @@ def trainable_part(
     """
     if not model.frozen_stages:
         raise ValueError("frozen_stages=0: there is nothing to cache, expected at least 1")
-    first_level = model.backbone.num_stages - len(embedding_net.LEVELS) + 1  # L's stage
-    level_stages = {first_level + embedding_net.LEVELS.index(level) for level in model.levels}
-    frozen_ends = {stage for stage in level_stages if stage <= model.frozen_stages}
+    of_level = embedding_net.level_stages(model.backbone)
+    frozen_ends = {
+        of_level[level] for level in model.levels if of_level[level] <= model.frozen_stages
+    }
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.uint8)
     ends = jax.eval_shape(
         lambda x: model.init_with_output(jax.random.key(0), x, features=True)[0], images

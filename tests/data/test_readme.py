@@ -24,5 +24,6 @@ def test_functions_it_names_are_there():
         (file.stem, "py") for file in FOLDER.glob("*.py")
     }
     assert ("pipeline", "train_batches") in named
-    for module, name in named:
+    files = {"csv", "mat", "txt"}  # endings of the names of files
+    for module, name in ((module, name) for module, name in named if name not in files):
         assert hasattr(getattr(rll_jax.data, module), name), f"{module}.{name}"

@@ -185,3 +185,44 @@ def test_the_recipes_networks_are_the_authors():
 )
 def test_stem_width_and_stages_are_free(options, expected):
     assert network.make_model(config.from_flat(**options).network).backbone == expected
+
+
+@pytest.mark.parametrize(
+    "options, pixels, antialias",
+    [
+        (dict(), "half", False),
+        (dict(pretrained="timm/vit_small_patch16_224.augreg_in21k"), "half", True),
+        (dict(pretrained="timm/vit_small_patch16_224.dino"), "imagenet", True),
+        (dict(pretrained="facebook/dino-vits16"), "imagenet", False),
+        (dict(pretrained="dino/files/weights.safetensors"), "half", False),
+        (dict(pretrained="files/dino_vits16.pth"), "imagenet", False),
+        (dict(pretrained="files/dino_vits16.pth", pixel_norm="clip"), "clip", False),
+        (dict(backbone="vit_small_14"), "imagenet", False),
+        (dict(backbone="vit_small_14_reg4"), "imagenet", True),
+        (dict(backbone="vit_base_16_clip", pretrained="a/clip-vit-base"), "clip", False),
+        (dict(backbone="vit_base_16_siglip", pretrained="a/clip-siglip"), "half", False),
+        (dict(backbone="resnet50", pretrained="a/dino_resnet50", pixel_norm="half"), "half", None),
+    ],
+)  # fmt: skip
+def test_pixels_are_those_that_the_weights_expect(options, pixels, antialias):
+    found = config.from_flat(**{"backbone": "vit_small_16", **options}).network.backbone_config
+    assert (found.mean, found.std) == backbones.PIXELS[pixels]
+    assert getattr(found, "antialias", None) == antialias
+
+
+def test_vision_transformers_have_options_of_their_own():
+    tiny = dict(backbone="vit_test", image_size=32)
+    assert config.from_flat(**tiny, position_size=48).network.backbone_config.image_size == 48
+    frozen = config.from_flat(**tiny, frozen_stages=2).network  # without --batch_norm=frozen
+    assert [m for m in ("tokens", "blocks_1", "blocks_2", "H_dense") if frozen.is_frozen(m)] == [
+        "tokens", "blocks_1"
+    ]  # fmt: skip
+    for wrong, text in (
+        (dict(tiny, position_size=4), "--position_size=4: .*expected an image of one patch"),
+        (dict(position_size=32), "--position_size=32 is of vision transformers"),
+        (dict(tiny, frozen_stages=4), "expected at most the 3 stages of --backbone=vit_test$"),
+        (dict(tiny, width=8), "are of ResNets"),
+        (dict(frozen_stages=1), "and --batch_norm=frozen"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            config.from_flat(**wrong)

@@ -101,3 +101,53 @@ def test_the_heads_rate_and_the_decay(name):
     assert frozen == {"conv1": 0, "bn1": 0, "H_embedding": multiplied["H_embedding"]}
     if name == "sgd":
         assert update(1.0, clip_gradient=1.0)["bn1"] == pytest.approx(-0.1 / np.sqrt(10))
+
+
+def updates_of(steps_taken, **options):
+    """The last update of each module; AdamW's for gradients of 1 is -rate times the factors."""
+    params = {
+        name: {"kernel": jnp.ones((2, 2))}
+        for name in ("tokens", "blocks_0", "blocks_2", "norm", "H_embedding")
+    }
+    one = config.from_flat(
+        backbone="vit_test", optimizer="adamw", schedule="step", learning_rate=0.1,
+        **{"weight_decay": 0, **options},
+    )  # fmt: skip
+    tx = optimizer.make_optimizer(one.optimizer, one.network, one.schedule.steps)
+    state = tx.init(params)
+    for _ in range(steps_taken):
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+    return {name: float(module["kernel"][0, 0]) for name, module in updates.items()}
+
+
+def test_rates_decay_from_stage_to_stage():
+    found = updates_of(1, layer_decay=0.5)
+    expected = dict(tokens=2**-4, blocks_0=2**-3, blocks_2=2**-1, norm=2**-1, H_embedding=1)
+    assert found == pytest.approx({name: -0.1 * by for name, by in expected.items()}, rel=1e-4)
+    frozen = updates_of(1, layer_decay=0.5, frozen_stages=1)
+    assert frozen == pytest.approx(found | dict(tokens=0, blocks_0=0))
+
+
+def test_the_heads_train_alone_at_first():
+    alone, together = (updates_of(steps, head_warmup_steps=2) for steps in (2, 3))
+    assert [name for name, update in alone.items() if update] == ["H_embedding"]
+    assert together == pytest.approx(dict.fromkeys(alone, -0.1), rel=1e-4)
+
+
+def test_lora_and_the_heads_train_alone():
+    found = updates_of(2, lora_rank=2, weight_decay=0.1, head_lr_multiplier=2.0)
+    assert [name for name, update in found.items() if update] == ["H_embedding"]
+    assert found["H_embedding"] < -0.2
+    one = config.from_flat(backbone="vit_test", lora_rank=2, frozen_stages=1, learning_rate=0.1)
+    tx = optimizer.make_optimizer(one.optimizer, one.network, 10)
+    block = {"attn_qkv": jnp.ones((2, 2)), "attn_lora": {"a": jnp.ones((2, 2))}}
+    params = {"blocks_0": block, "blocks_1": block, "proxies": {"H": jnp.ones((2, 2))}}
+    state = tx.init(params)
+    for _ in range(2):  # the first step of the warm-up has a rate of 0
+        updates, state = tx.update(params, state, params)
+    moved = {
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(updates)
+        if leaf.any()
+    }
+    assert moved == {"['blocks_1']['attn_lora']['a']", "['proxies']['H']"}

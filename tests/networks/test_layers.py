@@ -323,3 +323,33 @@ def test_programs_for_other_platforms_are_those_of_flax(platform, name, monkeypa
     theirs = operations()
     assert ours.pop("reduce") <= theirs.pop("reduce")  # a batch norm's gradient has one sum less
     assert ours == theirs and ours["convolution"] > 20
+
+
+@pytest.mark.parametrize("backbone", ["resnet_tiny", "vit_test"])
+@pytest.mark.parametrize("pooling", embedding_net.POOLINGS[1:])
+def test_pools_and_the_norm_before_the_last_layer(backbone, pooling):
+    config = backbones.BACKBONES[backbone]
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    model = embedding_net.EmbeddingNet(config, 4, pooling=pooling, head_norm=True)
+    variables = jax.jit(model.init)(jax.random.key(0), pixels)
+    params = variables["params"]
+    params["H_norm"]["bias"] = maps(1, *params["H_norm"]["bias"].shape)
+    found, end = jax.jit(
+        lambda v: (model.apply(v, pixels)["H"], model.apply(v, pixels, features=True)[-1])
+    )(variables)
+    x = np.asarray(end, np.float64)
+    x = x[:, 1:] if backbone == "vit_test" else x.reshape(3, -1, x.shape[-1])  # no class token
+    power = 3.0
+    x = {
+        "avg": x.mean(1),
+        "max": x.max(1),
+        "avg+max": x.mean(1) + x.max(1),
+        "gem": (np.maximum(x, 1e-6) ** power).mean(1) ** (1 / power),
+    }[pooling]
+    x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-6)
+    x = (x + np.asarray(params["H_norm"]["bias"])) @ np.asarray(params["H_embedding"]["kernel"])
+    np.testing.assert_allclose(found, x / np.linalg.norm(x, axis=1, keepdims=True), atol=1e-4)
+    assert ("H_gem" in params) == (pooling == "gem")
+    if pooling == "gem":
+        gradient = jax.grad(lambda p: model.apply({**variables, "params": p}, pixels)["H"].sum())
+        assert np.abs(gradient(params)["H_gem"]["p"]) > 0

@@ -23,6 +23,7 @@ NETWORKS = {
     "googlenet": dict(
         backbone=backbones.GoogLeNetV2Config(width=0.1), levels=("L", "H"), frozen_stages=2
     ),
+    "vit": dict(backbone=backbones.BACKBONES["vit_test"], levels=("L", "H"), frozen_stages=2),
 }
 SIDE = 32
 
@@ -37,7 +38,11 @@ def make_images(n=12):
 
 @pytest.mark.parametrize(
     "name",
-    ["two_maps", *(pytest.param(name, marks=pytest.mark.slow) for name in ("all", "googlenet"))],
+    [
+        "two_maps",
+        "vit",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("all", "googlenet")),
+    ],
 )
 def test_the_trainable_part_embeds_as_the_whole_network(name):
     model = network(name)
@@ -46,6 +51,7 @@ def test_the_trainable_part_embeds_as_the_whole_network(name):
         "two_maps": [2, 3],
         "all": [3, 4],
         "googlenet": [1, 2],
+        "vit": [1, 2],
     }[name]
     state = steps.create_train_state(model, optax.sgd(0.1), SIDE, 0)
 

@@ -1,0 +1,250 @@
+"""Names of published vision transformers' weights: Hugging Face's, the authors' and timm's.
+
+The project's own names are timm's. Others are renamed, and what is stored in other pieces is joined
+or split: queries, keys and values, the two halves of SwiGLU, positions.
+"""
+
+from collections.abc import Mapping, Sequence
+import re
+
+import numpy as np
+
+# The kernel of the patches, by which a vision tower is found in a larger file.
+_PATCH_KERNELS = (
+    "patch_embed.proj.weight",
+    "embeddings.patch_embeddings.projection.weight",
+    "embeddings.patch_embedding.weight",
+)
+# Parts of names to replace, in this order. First Hugging Face's, of files and of transformers 5.
+_TO_TIMM = [
+    (r"^embeddings\.(cls_token|mask_token)$", r"\1"),
+    (r"^embeddings\.class_embedding$", "cls_token"),
+    (r"^(?:embeddings\.)?register_tokens$", "reg_token"),
+    (r"^embeddings\.position_embeddings?(?:\.weight)?$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings?\.(?:projection\.)?", "patch_embed.proj."),
+    (r"^pre_layrnorm\.", "norm_pre."),
+    (r"^(?:layernorm|post_layernorm)\.", "norm."),
+    (r"^(?:encoder\.)?layers?\.(\d+)\.", r"blocks.\1."),
+    (r"^head\.probe$", "attn_pool.latent"),
+    (r"^head\.(?=attention|layernorm|mlp)", "attn_pool."),
+    (r"(?<=^attn_pool\.)layernorm\.", "norm."),
+    (r"(?<=^attn_pool\.)attention\.out_proj\.", "proj."),
+    (r"\.(?:layernorm_before|layer_norm1)\.", ".norm1."),
+    (r"\.(?:layernorm_after|layer_norm2)\.", ".norm2."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"\.(?:attention\.attention\.|attention\.|self_attn\.)(query|key|value)\.", r".attn.\1."),
+    (r"\.(?:attention|self_attn)\.([qkv])_proj\.", r".attn.\1_proj."),
+    (r"\.(?:attention\.output\.dense|attention\.o_proj|self_attn\.out_proj)\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"(?<=\d)\.output\.dense\.", ".mlp.fc2."),
+    (r"\.mlp\.(?:weights_in|w12)\.", ".mlp.fc1."),
+    (r"\.mlp\.(?:weights_out|down_proj|w3)\.", ".mlp.fc2."),
+]
+# Parts of timm's names to replace for each of Hugging Face's families of names.
+_TO_HUGGINGFACE = {
+    "vit": [
+        (r"^cls_token$", "embeddings.cls_token"),
+        (r"^pos_embed$", "embeddings.position_embeddings"),
+        (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
+        (r"^norm\.", "layernorm."),
+        (r"^blocks\.", "encoder.layer."),
+        (r"\.norm1\.", ".layernorm_before."),
+        (r"\.norm2\.", ".layernorm_after."),
+        (r"\.attn\.(query|key|value)\.", r".attention.attention.\1."),
+        (r"\.attn\.proj\.", ".attention.output.dense."),
+        (r"\.mlp\.fc1\.", ".intermediate.dense."),
+        (r"\.mlp\.fc2\.", ".output.dense."),
+    ],
+    "dinov2": [
+        (r"^(cls_token|mask_token)$", r"embeddings.\1"),
+        (r"^reg_token$", "embeddings.register_tokens"),
+        (r"^pos_embed$", "embeddings.position_embeddings"),
+        (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
+        (r"^norm\.", "layernorm."),
+        (r"^blocks\.", "encoder.layer."),
+        (r"\.attn\.(query|key|value)\.", r".attention.attention.\1."),
+        (r"\.attn\.proj\.", ".attention.output.dense."),
+        (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1"),
+    ],
+    "clip": [
+        (r"^cls_token$", "vision_model.embeddings.class_embedding"),
+        (r"^pos_embed$", "vision_model.embeddings.position_embedding.weight"),
+        (r"^patch_embed\.proj\.", "vision_model.embeddings.patch_embedding."),
+        (r"^norm_pre\.", "vision_model.pre_layrnorm."),
+        (r"^norm\.", "vision_model.post_layernorm."),
+        (r"^attn_pool\.latent$", "vision_model.head.probe"),
+        (r"^attn_pool\.in_proj_", "vision_model.head.attention.in_proj_"),
+        (r"^attn_pool\.proj\.", "vision_model.head.attention.out_proj."),
+        (r"^attn_pool\.norm\.", "vision_model.head.layernorm."),
+        (r"^attn_pool\.", "vision_model.head."),
+        (r"^blocks\.", "vision_model.encoder.layers."),
+        (r"\.norm([12])\.", r".layer_norm\1."),
+        (r"\.attn\.(q|k|v)[a-z]+\.", r".self_attn.\1_proj."),
+        (r"\.attn\.proj\.", ".self_attn.out_proj."),
+    ],
+}
+_SWIGLU_TO_HUGGINGFACE = [
+    (r"\.mlp\.fc1\.", ".mlp.weights_in."),
+    (r"\.mlp\.fc2\.", ".mlp.weights_out."),
+]
+# What is joined, along the first axis: the parts' names, in their order, and the name of the whole.
+_JOINED = [
+    (("attn.query", "attn.key", "attn.value"), "attn.qkv"),
+    (("attn.q_proj", "attn.k_proj", "attn.v_proj"), "attn.qkv"),
+    (("mlp.gate_proj", "mlp.up_proj"), "mlp.fc1"),
+]
+_IGNORED = ("mask_token", "pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids")
+
+
+def to_timm(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns a vision transformer's arrays under timm's names and in its pieces.
+
+    A tower in a larger file is found by the kernel of its patches; of a student and a teacher the
+    teacher is taken. What stands beside it, such as a
+    text tower, is left out; and so are poolers and mask tokens. Arrays that are no vision
+    transformer's stay as they are.
+
+    Args:
+      arrays: {name: array} in PyTorch's layout, under timm's or Hugging Face's names or those of
+        the files that the authors of DINO and DINOv2 published.
+
+    Raises:
+      ValueError: there are several towers.
+    """
+    named = _renamed(_tower(arrays), _TO_TIMM)
+    named = {name: x for name, x in named.items() if name not in _IGNORED}
+    for parts, whole in _JOINED:
+        _join(named, parts, whole)
+    _split_pool(named)
+    for name in ("cls_token", "pos_embed"):
+        if name in named and named[name].ndim < 3:
+            named[name] = named[name].reshape(1, -1, named[name].shape[-1])
+    _place_beside_registers(named)
+    return named
+
+
+def to_huggingface(arrays: Mapping[str, np.ndarray], swiglu: bool) -> dict[str, np.ndarray]:
+    """Returns arrays under timm's names under those of Hugging Face's published files.
+
+    They are the names of CLIP and SigLIP where there is a norm before the blocks or an attention
+    pool, of DINOv2 where there are layer scales, and of ViT otherwise.
+
+    Args:
+      arrays: {name: array}, as `to_timm` returns them. Heads may be among them.
+      swiglu: whether the MLPs are SwiGLU.
+    """
+    named = dict(arrays)
+    if any(name.startswith(("norm_pre.", "attn_pool.")) for name in named):
+        family = "clip"
+        for name in {"cls_token", "pos_embed"} & named.keys():
+            named[name] = named[name][0]
+        if "cls_token" in named:
+            named["cls_token"] = named["cls_token"][0]
+    else:
+        family = "dinov2" if any(name.endswith(".ls1.gamma") for name in named) else "vit"
+    if family == "dinov2":
+        named["mask_token"] = np.zeros_like(named["cls_token"][0])
+        if "reg_token" in named:  # the class token holds its position
+            nowhere = np.zeros_like(named["cls_token"])
+            named["pos_embed"] = np.concatenate([nowhere, named["pos_embed"]], axis=1)
+    for name in [name for name in named if ".attn.qkv." in name]:
+        thirds = np.split(named.pop(name), 3)
+        for part, array in zip(("query", "key", "value"), thirds, strict=True):
+            named[name.replace("qkv", part)] = array
+    for kind in ("weight", "bias"):
+        if f"attn_pool.q.{kind}" in named:
+            pieces = [named.pop(f"attn_pool.{part}.{kind}") for part in ("q", "kv")]
+            named[f"attn_pool.in_proj_{kind}"] = np.concatenate(pieces)
+    renamed = _TO_HUGGINGFACE[family]
+    if swiglu:
+        renamed = [*renamed, *_SWIGLU_TO_HUGGINGFACE]
+    return _renamed(named, renamed)
+
+
+def _tower(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the arrays of the vision tower without the prefix of their names."""
+    prefixes = {
+        name.removesuffix(kernel)
+        for name in arrays
+        for kernel in _PATCH_KERNELS
+        if name == kernel or name.endswith(f".{kernel}")
+    }
+    evaluated = {prefix for prefix in prefixes if {"teacher", "ema"} & set(prefix.split("."))}
+    prefixes = evaluated if len(evaluated) == 1 else prefixes
+    if len(prefixes) > 1:
+        raise ValueError(
+            f"the weights hold {len(prefixes)} vision transformers "
+            f"({', '.join(sorted(prefixes))}): save one of them alone"
+        )
+    prefix = prefixes.pop() if prefixes else ""
+    return {
+        name.removeprefix(prefix): array
+        for name, array in arrays.items()
+        if name.startswith(prefix)
+    }
+
+
+def _join(named: dict[str, np.ndarray], parts: tuple[str, ...], whole: str) -> None:
+    """Joins arrays of each block, in place, where all parts are there."""
+    for name in list(named):
+        if f".{parts[0]}." in name:
+            names = [name.replace(parts[0], part) for part in parts]
+            if all(part in named for part in names):
+                joined = np.concatenate([named.pop(part) for part in names])
+                named[name.replace(parts[0], whole)] = joined
+
+
+def _split_pool(named: dict[str, np.ndarray]) -> None:
+    """Splits the input layer of SigLIP's attention pool into that of the query and of the rest."""
+    for kind in ("weight", "bias"):
+        whole = named.pop(f"attn_pool.attention.in_proj_{kind}", None)
+        if whole is not None:
+            width = len(whole) // 3
+            named[f"attn_pool.q.{kind}"], named[f"attn_pool.kv.{kind}"] = (
+                whole[:width],
+                whole[width:],
+            )
+
+
+def _place_beside_registers(named: dict[str, np.ndarray]) -> None:
+    """Adds the class token's position to the token, where there are registers, as timm has it."""
+    if not {"reg_token", "cls_token", "pos_embed"} <= named.keys():
+        return
+    positions = named["pos_embed"]
+    if positions.shape[1] > 1 and _is_square(positions.shape[1] - 1):
+        named["cls_token"] = named["cls_token"] + positions[:, :1]
+        named["pos_embed"] = positions[:, 1:]
+
+
+def _is_square(count: int) -> bool:
+    return round(count**0.5) ** 2 == count
+
+
+def _renamed(
+    named: Mapping[str, np.ndarray], patterns: Sequence[tuple[str, str]]
+) -> dict[str, np.ndarray]:
+    for pattern, replacement in patterns:
+        named = {re.sub(pattern, replacement, name): array for name, array in named.items()}
+    return dict(named)
+
+
+def pixels_of(name: str) -> str | None:
+    """Returns which of `backbones.PIXELS` published weights expect, or None if that is not known.
+
+    Args:
+      name: a name of the Hugging Face hub, or of a file: timm/vit_small_patch16_224.dino.
+    """
+    for pattern, pixels in (
+        ("siglip", "half"),
+        ("clip", "clip"),
+        ("dino|deit|mae", "imagenet"),
+        ("augreg|in21k|google/vit|google-vit", "half"),
+    ):
+        if re.search(rf"(?<![a-z])(?:{pattern})", name.lower()):
+            return pixels
+    return None
+
+
+def is_timms(name: str) -> bool:
+    """Returns whether a name of weights is one of timm's: vit_base_patch16_224.augreg_in21k."""
+    return re.search(r"(?<![a-z0-9])vit_\w+_patch\d+_", name.lower()) is not None
