@@ -4,7 +4,9 @@
     python -m experiments.benchmarks.loss --sizes=180,2048 --nolarge  # half a minute
     python -m experiments.benchmarks.loss --out=bench.png --table=bench.md
 
-The peers are pytorch-metric-learning, and the two bare matrix products that an exact loss needs.
+The peers are the same loss in plain JAX, pytorch-metric-learning, and the two bare matrix products
+that an exact loss needs. `clustered` is our loss of a batch in eight tight clusters of all classes,
+in which every pair of a cluster is computed from its difference.
 `experiments/benchmarks/README.md` says what is measured and what the columns mean.
 """
 
@@ -19,6 +21,7 @@ from absl import flags
 from experiments.engine import measuring
 
 if TYPE_CHECKING:
+    import jax
     import numpy as np
 
 _SIZES = flags.DEFINE_list(
@@ -33,7 +36,13 @@ _SECONDS = flags.DEFINE_float(
 _OUT = flags.DEFINE_string("out", "", "PNG file to plot into; empty: none.")
 _TABLE = flags.DEFINE_string("table", "", "File to write the table to; empty: none.")
 
-_NAMES = {"products": "two products", "ours": "rll_jax", "peer": "pytorch-metric-learning"}
+_NAMES = {
+    "products": "two products",
+    "ours": "rll_jax",
+    "clustered": "rll_jax, clustered batch",
+    "dense": "plain JAX",
+    "peer": "pytorch-metric-learning",
+}
 _MANY = 8192  # larger batches are measured in one round
 
 _Call = Callable[[], object]
@@ -60,16 +69,61 @@ def _data(n: int, dim: int) -> "tuple[np.ndarray, np.ndarray]":
     return rng.standard_normal((n, dim), dtype=np.float32), np.arange(n) // 3
 
 
-def _ours(n: int, dim: int) -> tuple[_Call, float]:
-    """Returns the call to measure and the seconds of its compilation, as do the two below."""
+def _compiled(
+    loss: "Callable[..., jax.Array]", data: "tuple[np.ndarray, np.ndarray]"
+) -> tuple[_Call, float]:
+    """Returns the call to measure and the seconds of its compilation, as do those below."""
     import jax
+
+    args = jax.device_put(data)
+    start = time.perf_counter()
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(*args).compile()
+    return (lambda: jax.block_until_ready(compiled(*args))), time.perf_counter() - start
+
+
+def _ours(n: int, dim: int) -> tuple[_Call, float]:
+    from rll_jax import loss
+
+    return _compiled(loss.ranked_list_loss, _data(n, dim))
+
+
+def _clustered(n: int, dim: int) -> tuple[_Call, float]:
+    import numpy as np
 
     from rll_jax import loss
 
-    args = jax.device_put(_data(n, dim))
-    start = time.perf_counter()
-    compiled = jax.jit(jax.value_and_grad(loss.ranked_list_loss)).lower(*args).compile()
-    return (lambda: jax.block_until_ready(compiled(*args))), time.perf_counter() - start
+    noise, labels = _data(n, dim)
+    centres, _ = _data(8, dim)
+    return _compiled(loss.ranked_list_loss, (centres[np.arange(n) % 8] + 1e-3 * noise, labels))
+
+
+def _dense(n: int, dim: int) -> tuple[_Call, float]:
+    return _compiled(_plain_loss, _data(n, dim))
+
+
+def _plain_loss(x: "jax.Array", labels: "jax.Array") -> "jax.Array":
+    """Computes the CVPR 2019 loss as one writes it in JAX: all pairs at once, by autodiff.
+
+    Near pairs lose their digits, and no exponent is kept from overflowing.
+    """
+    from jax import lax
+    import jax.numpy as jnp
+
+    x = x / jnp.linalg.norm(x, axis=1, keepdims=True)
+    gallery = lax.stop_gradient(x)
+    squared = jnp.sum(x * x, 1)[:, None] + jnp.sum(gallery * gallery, 1)[None, :]
+    squared = squared - 2 * jnp.matmul(x, gallery.T, precision=lax.Precision.HIGHEST)
+    apart = squared > 1e-12
+    distance = jnp.where(apart, jnp.sqrt(jnp.where(apart, squared, 1)), 0)
+    same = labels[:, None] == labels[None, :]
+    positive = same & ~jnp.eye(x.shape[0], dtype=bool) & (distance > 0.8)
+    negative = ~same & (distance < 1.2)
+    weight = jnp.where(negative, jnp.exp(10 * (1.2 - lax.stop_gradient(distance))), 0)
+    pulled = jnp.sum(jnp.where(positive, distance - 0.8, 0), 1)
+    pushed = jnp.sum(weight * jnp.where(negative, 1.2 - distance, 0), 1)
+    pulled = pulled / jnp.maximum(jnp.sum(positive, 1), 1)
+    pushed = pushed / jnp.where(jnp.any(negative, 1), jnp.sum(weight, 1), 1)
+    return jnp.mean(pulled / 2 + pushed / 2)
 
 
 def _products(n: int, dim: int) -> tuple[_Call, float]:
@@ -115,14 +169,20 @@ def _peer(n: int, dim: int) -> tuple[_Call, float]:
     return (lambda: step(*args)), time.perf_counter() - start
 
 
-_CALLS = {"ours": _ours, "products": _products, "peer": _peer}
+_CALLS = {
+    "ours": _ours,
+    "clustered": _clustered,
+    "dense": _dense,
+    "products": _products,
+    "peer": _peer,
+}
 
 
 def measure(kind: str, n: int, dim: int, seconds: float) -> dict[str, float | None]:
     """Measures one kind and one size in this process.
 
     Args:
-      kind: "ours", "products" or "peer".
+      kind: a key of `_CALLS`.
       n: batch size.
       dim: embedding dimension.
       seconds: how long to go on; at least one call.
@@ -159,7 +219,7 @@ def _call_times(call: _Call, seconds: float) -> list[float]:
 
 def _rows(sizes: Sequence[int]) -> Iterator[_Row]:
     """Yields the rows of each size: one process for each kind in turn, in rounds."""
-    work = [(n, _DIM.value, ("products", "ours", "peer")) for n in sizes]
+    work = [(n, _DIM.value, tuple(_NAMES)) for n in sizes]
     if _LARGE.value:
         work += [(65_536, 128, ("ours",))]
     for n, dim, kinds in work:
@@ -195,8 +255,8 @@ def _summary(n: int, dim: int, kind: str, results: Sequence[dict[str, Any]]) -> 
 
 
 def _table(rows: Sequence[_Row]) -> str:
-    head = ["N", "D", "what", "best ms", "median ms", "of the products", "of the peer"]
-    head += ["extra MiB", "peak MiB", "compile s"]
+    head = ["N", "D", "what", "best ms", "median ms", "of the products", "of plain JAX"]
+    head += ["of the peer", "extra MiB", "peak MiB", "compile s"]
     best = {(row.n, row.kind): row.best for row in rows}
     lines = []
     for row in rows:
@@ -204,7 +264,7 @@ def _table(rows: Sequence[_Row]) -> str:
             f"{row.best / best[row.n, kind]:.2f}"
             if kind != row.kind and (row.n, kind) in best
             else ""
-            for kind in ("products", "peer")
+            for kind in ("products", "dense", "peer")
         ]
         memory = ["" if mib is None else f"{mib:.0f}" for mib in (row.extra, row.peak)]
         times = [f"{row.best * 1e3:.2f}", f"{row.median * 1e3:.2f}"]
@@ -221,7 +281,8 @@ def _plot(rows: Sequence[_Row], path: str) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
-    for kind, color in (("peer", "tab:red"), ("ours", "tab:blue"), ("products", "tab:gray")):
+    colors = {"peer": "tab:red", "dense": "tab:orange", "ours": "tab:blue", "products": "tab:gray"}
+    for kind, color in colors.items():
         points = [row for row in rows if row.kind == kind and row.dim == _DIM.value]
         sizes = [row.n for row in points]
         times = [row.best * 1e3 for row in points]

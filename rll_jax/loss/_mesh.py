@@ -38,6 +38,16 @@ def pad_rows(x: jax.Array | np.ndarray, mesh: Any) -> jax.Array:
     return jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) if missing else x
 
 
+def first_rows(x: jax.Array, count: int) -> jax.Array:
+    """Returns the first rows of an array, wherever it lies, or all if it has no more."""
+    if x.shape[0] == count:
+        return x
+    mesh = mesh_of(x)
+    if mesh is not None and AxisType.Explicit in mesh.axis_types:
+        x = cast("jax.Array", jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec())))
+    return x[:count]
+
+
 def over_rows(function: Callable[..., Tree], mesh: Any, rows: Any, replicated: Any) -> Tree:
     """Returns what a function of each device's rows gives for all of them.
 

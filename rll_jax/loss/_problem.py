@@ -155,10 +155,11 @@ def solve(
     arguments: Arguments,
     options: Options,
     axis_name: Hashable | None,
-) -> tuple[Tree, bool]:
-    """Returns `reduce` of the problem, and whether it is divided over a mesh.
+) -> Tree:
+    """Returns `reduce` of the problem.
 
     Where the embeddings lie on a mesh of several devices, each computes its part of the queries.
+    The results are then joined; those of rows that were added as padding come last.
 
     Args:
       reduce: a module's function from a problem to a tree of arrays (n, ...), n its queries, or
@@ -168,14 +169,14 @@ def solve(
       axis_name: the caller's axis, or None.
     """
     if axis_name is not None or mesh_of(arguments.batch.embeddings) is None:
-        return reduce(make_problem(arguments, options, axis_name)), False
-    return _solve_on_mesh(reduce, options, arguments), True
+        return reduce(make_problem(arguments, options, axis_name))
+    return _solve_on_mesh(reduce, options, arguments)
 
 
 def _solve_on_mesh(
     reduce: Callable[[Problem], Tree], options: Options, arguments: Arguments
 ) -> Tree:
-    """Returns the results of all devices, joined. Those of padded rows come last."""
+    """Returns the results of all devices, joined."""
     mesh = mesh_of(arguments.batch.embeddings)
 
     def of_device(rows: tuple[LabelledRows, LabelledRows | None], constants: Constants) -> Tree:

@@ -154,7 +154,8 @@ def check_varying(embeddings: jax.Array, axis_name: Hashable) -> None:
 
 def _varying_axes(x: jax.Array) -> frozenset[Hashable]:
     """Returns the mesh axes of `shard_map` over which an array's type varies."""
-    return frozenset(getattr(jax.typeof(x), "vma", ()))
+    kind = getattr(jax.typeof(x), "manual_axis_type", None)
+    return frozenset(getattr(kind, "varying", ()))
 
 
 def gather(x: jax.Array, axis_name: Hashable | None) -> jax.Array:
