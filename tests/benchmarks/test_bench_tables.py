@@ -28,7 +28,8 @@ def test_the_table_of_the_loss(tmp_path):
     plot = tmp_path / "plot.png"
     head, rows = table_of("loss", tmp_path / "table.md", *flags, f"--out={plot}")
     assert head[:5] == ["N", "D", "what", "best ms", "median ms"] and plot.stat().st_size > 1000
-    assert [row[2] for row in rows[:2]] == ["two products", "rll_jax"]
+    names = ["two products", "rll_jax", "rll_jax, clustered batch", "plain JAX"]
+    assert [row[2] for row in rows[:4]] == names
     for row in rows:
         assert row[:2] == ["12", "8"] and 0 < float(row[3]) <= float(row[4]) < np.inf
 
