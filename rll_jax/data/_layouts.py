@@ -10,11 +10,10 @@ from typing import NamedTuple
 
 from etils import epath
 
-from rll_jax.data import paths
+from rll_jax.data import image_files, paths
 from rll_jax.data.listings import Listing, Row
 
 _DEPTH = 2  # so far below a folder files are looked for
-_SYSTEM = (".", "__MACOSX", "@eaDir")  # hidden, and made by macOS and by network storage
 _SAMPLE = 32  # so many of the named images are looked for
 _SPELLINGS: tuple[Callable[[str], str], ...] = (
     lambda path: path,
@@ -91,7 +90,7 @@ class FolderTree:
             entries = [
                 (name, is_folder)
                 for name, is_folder in _entries(folder)
-                if not name.startswith(_SYSTEM)
+                if not image_files.is_hidden(name)
             ]
             folders = sorted(name for name, is_folder in entries if is_folder)
             self._listed[folder] = folders, {name for name, _ in entries}

@@ -22,7 +22,8 @@ from rll_jax.data.listings import GALLERY, QUERY, SPLITS, TEST, TRAIN
 _NEEDED = {"path", "label"}
 _ROLES = ("is_query", "is_gallery")
 _BOX = ("x_1", "x_2", "y_1", "y_2")
-_KNOWN = (*_NEEDED, "split", "super_label", "group", "image_id", "category", *_ROLES, *_BOX)
+_NAMES = ("super_label", "group", "image_id", "category", "sequence")
+_KNOWN = (*_NEEDED, "split", *_NAMES, *_ROLES, *_BOX)
 _HEAD = 1 << 16  # bytes in which a header is looked for
 _EMPTY = {"", "nan", "-nan", "nat", "none", "null", "nil", "na", "n/a", "#na", "#n/a", "<na>"}
 _SPLIT_WORDS = {
@@ -95,7 +96,8 @@ def read_entries(file: epath.Path, root: paths.AnyPath | None = None) -> list[En
 def is_data_frame(file: epath.Path) -> bool:
     """Whether a file is a table with the columns that open-metric-learning needs."""
     try:
-        names = _read_parquet_names(file) if file.suffix == ".parquet" else _read_csv_names(file)
+        is_parquet = file.suffix.lower() == ".parquet"
+        names = _read_parquet_names(file) if is_parquet else _read_csv_names(file)
     except (ValueError, OSError):
         return False
     return {*_NEEDED, "split", *_ROLES} <= set(names)
@@ -124,15 +126,16 @@ def _read_entry(cells: dict[str, str], place: str, where: str, starts: list[str]
             "them and list the crops, or remove these columns"
         )
     split = _read_split(cells, where)
-    # open-metric-learning calls it category.
-    own = "category" if set(_ROLES) <= cells.keys() else "super_label"
-    super_label = cells.get("super_label", cells.get(own, ""))
+    # open-metric-learning calls them category and sequence.
+    others = cells if set(_ROLES) <= cells.keys() else {}
+    super_label = cells.get("super_label", others.get("category", ""))
+    group = cells.get("group", others.get("sequence", ""))
     return Entry(
         pathlib.PurePosixPath(path).as_posix(),  # ./a and a are the same path
         _canonical(label),
         split,
         _canonical_or_empty(super_label),
-        _canonical_or_empty(cells.get("group", "")),
+        _canonical_or_empty(group),
         _canonical_or_empty(cells.get("image_id", "")),
         place,
     )
@@ -240,11 +243,11 @@ def _check_splits(file: epath.Path, entries: list[Entry]) -> None:
 def _read_cells(file: epath.Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Yields ("line 2", {column: text}) for each row; a column's name and text are stripped."""
     readers = {".csv": _read_csv, ".parquet": _read_parquet}
-    if file.suffix not in readers:
+    if file.suffix.lower() not in readers:
         raise ValueError(f"{file}: expected a .csv or a .parquet")
     if not file.is_file():
         raise ValueError(f"{file}: no such file")
-    return readers[file.suffix](file)
+    return readers[file.suffix.lower()](file)
 
 
 def _column_names(header: list[str]) -> list[str]:
@@ -285,7 +288,7 @@ def _read_csv(file: epath.Path) -> Iterator[tuple[str, dict[str, str]]]:
             if not _has_columns(header):
                 raise ValueError(
                     f"{file}, line {line}: expected a header with the columns path and label, "
-                    f"found {','.join(header)!r:.120}"
+                    f"with commas between, found {','.join(header)!r:.120}"
                 )
             continue
         if len(cells) != len(header):

@@ -145,7 +145,7 @@ def _find_metadata(name: str, tree: FolderTree) -> Iterator[_Metadata]:
     images = {prefix: any_name for prefix, any_name in _IMAGES[name].items() if prefix}
     for folder in tree.near(tree.top):
         for file in sorted(tree.names(folder)):
-            if file.endswith((".csv", ".parquet")) and _tables.is_data_frame(folder / file):
+            if file.lower().endswith((".csv", ".parquet")) and _tables.is_data_frame(folder / file):
                 read = functools.partial(_read_frame, name, tree, folder / file)
                 yield _Metadata(folder / file, read, {**images, "": True})
 

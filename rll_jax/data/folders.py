@@ -52,7 +52,8 @@ def class_folders(
     """
     directory = paths.to_path(directory)
     if not directory.is_dir():
-        raise ValueError(f"{directory}: no such folder")
+        is_file = directory.exists()
+        raise ValueError(f"{directory}: {'a file, expected a' if is_file else 'no such'} folder")
     has_splits = _has_split_folders(directory)
     found = image_files.find(directory)
     classes = _group_by_class(found, [TRAIN, TEST] if has_splits else [""])
@@ -120,7 +121,8 @@ def read_index(
     the order of their labels, and numbers by size where all labels are whole numbers from 0; 10.0
     is 10, and 010 is text. A split is train or test, or else train, query or gallery; val, valid,
     validation and dev mean test. Where is_query and is_gallery are given, test rows with both are
-    test, and those with one are query or gallery.
+    test, and those with one are query or gallery; category is super_label and sequence is group
+    there.
 
     A query is not ranked against images of its own group (any text or number: the same camera,
     sequence or product shot) nor against those of its own image_id (the same image in another

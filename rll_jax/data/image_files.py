@@ -26,6 +26,7 @@ SUFFIXES = (
 _NOT_BY_CONTENT = "BUFR EPS GRIB HDF5 IM IMT IPTC MPEG PCD SPIDER TGA WMF"
 _SYSTEM = (
     *("__macosx", "@eadir", "@tmp", "@recycle", "@__thumb", "#recycle", "#snapshot"),
+    *("@recently-snapshot", "@sharebin", "network trash folder", "temporary items"),
     *("$recycle.bin", "system volume information", "lost+found", "thumbs.db", "ehthumbs.db"),
     *("desktop.ini", "__pycache__"),
 )

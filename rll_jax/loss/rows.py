@@ -111,8 +111,8 @@ def _check_label_dtype(labels: jax.Array | np.ndarray, name: str) -> None:
     """Checks that labels are integers, and that jax keeps their values."""
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(
-            f"{name} must be integers: found {labels.dtype}; "
-            f"use numpy.unique({name}, return_inverse=True)[1]"
+            f"{name} must be integers: use numpy.unique(..., return_inverse=True), once for all "
+            f"labels; found {labels.dtype}"
         )
     dtype = jax.dtypes.canonicalize_dtype(labels.dtype)
     if not isinstance(labels, np.ndarray) or dtype == labels.dtype:

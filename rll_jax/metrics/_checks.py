@@ -27,13 +27,11 @@ def labelled_rows(
       ValueError: the shapes do not fit together, or as `embedding_rows`.
     """
     embeddings, labels = np.asarray(embeddings), np.asarray(labels)
-    if labels.dtype.kind in "OSUT":  # texts
+    if not np.issubdtype(labels.dtype, np.integer):
         raise TypeError(
             f"{labels_name} must be integers: use numpy.unique(..., return_inverse=True), once for "
             f"all labels; found {labels.dtype}"
         )
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise TypeError(f"{labels_name} must be integers, found {labels.dtype}")
     if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
         raise ValueError(
             f"{name} must be (N, D) and {labels_name} (N,), found {embeddings.shape} and "

@@ -73,23 +73,38 @@ def write_safetensors(path: str | os.PathLike[str], weights: Mapping[str, np.nda
 def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
         start = file.read(512)
+    if not start:
+        raise ValueError("it is empty")
     if start.startswith(_ZIP):
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-        if any(name.endswith("/constants.pkl") for name in names):
-            raise ValueError("it is a program of TorchScript: save its state_dict() instead")
-        has_arrays = any(name.endswith(".npy") for name in names)
-        return _read_npz(path) if has_arrays else _read_torch(path)
+        return _read_zip(path)
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
         return _read_safetensors(path)
-    if start.startswith(_PICKLE) or start[257:262] == _TAR:
+    if start[257:262] == _TAR:
+        raise ValueError("it is a .tar archive: unpack it, and give the file that was in it")
+    if start.startswith(_PICKLE):
         return _read_torch(path)
     for beginning, what in _OTHERS.items():
         if start.lstrip().startswith(beginning):
             raise ValueError(what)
     if path.suffix in _TORCH_ENDINGS:
         return _read_torch(path)
-    raise ValueError(f"expected {KINDS}" if start else "it is empty")
+    raise ValueError(f"expected {KINDS}")
+
+
+def _read_zip(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads an .npz or what PyTorch writes, which are archives."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"it is damaged, or not all of it is there: {error}") from error
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise ValueError("it is a program of TorchScript: save its state_dict() instead")
+    if any(name.endswith(".npy") for name in names):
+        return _read_npz(path)
+    if not any(name.endswith("/data.pkl") for name in names):
+        raise ValueError(f"it is an archive of {', '.join(names[:3]) or 'nothing'}: unpack it")
+    return _read_torch(path)
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:

@@ -161,9 +161,13 @@ def left_out(data: GroupedDataset) -> dict[str, Any]:
       data: the dataset.
 
     Returns:
-      Keyword arguments that go with what `queries_and_gallery` returns; none without groups or ids.
+      Keyword arguments that go with what `queries_and_gallery` returns. Rows are images of their
+      own where there are no ids: a query with a copy in the gallery does not answer itself.
     """
-    named = {"ids": data.image_ids, "groups": data.groups}
+    ids = data.image_ids
+    if ids is None and data.in_gallery is not None:
+        ids = np.arange(len(data.in_gallery))
+    named = {"ids": ids, "groups": data.groups}
     arguments: dict[str, Any] = {}
     for name, values in named.items():
         if values is None:

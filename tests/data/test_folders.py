@@ -154,7 +154,11 @@ def test_a_parquet_table_is_the_same(tmp_path):
     "text, error",
     [
         ("", "line 1: expected a header with the columns path and label"),
-        ("path;label\na;b", "line 1: expected a header"),
+        (
+            "path;label\na;b",
+            "line 1: expected a header .*, with commas between, found 'path;label'",
+        ),
+        ("\ufeffpath\tlabel\na\tb", "line 1: expected a header .*, with commas between"),
         ("path,label\n", "lists no image"),
         ("path,label\na.jpg", "line 2: expected 2 fields, found 1"),
         ("path,label\na.jpg,", "line 2: expected a label, found none"),
@@ -311,6 +315,20 @@ def test_categories_of_open_metric_learning_are_super_classes(tmp_path):
     assert [row.super_label for row in rows] == [0, 0, 1, 1]
     plain = "path,label,category\na,1,x\nb,2,y\n"  # of a table of one's own it is ignored
     assert {row.super_label for row in folders.read_index(index(tmp_path, plain))} == {0}
+
+
+def test_sequences_of_open_metric_learning_are_groups(tmp_path):
+    rows = folders.read_index(index(tmp_path, FRAME.format("True,False", "False,True")))
+    assert [row.group for row in rows] == ["", "", "1", "1"]
+    plain = "path,label,sequence\na,1,x\nb,2,y\n"  # of a table of one's own it is ignored
+    assert {row.group for row in folders.read_index(index(tmp_path, plain))} == {""}
+
+
+def test_endings_of_tables_in_capitals(tmp_path):
+    pa, parquet = pyarrow()
+    text = index(tmp_path, "path,label\na,1\nb,2\n", "INDEX.CSV")
+    parquet.write_table(pa.table({"path": ["a", "b"], "label": [1, 2]}), tmp_path / "I.PARQUET")
+    assert folders.read_index(text) == folders.read_index(tmp_path / "I.PARQUET")
 
 
 def test_columns_that_are_there_twice(tmp_path):

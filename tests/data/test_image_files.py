@@ -14,7 +14,8 @@ from tests.helpers.benchmark_trees import jpeg
 ENDINGS = ["jpg", "JPG", "jfif", "jpe", "png", "webp", "bmp", "gif", "tif", "avif", "jp2"]
 ENDINGS += ["ppm", "pgm", "tga", "PCX", "ico", "sgi", "qoi", "icns"]
 SYSTEM = [".ipynb_checkpoints", "@eaDir", ".thumbnails", "__MACOSX", "$RECYCLE.BIN", "lost+found"]
-SYSTEM += ["System Volume Information", ".git", "@Recycle", "#recycle"]
+SYSTEM += ["System Volume Information", ".git", "@Recycle", "#recycle", "@Recently-Snapshot"]
+SYSTEM += ["Network Trash Folder", "@sharebin"]
 
 
 def put(path, data=None):

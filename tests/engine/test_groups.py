@@ -90,3 +90,21 @@ def test_a_run_leaves_groups_out(tmp_path, encoded):
     result = run(*one_group, f"--workdir={tmp_path / 'none'}", name="folder")
     told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 2 and len(told) == 1 and "leave each other out" in told[0]
+
+
+def test_queries_with_copies_in_the_gallery_are_scored(tmp_path, encoded):
+    """A copy in another file is another image: found first, and no error."""
+    rows = ["path,label,split"]
+    for number, (first, second, *_) in enumerate(encoded):
+        for name, picture in (("query", first), ("gallery", first), ("gallery2", second)):
+            (tmp_path / f"{number}_{name}.png").write_bytes(picture)
+            split = "train" if number < 4 else name.rstrip("2")
+            rows.append(f"{number}_{name}.png,{number},{split}")
+    (tmp_path / "table.csv").write_text("\n".join(rows) + "\n")
+    data = image_dataset.from_rows(tmp_path, folders.read_index(tmp_path / "table.csv"))["test"]
+    _, pictures = np.unique(
+        [data.image_bytes(row) for row in range(len(data))], return_inverse=True
+    )
+    levels = {"H": np.random.default_rng(0).normal(size=(len(data), 8))[pictures]}
+    table = scoring.make_table(scoring.score_levels(levels, data, (1,)), data, (1,))
+    assert table["H"]["recall@1"] == 1 and table["H"]["map@r"] < 1

@@ -36,7 +36,12 @@ CASES = [
         r"labels must go with embeddings: found shape \(5,\), expected \(6,\)",
     ),
     ((X, Y[:, None]), {}, ValueError, r"labels must go with embeddings: found shape \(6, 1\)"),
-    ((X, Y.astype(float)), {}, TypeError, "labels must be integers: found float32"),
+    (
+        (X, Y.astype(float)),
+        {},
+        TypeError,
+        "labels must be integers: use numpy.unique.*float32",
+    ),
     (
         (X, np.arange(6) + 2**33),
         {},
@@ -164,7 +169,7 @@ CASES = [
         (X, Y),
         {**GALLERY, "gallery_labels": jnp.ones(4)},
         TypeError,
-        "gallery_labels must be integers: found float32",
+        "gallery_labels must be integers: use numpy.unique.*float32",
     ),
     (
         (X, Y),

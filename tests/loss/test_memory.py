@@ -144,7 +144,7 @@ def test_bad_shapes(call, message):
         (
             lambda: push(jnp.ones((2, 2)), jnp.ones(2)),
             TypeError,
-            "labels must be integers: found float32",
+            "labels must be integers: use numpy.unique.*float32",
         ),
         (
             lambda: push(jnp.ones((2, 2)), np.array([2**32 + 1, 1])),

@@ -249,7 +249,7 @@ _UNIQUE = r"labels must be integers: use numpy.unique\(..., return_inverse=True\
         (ValueError, r"at least 1, found \(1.5,\)", (X, Y), {"ks": (1.5,)}),
         (ValueError, "block_size must be an integer from 1", (X, Y), {"block_size": 0}),
         (TypeError, "queries must be floating, found int64", (X.astype(int), Y), {}),
-        (TypeError, "query_labels must be integers, found float64", (X, Y * 1.0), {}),
+        (TypeError, f"query_{_UNIQUE}.* found float64", (X, Y * 1.0), {}),
         (TypeError, _UNIQUE, (X, list("aabb")), {}),
         (TypeError, _UNIQUE, (X, np.array(list("aabb"), object)), {}),
         (TypeError, f"gallery_{_UNIQUE}", (X, Y, X, np.array(list("aabb"))), {}),

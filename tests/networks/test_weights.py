@@ -3,12 +3,15 @@
 import argparse
 from collections import OrderedDict
 import datetime
+import io
 import json
 import math
 import os
 import pathlib
 import re
 import sys
+import tarfile
+import zipfile
 
 import jax
 import numpy as np
@@ -362,6 +365,17 @@ def test_files_are_known_by_content(ending, resnet, tmp_path):
     assert_same(loaded(weights.read(path), model), variables, rtol=2**-8)
 
 
+def archive_of(name, *, zipped):
+    out = io.BytesIO()
+    if zipped:
+        with zipfile.ZipFile(out, "w") as archive:
+            archive.writestr(name, "weights")
+    else:
+        with tarfile.open(fileobj=out, mode="w") as archive:
+            archive.addfile(tarfile.TarInfo(name))
+    return out.getvalue()
+
+
 @pytest.mark.parametrize(
     "content, text",
     [
@@ -371,13 +385,21 @@ def test_files_are_known_by_content(ending, resnet, tmp_path):
         (b"\x1f\x8b\x08", "compressed by gzip"),
         (b"", "it is empty"),
         (b"conv1", "expected a file of safetensors, of PyTorch"),
+        (archive_of("w.safetensors", zipped=True), "an archive of w.safetensors: unpack it"),
+        (archive_of("w/data.pkl", zipped=True)[:60], "damaged, or not all of it is there"),
+        (archive_of("w.pth", zipped=False), "a .tar archive: unpack it"),
     ],
 )
-def test_what_is_no_file_of_weights_is_named(content, text, tmp_path):
-    path = tmp_path / "weights"
+@pytest.mark.parametrize("name", ["weights", "weights.pth"])
+def test_what_is_no_file_of_weights_is_named(name, content, text, tmp_path):
+    path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"weights: cannot be read as weights: .*{text}"):
+    if name == "weights.pth" and content == b"conv1":
+        text = "it is damaged or holds more than tensors"  # what PyTorch cannot read
+        pytest.importorskip("torch", reason="torch is not installed")
+    with pytest.raises(ValueError, match=f"{name}: cannot be read as weights: .*{text}") as error:
         weights.read(path)
+    assert "weights_only" not in str(error.value)  # PyTorch's advice is to execute the file
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -436,7 +458,7 @@ def test_errors(tmp_path):
 
 def test_a_pth_without_torch_says_how_to_convert(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    (tmp_path / "w.pth").touch()
+    (tmp_path / "w.pth").write_bytes(b"\x80\x02.")
     with pytest.raises(
         ValueError,
         match="w.pth: reading it needs torch; install it, or convert the file to .safetensors",
