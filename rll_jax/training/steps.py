@@ -422,15 +422,23 @@ def _histogram(distance: jax.Array, pairs: jax.Array, bins: int) -> jax.Array:
     return jnp.bincount(place.ravel(), pairs.ravel().astype(jnp.float32), length=bins)
 
 
-def embed_step(state: TrainState, images: jax.Array | np.ndarray) -> Levels:
+def embed_step(
+    state: TrainState, images: jax.Array | np.ndarray, *, pooled: bool = False
+) -> Levels:
     """Embeds images with the running batch statistics, and the moving average if there is one.
 
     Args:
       state: a state; its optimiser and memory are not used.
       images: (n, H, W, 3) uint8.
+      pooled: whether the backbone's own features come with the embeddings, see
+        `embedding_net.EmbeddingNet.__call__`.
 
     Returns:
-      {level: (n, D) float32}.
+      {level: (n, D) float32}, with `pooled` {`embedding_net.POOLED`: (n, channels) float32} too.
     """
-    params = state.params if state.ema is None else state.ema
-    return state.apply_fn({"params": params, "batch_stats": state.batch_stats}, images, train=False)
+    variables = {
+        "params": state.params if state.ema is None else state.ema,
+        "batch_stats": state.batch_stats,
+    }
+    options = {"pooled": True} if pooled else {}  # not every network has the argument
+    return state.apply_fn(variables, images, train=False, **options)
