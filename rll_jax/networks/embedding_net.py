@@ -127,7 +127,9 @@ class EmbeddingNet(nn.Module):
         Args:
           images: (B, H, W, 3) RGB, uint8 or floating in 0-255. With `cached_stages`, (B, values):
             the flattened maps of these stages, one after the other.
-          train: whether batch norms use and update batch statistics, as `batch_norm` says.
+          train: whether batch norms use and update batch statistics, as `batch_norm` says. Blocks
+            are dropped where `apply` gets random numbers for it (`drop_path` of a ResNet's or a
+            vision transformer's configuration).
           features: whether to return the backbone's feature maps.
           pooled: whether to return the backbone's own features beside the embeddings: the global
             average of its last map, or what a `TokenBackbone` pools by itself, L2-normalised. No

@@ -1,7 +1,6 @@
 """What doing nothing scores: the backbone's own features beside what a run has trained."""
 
 import json
-import pathlib
 import shutil
 
 import jax
@@ -121,59 +120,56 @@ def test_it_is_scored_once_and_resumed_bit_for_bit(finished, tmp_path):
     assert scores(tmp_path / "grown") == scores(tmp_path / "whole")
 
 
-def test_runs_that_did_not_keep_it_resume(finished, tmp_path):
-    """Runs of earlier versions have no such score; what is damaged is left out."""
+def test_runs_of_earlier_versions_resume(finished, tmp_path):
     workdir, _, given = finished
-    for name, text in (("earlier", None), ("damaged", "no archive")):
-        shutil.copytree(workdir, folder := tmp_path / name)
-        flags = (folder / "flags.txt").read_text().replace("--zero_shot=True\n", "")
-        (folder / "flags.txt").write_text(flags)
-        (folder / zero_shot.FILE).unlink()
-        if text:
-            (folder / zero_shot.FILE).write_text(text)
-        ended = run(*given, f"--workdir={folder}")
-        assert ended.returncode == 0 and LINE not in ended.stdout, ended.stderr
-        assert ("zero_shot is left out: " in ended.stderr) == bool(text)
+    shutil.copytree(workdir, folder := tmp_path / "run")
+    flags = (folder / "flags.txt").read_text().replace("--zero_shot=True\n", "")
+    (folder / "flags.txt").write_text(flags)
+    (folder / zero_shot.FILE).unlink()
+    ended = run(*given, f"--workdir={folder}")
+    assert ended.returncode == 0 and LINE not in ended.stdout + ended.stderr, ended.stderr
 
 
-def test_what_does_nothing(pretrained, pictures, tmp_path):
-    """Random weights, or --zero_shot=False."""
-    for name, flag in (("fresh", "--seed=0"), ("off", f"--pretrained={pretrained}")):
-        ended = run(*FEW, flag, "--steps=1", "--zero_shot=" + str(name == "fresh"),
-                    f"--workdir={tmp_path / name}")  # fmt: skip
-        assert ended.returncode == 0 and LINE not in ended.stdout, ended.stderr
-        assert not any("zero_shot" in text for line in scores(tmp_path / name) for text in line)
-        assert not (tmp_path / name / zero_shot.FILE).exists()
+def test_it_can_be_turned_off(pretrained, pictures, tmp_path):
+    given = [f"--pretrained={pretrained}", "--zero_shot=False", f"--workdir={tmp_path}"]
+    ended = run(*FEW, *given, "--steps=1")
+    assert ended.returncode == 0 and LINE not in ended.stdout, ended.stderr
+    assert not any("zero_shot" in name for line in scores(tmp_path) for name in line)
+    assert not (tmp_path / zero_shot.FILE).exists()
+    assert not zero_shot.is_wanted(config.from_flat())  # random weights
+    assert zero_shot.is_wanted(config.from_flat(init_from=str(tmp_path)))
 
 
-def test_other_weights_and_cached_features(finished, pictures, tmp_path):
-    """A run's backbone, and features that frozen stages left in a cache, as float16."""
+def test_features_in_a_cache(finished, pictures, pretrained, tmp_path):
+    """Those of frozen stages are float16."""
     data = tmp_path / "data"
     flags = config.from_flagfile(finished[0] / "flags.txt")
     shutil.copytree(flags.runtime.data_dir, data)
     frozen = ["--frozen_stages=1", "--batch_norm=frozen", "--frozen_views=2"]
     kept = [*FEW, f"--data_dir={data}", "--verify_images=full", "--steps=1", *frozen]
-    for source, text in (
-        (finished[2][-2], "of the untrained resnet_tiny"),
-        (f"--init_from={finished[0]}", f"of the resnet_tiny of {finished[0]}"),
-    ):
-        folder = tmp_path / text.split()[2]
-        ended = run(*kept, source, f"--workdir={folder}")
-        assert ended.returncode == 0 and LINE in ended.stdout, ended.stderr
-        assert text in ended.stdout
-        if "--pretrained" in source:
-            assert logged(folder) == pytest.approx(logged(finished[0]), abs=0.01)
+    start = [f"--pretrained={pretrained}", f"--workdir={tmp_path / 'run'}"]
+    ended = run(*kept, *start)
+    assert ended.returncode == 0 and LINE in ended.stdout, ended.stderr
+    assert logged(tmp_path / "run") == pytest.approx(logged(finished[0]), abs=0.01)
 
 
-def test_images_that_could_be_read_once(tmp_path):
-    """Scores of other queries have no interval of their difference."""
-    options = config.from_flat(pretrained="some.pth", workdir=str(tmp_path))
+def test_what_is_compared(tmp_path, capsys):
+    """Scores of other queries have no interval of their difference; damaged ones are left out."""
+    options = config.from_flat(pretrained="some.pth", backbone="resnet50")
     rng = np.random.default_rng(0)
     for rows, interval in ((20, True), (19, False)):
         query_scores.write(tmp_path, a_score(rng, rows), zero_shot.FILE)
-        gain = zero_shot.compare(options, pathlib.Path(tmp_path), a_score(rng, 20))
+        gain = zero_shot.compare(options, tmp_path, a_score(rng, 20))
         assert gain is not None and bool(gain.difference) == interval
-        assert (" to " in zero_shot.in_a_line(gain)) == interval
+        line = zero_shot.in_a_line(gain)
+        assert (" to " in line) == interval and "of the untrained resnet50" in line
+    (tmp_path / "flags.txt").touch()
+    again = config.from_flat(init_from=str(tmp_path), backbone="resnet50")
+    gain = zero_shot.compare(again, tmp_path, a_score(rng, 20))
+    assert gain is not None and gain.network == f"the resnet50 of {tmp_path}"
+    (tmp_path / zero_shot.FILE).write_text("no archive")
+    assert zero_shot.compare(options, tmp_path, a_score(rng, 20)) is None
+    assert "zero_shot is left out: " in capsys.readouterr().err
 
 
 def a_score(rng, rows):
@@ -182,8 +178,7 @@ def a_score(rng, rows):
     return query_scores.QueryScores(found, labels[found["query"]])
 
 
-@pytest.mark.parametrize("backbone", ["resnet_tiny", "vit_test"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("backbone, dtype", [("resnet_tiny", "bfloat16"), ("vit_test", "float32")])
 def test_pooled_features_are_the_backbones(backbone, dtype):
     model, variables = generated(backbone, 32)
     model = model.clone(dtype=dtype, pooling="gem" if backbone == "resnet_tiny" else "own")
