@@ -292,7 +292,9 @@ def main(_: Any) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         names, rates = _names(values.only), _rates(values.rates)
         base = many_runs.base_options()
-        base["report"] = values["report"].present and values.report
+        # Each run would make a report of its own, and score the same features.
+        for name in ("report", "zero_shot"):
+            base[name] = values[name].present and values[name].value
         _check_options(base)
         out = pathlib.Path(values.out or base["workdir"])
         if values.out and not out.is_dir():

@@ -6,10 +6,12 @@
 
 Prints a table, with the 95 % intervals that a bootstrap over the classes gives, and writes --out,
 by default evaluation.json in the workdir. --baseline=runs/other compares two runs query by query. A
+run that kept the score of its untrained backbone (zero_shot) is compared with it too. A
 dataset to evaluate needs no training classes: a folder may have test/ alone, and a table no rows of
 train.
 """
 
+from collections.abc import Mapping, Sequence
 import functools
 import json
 import pathlib
@@ -26,10 +28,13 @@ from experiments.engine import (
     query_scores,
     scoring,
     trained_network,
+    zero_shot,
 )
+from experiments.engine.config import Config
 from experiments.engine.query_scores import QueryScores
 from experiments.engine.scoring import ScoreTable
 from experiments.engine.trained_network import TrainedNetwork
+from rll_jax import metrics
 from rll_jax.data import files
 from rll_jax.data.image_dataset import EncodedImageDataset
 
@@ -72,6 +77,37 @@ def _embed_test_images(
     return readable, levels
 
 
+def _gain(config: Config, scores: QueryScores) -> zero_shot.Gain | None:
+    """Returns what training brought, if the run kept it and its own test images are evaluated."""
+    options = flags.FLAGS
+    if options.all_classes or any(options[name].value for name in _DATA):
+        return None
+    return zero_shot.compare(config, pathlib.Path(options.workdir), scores)
+
+
+def _print_intervals(
+    scores: QueryScores,
+    ks: Sequence[int],
+    baseline: QueryScores | None,
+    gain: zero_shot.Gain | None,
+) -> dict[str, Mapping[str, metrics.Interval]]:
+    """Prints the intervals of the scores and of their differences; returns all by name."""
+    found: dict[str, Mapping[str, metrics.Interval]] = {
+        "scores": query_scores.intervals(scores, ks)
+    }
+    print(query_scores.as_text(found["scores"]))
+    if baseline is not None:
+        found["difference"] = query_scores.intervals(scores, ks, baseline)
+        print(f"difference to {flags.FLAGS.baseline}, paired:")
+        print(query_scores.as_text(found["difference"], sign=True))
+    if gain is not None:
+        found["zero_shot"] = gain.zero_shot
+        found["difference_to_zero_shot"] = gain.difference
+        print(f"zero_shot: {query_scores.as_text(gain.zero_shot)}")
+        print(zero_shot.in_a_line(gain))
+    return found
+
+
 def main(_: Any) -> None:
     """Runs the command."""
     options = flags.FLAGS
@@ -98,13 +134,8 @@ def main(_: Any) -> None:
         scores = QueryScores(
             all_levels := list(by_query.values())[-1], scoring.query_classes(all_levels, data)
         )
-        intervals = {"scores": query_scores.intervals(scores, ks)}
         print(f"95 % intervals over classes, {list(table)[-1]}:")
-        print(query_scores.as_text(intervals["scores"]))
-        if baseline is not None:
-            intervals["difference"] = query_scores.intervals(scores, ks, baseline)
-            print(f"difference to {options.baseline}, paired:")
-            print(query_scores.as_text(intervals["difference"], sign=True))
+        intervals = _print_intervals(scores, ks, baseline, _gain(trained.config, scores))
         with files.atomic_write(out) as temporary:
             contents = {"step": trained.step, "scores": table, "intervals": intervals}
             temporary.write_text(json.dumps(contents, indent=1) + "\n")

@@ -124,6 +124,14 @@ class NetworkOptions(Section):
     lora_alpha: float = option(
         16.0, "The factor of the adapters of --lora_rank is this number divided by the rank.", low=0
     )
+    drop_path: float = option(
+        0.0,
+        "The share of images that skip the last block of a ResNet or a vision transformer in a "
+        "training step; those of the blocks before grow linearly to it from 0. Frozen stages skip "
+        "none.",
+        low=0,
+        high=0.95,
+    )
     batch_norm: embedding_net.BatchNormMode = option(
         "train",
         "The statistics of the backbone's batch norm: of the batch over all devices (train), of "
@@ -273,6 +281,13 @@ class NetworkOptions(Section):
     def _sized_backbone(self) -> typing.Backbone:
         """--backbone, changed by --stem, --width and --stage_sizes."""
         config: Any = backbones.BACKBONES[self.backbone]
+        if self.drop_path:
+            if not isinstance(config, vit.ViTConfig | resnet.ResNetConfig):
+                raise ValueError(
+                    f"--drop_path={self.drop_path} is of ResNets and vision transformers, and "
+                    f"--backbone={self.backbone} is neither"
+                )
+            config = dataclasses.replace(config, drop_path=self.drop_path)
         for name, value in (("position_size", self.position_size), ("lora_rank", self.lora_rank)):
             if value and not isinstance(config, vit.ViTConfig):
                 raise ValueError(

@@ -26,20 +26,20 @@ class QueryScores(NamedTuple):
     classes: np.ndarray
 
 
-def write(workdir: pathlib.Path, scores: QueryScores) -> None:
-    """Writes the scores into the workdir."""
-    with files.atomic_write(workdir / NAME) as temporary, temporary.open("wb") as file:
+def write(workdir: pathlib.Path, scores: QueryScores, name: str = NAME) -> None:
+    """Writes the scores into a file of the workdir."""
+    with files.atomic_write(workdir / name) as temporary, temporary.open("wb") as file:
         columns: dict[str, Any] = {"classes": scores.classes, **scores.by_query}
         np.savez_compressed(file, **columns)
 
 
-def read(workdir: pathlib.Path) -> QueryScores:
+def read(workdir: pathlib.Path, name: str = NAME) -> QueryScores:
     """Returns the scores that a run has kept.
 
     Raises:
       ValueError: there are none, or the file is damaged.
     """
-    path = workdir / NAME
+    path = workdir / name
     if not path.exists():
         raise ValueError(f"{path}: no such file: expected a run that has ended, by this version")
     try:

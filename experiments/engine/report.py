@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.manifold import TSNE
 import threadpoolctl
 
-from experiments.engine import html_page, query_scores, scoring
+from experiments.engine import html_page, query_scores, scoring, zero_shot
 from experiments.engine.config import Config
 from experiments.engine.losses import LossOptions
 from experiments.engine.query_scores import QueryScores
@@ -24,6 +24,9 @@ from rll_jax.data.image_dataset import EncodedImageDataset
 _QUERIES = {"Worst": 6, "Typical": 8, "Best": 6}  # queries shown of each kind
 _NEIGHBOURS = 8
 _PAIRS = 100_000  # pairs drawn for each histogram
+_ZERO_SHOT = """
+zero_shot: the pooled features of the backbone itself before the first step. The difference is
+paired by query."""
 _MAP_IMAGES, _MAP_SIDE, _MAP_THUMBNAIL = 1000, 1400, 32
 
 
@@ -37,6 +40,7 @@ def write(
     embeddings: np.ndarray,
     table: ScoreTable,
     scores: QueryScores,
+    gain: zero_shot.Gain | None = None,
 ) -> None:
     """Writes the page.
 
@@ -49,16 +53,18 @@ def write(
       embeddings: (N, D) their embeddings.
       table: the scores of the levels, `scoring.make_table`.
       scores: the scores of each query by these embeddings.
+      gain: what training brought beyond the backbone's own features, or None.
     """
     by_query = scores.by_query
-    evaluations = [line for line in lines if "recall@1" in line]
-    curves = html_page.plot(_curves(lines, evaluations), "loss and scores over the steps")
+    curves = html_page.plot(_curves(lines), "loss and scores over the steps")
     distances = html_page.plot(
         _distances(embeddings, test.labels, config.loss, by_query),
         "distances of pairs, first ranks",
     )
+    intervals = query_scores.intervals(scores, config.data.entry.ks)
     body = f"""<h1>{html.escape(title)}</h1>
-{_scores(test, evaluations, table, query_scores.intervals(scores, config.data.entry.ks))}
+{_at_a_glance(gain)}
+{_scores(test, lines, table, intervals, gain)}
 <h2>Curves</h2>{curves}
 <h2>Distances and ranks</h2>{distances}
 <h2>Nearest images</h2>
@@ -74,44 +80,69 @@ average precision.</p>
         temporary.write_text(text, encoding="utf-8", errors="replace")
 
 
+def _at_a_glance(gain: zero_shot.Gain | None) -> str:
+    if gain is None:
+        return ""
+    return f"<p><strong>{html.escape(zero_shot.in_a_line(gain))}</strong></p>"
+
+
+def _interval_table(intervals: Mapping[str, metrics.Interval], gain: zero_shot.Gain | None) -> str:
+    columns = {"": intervals}
+    if gain is not None:
+        columns |= {"zero_shot": gain.zero_shot, "difference": gain.difference}
+    head, rows = ["score"], [[name] for name in intervals]
+    for title, found in columns.items():
+        head += [title or "percent", "from", "to"]
+        sign = "+" if title == "difference" else ""
+        for row, name in zip(rows, intervals, strict=True):
+            numbers = found.get(name, ())
+            row += [f"{100 * number:{sign}.1f}" for number in numbers] or [""] * 3
+    return html_page.table(head, rows)
+
+
 def _scores(
     test: EncodedImageDataset,
-    evaluations: Sequence[dict[str, Any]],
+    lines: Sequence[Mapping[str, Any]],
     table: ScoreTable,
     intervals: Mapping[str, metrics.Interval],
+    gain: zero_shot.Gain | None,
 ) -> str:
     names = scoring.score_names(table)
 
-    def in_percent(scores: dict[str, float]) -> list[str]:
+    def in_percent(scores: Mapping[str, float]) -> list[str]:
         return [f"{100 * scores[name]:.1f}" for name in names]
 
-    by_step = [[line["step"], *in_percent(line)] for line in evaluations]
+    by_step = [["zero_shot", *in_percent(found)] for found in zero_shot.logged(lines)]
+    by_step += [[line["step"], *in_percent(line)] for line in _evaluations(lines)]
     by_level = [[level, *in_percent(scores)] for level, scores in table.items()]
     alone = int(list(table.values())[-1]["queries_without_match"])
-    of_each = [
-        [name, *(f"{100 * value:.1f}" for value in (i.value, i.low, i.high))]
-        for name, i in intervals.items()
-    ]
     return f"""<h2>Scores</h2><p>{len(test)} test images of {len(np.unique(test.labels))} classes,
 in percent; {alone} queries have no image of their class to find.</p>
 <p>At the end, with all levels. From and to: the 95 % interval, by drawing other classes of the same
-kind (not other training runs).</p>
-{html_page.table(["score", "percent", "from", "to"], of_each)}
+kind (not other training runs).{_ZERO_SHOT if gain else ""}</p>
+{_interval_table(intervals, gain)}
 <p>Over the steps:</p>
 {html_page.table(["step", *names], by_step)}
 <p>At the end, by levels of the network:</p>
 {html_page.table(["levels", *names], by_level)}"""
 
 
-def _curves(lines: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]) -> Figure:
+def _evaluations(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [line for line in lines if "recall@1" in line]
+
+
+def _curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     steps = [line for line in lines if "loss" in line]
     left.plot([line["step"] for line in steps], [line["loss"] for line in steps])
     left.set(xlabel="step", ylabel="loss", ylim=(0, None))
     for name in ("recall@1", "map@r"):
-        points = [(line["step"], 100 * line[name]) for line in evaluations]
+        points = [(line["step"], 100 * line[name]) for line in _evaluations(lines)]
         right.plot(*zip(*points, strict=True), marker="o", label=name)
+    for found in zero_shot.logged(lines):
+        name = "zero_shot recall@1"
+        right.axhline(100 * found["recall@1"], color="black", linestyle="--", label=name)
     right.set(xlabel="step", ylabel="percent")
     right.legend()
     return figure

@@ -26,6 +26,7 @@ def make_train_step(config: Config, train_labels: np.ndarray) -> functools.parti
         ema_decay=config.optimizer.ema,
         embed_chunk=config.devices.embed_chunk,
         watch=watch,
+        drop_path_seed=config.schedule.seed if config.network.drop_path else None,
     )
 
 

@@ -39,6 +39,12 @@ class RuntimeOptions(Section):
     keep: int = option(2, "The number of checkpoints to keep.", low=1)
     log_every: int = option(10, "The number of steps between lines of metrics.jsonl.", low=1)
     report: bool = option(True, "Write report.html at the end of the run.", main=True)
+    zero_shot: bool = option(
+        True,
+        "Score the pooled features of the backbone itself before the first step too, without "
+        "heads, and say at the end what training brought beyond them. Runs without --pretrained "
+        "or --init_from have no such score.",
+    )
     verify_images: str = option(
         "quick",
         "What to check before the first step: that image files exist and are not empty, or also "

@@ -57,6 +57,30 @@ def score_levels(
         )
 
 
+def score_embeddings(
+    embeddings: np.ndarray,
+    data: EncodedImageDataset,
+    ks: Sequence[int],
+    *,
+    on_progress: Callable[[], None] | None = None,
+) -> ByQuery:
+    """Scores each query by embeddings that are of no level.
+
+    Args:
+      embeddings: (N, D) of the dataset.
+      data: the dataset.
+      ks: the K of Recall@K.
+      on_progress: called about twice a second.
+    """
+    with _progress_bar(on_progress) as progress:
+        return metrics.scores_by_query(
+            *embedding.queries_and_gallery(embeddings, data),
+            ks=ks,
+            progress=progress,
+            **embedding.left_out(data),
+        )
+
+
 @contextlib.contextmanager
 def _progress_bar(on_progress: Callable[[], None] | None) -> Iterator[Progress]:
     """Yields what draws a bar for each stage that takes long."""

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 
-from experiments.engine import query_scores, scoring
+from experiments.engine import query_scores, scoring, zero_shot
 from experiments.engine.checks import CheckedRun
 from experiments.engine.evaluation import Evaluated
 from experiments.engine.query_scores import QueryScores
@@ -26,6 +26,7 @@ def finish(checked: CheckedRun, evaluated: Evaluated) -> None:
     by_query = list(evaluated.by_query.values())[-1]
     scores = QueryScores(by_query, scoring.query_classes(by_query, data))
     query_scores.write(checked.workdir, scores)
+    gain = zero_shot.compare(config, checked.workdir, scores)
     path = checked.workdir / "report.html"
     if config.runtime.report:
         from experiments.engine import report  # more than a second to import
@@ -41,10 +42,13 @@ def finish(checked: CheckedRun, evaluated: Evaluated) -> None:
             embeddings=np.asarray(embedding_net.concatenate_levels(evaluated.levels)),
             table=table,
             scores=scores,
+            gain=gain,
         )
     all_levels = list(table.values())[-1]
     recalls = "  ".join(f"Recall@{k} {100 * all_levels[f'recall@{k}']:.1f} %" for k in ks)
     classes = len(np.unique(data.labels))
     print(f"Recall@K on {classes} classes never trained on: {recalls}")
+    if gain is not None:
+        print(zero_shot.in_a_line(gain))
     if config.runtime.report:
         print(f"report: {path}")

@@ -220,6 +220,9 @@ class TrainingRun:
         evaluated = self._evaluator.evaluate(step, self._state)
         if evaluated is not None and processes.is_first():
             self._progress.write(f"step {step}: {summary.scores_in_a_line(evaluated.scores)}")
+            if evaluated.zero_shot:
+                line = summary.scores_in_a_line(evaluated.zero_shot)
+                self._progress.write(f"zero_shot: {line}")
         return evaluated
 
     def _evaluate_or_stop(self, step: int) -> Evaluated:

@@ -33,6 +33,7 @@ BATCH_NORMS: tuple[BatchNormMode, ...] = get_args(BatchNormMode)
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 HEAD_PREFIXES = tuple(f"{level}_" for level in LEVELS)  # of the names of the heads' modules
 LAST_LAYERS = tuple(f"{level}_embedding" for level in LEVELS)  # of the heads
+POOLED = "pooled"  # what `EmbeddingNet` names the backbone's own features
 HEAD_CHANNELS = 128  # of the maps that the heads' linear layers L_dense and M_dense take flattened
 _HEAD_UNITS = 1024
 
@@ -114,18 +115,29 @@ class EmbeddingNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: jax.Array | np.ndarray, *, train: bool = False, features: bool = False
+        self,
+        images: jax.Array | np.ndarray,
+        *,
+        train: bool = False,
+        features: bool = False,
+        pooled: bool = False,
     ) -> dict[str, jax.Array] | list[jax.Array | None]:
         """Computes the embeddings of images, or their feature maps.
 
         Args:
           images: (B, H, W, 3) RGB, uint8 or floating in 0-255. With `cached_stages`, (B, values):
             the flattened maps of these stages, one after the other.
-          train: whether batch norms use and update batch statistics, as `batch_norm` says.
+          train: whether batch norms use and update batch statistics, as `batch_norm` says. Blocks
+            are dropped where `apply` gets random numbers for it (`drop_path` of a ResNet's or a
+            vision transformer's configuration).
           features: whether to return the backbone's feature maps.
+          pooled: whether to return the backbone's own features beside the embeddings: the global
+            average of its last map, or what a `TokenBackbone` pools by itself, L2-normalised. No
+            head has a part in them.
 
         Returns:
-          {level: (B, embedding_dim) float32}. With `features` a list of the maps at the ends of
+          {level: (B, embedding_dim) float32}, with `pooled` {`POOLED`: (B, channels) float32} too.
+          With `features` a list of the maps at the ends of
           the stages, (B, h, w, channels) of `dtype` each, or (B, tokens, channels) of a
           `TokenBackbone`; None for stages that are not computed.
         """
@@ -143,6 +155,9 @@ class EmbeddingNet(nn.Module):
                 )
             sides = None if self.cached_stages else images.shape[1:3]
             embeddings[level] = self._head(level, end, sides, train)
+        end = ends[-1]
+        if pooled and end is not None:  # the last stage is always computed or cached
+            embeddings[POOLED] = self._own_features(end)
         return embeddings
 
     def _check(self) -> None:
@@ -250,6 +265,16 @@ class EmbeddingNet(nn.Module):
             x = nn.LayerNorm(dtype=self.dtype, use_fast_variance=False, name=f"{level}_norm")(x)
         x = dense(self.embedding_dim, name=f"{level}_embedding")(x)
         return normalize_rows(x.astype(jnp.float32))
+
+    def _own_features(self, end: jax.Array) -> jax.Array:
+        """Returns (B, channels) float32 of unit length, what the backbone itself makes of images.
+
+        Args:
+          end: the end of the last stage.
+        """
+        end, backbone = end.astype(jnp.float32), self.backbone
+        tokens = isinstance(backbone, TokenBackbone)
+        return normalize_rows(backbone.pooled(end) if tokens else jnp.mean(end, axis=(1, 2)))
 
     def _pooled_map(self, x: jax.Array) -> jax.Array:
         """Returns the (B, channels) pool of a (B, h, w, channels) map, for the head H."""

@@ -11,6 +11,7 @@ from flax import linen as nn
 import jax
 from jax import lax
 
+from rll_jax.networks import drop_path as drop_path_lib
 from rll_jax.networks._stages import ModuleMaker, cached_ends
 from rll_jax.networks.normalization import relu
 from rll_jax.networks.pooling import (
@@ -44,9 +45,13 @@ class ResNetConfig:
       std: the standard deviation that goes with `mean`.
       pool_rounding: whether the average pool in the stem rounds the number of its windows "up", so
         that maps with odd sides lose no edge, or "down".
+      drop_path: the share of images that skip the last block's branch in training; the others'
+        grow linearly to it from 0 at the first. Frozen stages skip none. Random numbers
+        named "drop_path" say which, as `apply(..., rngs={"drop_path": key})`; without, none.
 
     Raises:
-      ValueError: there is no stage, or a stage size, the width or the pool is below 1.
+      ValueError: there is no stage, a stage size, the width or the pool is below 1, or `drop_path`
+        is out of range.
     """
 
     stage_sizes: tuple[int, ...]
@@ -58,6 +63,8 @@ class ResNetConfig:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     pool_rounding: PoolRounding = "up"
+    # Not in the names of cached features, which it does not change.
+    drop_path: float = dataclasses.field(default=0.0, repr=False)
 
     def __post_init__(self) -> None:
         if not self.stage_sizes or min(self.stage_sizes) < 1:
@@ -67,6 +74,7 @@ class ResNetConfig:
             )
         if self.width < 1 or self.stem_pool < 1:
             raise ValueError(f"width={self.width}, stem_pool={self.stem_pool}: expected at least 1")
+        drop_path_lib.check(self.drop_path)
 
     @property
     def bgr(self) -> bool:
@@ -111,12 +119,16 @@ class ResNetConfig:
         for stage in range(len(ends) + 1, self.num_stages + 1):
             make_block = nn.remat(ResNetBlock) if stage in remat else ResNetBlock
             for block in range(self.stage_sizes[stage - 1]):
+                number = sum(self.stage_sizes[: stage - 1]) + block
                 x = make_block(
                     self,
                     features=self.width << (stage - 1),
                     strides=2 if stage > 1 and block == 0 else 1,
                     conv=conv,
                     norm=norm,
+                    drop_path=drop_path_lib.rate_of(
+                        self.drop_path, number, sum(self.stage_sizes), stage <= frozen
+                    ),
                     name=f"layer{stage}_{block}",
                 )(x)
             x = lax.stop_gradient(x) if stage <= frozen else x
@@ -158,6 +170,7 @@ class ResNetBlock(nn.Module):
       strides: the stride of the block.
       conv: makes a convolution.
       norm: makes a batch norm.
+      drop_path: the share of images that skip the branch while the network trains.
     """
 
     config: ResNetConfig
@@ -165,6 +178,7 @@ class ResNetBlock(nn.Module):
     strides: int
     conv: ModuleMaker
     norm: ModuleMaker
+    drop_path: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -185,7 +199,7 @@ class ResNetBlock(nn.Module):
             strides = (self.strides, self.strides)
             x = self.conv(y.shape[-1], (1, 1), strides, padding="VALID", name="downsample_conv")(x)
             x = self.norm(name="downsample_bn")(x)
-        return relu(x + y)
+        return relu(x + drop_path_lib.drop(self, y, self.drop_path))
 
     def _convolutions(self) -> list[_Convolution]:
         if not self.config.bottleneck:

@@ -16,6 +16,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from rll_jax.networks import drop_path as drop_path_lib
 from rll_jax.networks import vit_weights
 from rll_jax.networks._bicubic import bicubic
 from rll_jax.networks._stages import ModuleMaker, cached_ends
@@ -73,6 +74,9 @@ class ViTConfig:
       epsilon: what layer norms add to the variance.
       mean: the mean of the RGB values 0-255 that the weights expect.
       std: the standard deviation that goes with `mean`.
+      drop_path: the share of images that skip the last block's branches in training; the others'
+        grow linearly to it from 0 at the first. Frozen stages skip none. Random numbers
+        named "drop_path" say which, as `apply(..., rngs={"drop_path": key})`; without, none.
 
     Raises:
       ValueError: a number is out of range, or two do not go together.
@@ -96,6 +100,8 @@ class ViTConfig:
     epsilon: float = 1e-6
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    # Not in the names of cached features, which it does not change.
+    drop_path: float = dataclasses.field(default=0.0, repr=False)
 
     def __post_init__(self) -> None:
         if min(self.patch, self.width, self.depth, self.heads) < 1 or self.width % self.heads:
@@ -110,6 +116,7 @@ class ViTConfig:
                 f"mlp_width={self.mlp_width}, lora_rank={self.lora_rank}: expected an image of one "
                 f"patch of {self.patch} pixels or more, and nothing below 0"
             )
+        drop_path_lib.check(self.drop_path)
         if self.activation not in get_args(Activation):
             raise ValueError(
                 f"activation={self.activation!r}: expected one of {', '.join(get_args(Activation))}"
@@ -202,7 +209,8 @@ class ViTConfig:
             ends, x = [], self._stem(x, conv)
         for block in range(len(ends), self.depth):
             make_block = nn.remat(ViTBlock) if block + 1 in remat else ViTBlock
-            x = make_block(self, name=f"blocks_{block}")(x)
+            rate = drop_path_lib.rate_of(self.drop_path, block, self.depth, block < frozen)
+            x = make_block(self, rate, name=f"blocks_{block}")(x)
             if block + 1 == self.depth:
                 x = _norm(self, x, "norm")
                 if self.attention_pool:
@@ -286,9 +294,15 @@ class Tokens(nn.Module):
 
 
 class ViTBlock(nn.Module):
-    """A block: attention between tokens, then an MLP for each, both beside a shortcut."""
+    """A block: attention between tokens, then an MLP for each, both beside a shortcut.
+
+    Args:
+      config: the network that the block belongs to.
+      drop_path: the share of images that skip each of the two while the network trains.
+    """
 
     config: ViTConfig
+    drop_path: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -301,9 +315,11 @@ class ViTBlock(nn.Module):
         q, k, v = jnp.split(qkv, 3, axis=-1)
         y = _attend(q, k, v, config.heads)
         y = _dense(config, config.width, y, "attn_proj")
-        x = x + (LayerScale(name="ls1")(y) if config.layer_scale else y)
+        y = LayerScale(name="ls1")(y) if config.layer_scale else y
+        x = x + drop_path_lib.drop(self, y, self.drop_path)
         y = _mlp(config, _norm(config, x, "norm2"))
-        return x + (LayerScale(name="ls2")(y) if config.layer_scale else y)
+        y = LayerScale(name="ls2")(y) if config.layer_scale else y
+        return x + drop_path_lib.drop(self, y, self.drop_path)
 
 
 class LoRA(nn.Module):

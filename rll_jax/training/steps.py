@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from rll_jax.loss import memory as memory_lib
+from rll_jax.networks import drop_path
 from rll_jax.training import devices as devices_lib
 from rll_jax.typing import Loss
 
@@ -72,7 +73,8 @@ class _Measured(NamedTuple):
     memory: Memories | None
 
 
-_Embed = Callable[[Any, jax.Array], tuple[Levels, Any]]  # (params, images) -> levels, statistics
+# (params, images, random key or None) -> levels, statistics
+_Embed = Callable[[Any, jax.Array, jax.Array | None], tuple[Levels, Any]]
 _Objective = Callable[[Levels, Any], tuple[jax.Array, _Measured]]  # (levels, params) -> loss, ...
 
 
@@ -137,6 +139,7 @@ def train_step(
     ema_decay: ArrayLike = 0.0,
     embed_chunk: int = 0,
     watch: Callable[..., dict[str, jax.Array]] | None = None,
+    drop_path_seed: int | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Makes one update from this device's share of the batch.
 
@@ -164,6 +167,8 @@ def train_step(
         the mean of the chunks'.
       watch: (embeddings, labels, *, axis_name) -> {name: array}, added to the metrics for each
         level, such as `watch_distances`; or None.
+      drop_path_seed: the seed of the blocks that images skip, which differ from step to step and
+        from device to device; None: they skip none, whatever the network's `drop_path`.
 
     Returns:
       The new state and the metrics, the same on all devices of the axis: "loss", the sum over the
@@ -182,10 +187,13 @@ def train_step(
         axis_name=axis_name,
     )
     params = _varying(state.params, axis_name)
+    key = _drop_path_key(state, drop_path_seed, axis_name)
     if embed_chunk:
-        result, memory = _chunked_gradient(embed, objective, params, batch["image"], embed_chunk)
+        result, memory = _chunked_gradient(
+            embed, objective, params, batch["image"], key, embed_chunk
+        )
     else:
-        result, memory = _gradient(embed, objective, params, batch["image"])
+        result, memory = _gradient(embed, objective, params, batch["image"], key)
     if axis_name is not None:
         result = lax.pmean(result, axis_name)
     metrics = _metrics(result)
@@ -205,10 +213,23 @@ def _varying(params: Any, axis_name: str | None) -> Any:
     return jax.tree.map(lambda p: lax.pcast(p, axis_name, to="varying"), params)
 
 
-def _embed_in_training(state: TrainState, params: Any, images: jax.Array) -> tuple[Levels, Any]:
+def _drop_path_key(state: TrainState, seed: int | None, axis_name: str | None) -> jax.Array | None:
+    """Returns the key of this step on this device, the same in a resumed run."""
+    if seed is None:
+        return None
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    return key if axis_name is None else jax.random.fold_in(key, lax.axis_index(axis_name))
+
+
+def _embed_in_training(
+    state: TrainState, params: Any, images: jax.Array, key: jax.Array | None
+) -> tuple[Levels, Any]:
     """Returns {level: (n, D)} and the new running statistics of batch norm."""
     variables = {"params": params, "batch_stats": state.batch_stats}
-    levels, updates = state.apply_fn(variables, images, train=True, mutable=["batch_stats"])
+    options = {} if key is None else {"rngs": {drop_path.NAME: key}}
+    levels, updates = state.apply_fn(
+        variables, images, train=True, mutable=["batch_stats"], **options
+    )
     return levels, updates.get("batch_stats", {})
 
 
@@ -284,12 +305,16 @@ def _gallery_share(
 
 
 def _gradient(
-    embed: _Embed, objective: _Objective, params: Any, images: jax.Array
+    embed: _Embed,
+    objective: _Objective,
+    params: Any,
+    images: jax.Array,
+    key: jax.Array | None,
 ) -> tuple[_StepResult, Memories | None]:
     """Returns this device's part of the step, and the new memories."""
 
     def loss_of_params(params: Any) -> tuple[jax.Array, tuple[_Measured, Any]]:
-        levels, batch_stats = embed(params, images)
+        levels, batch_stats = embed(params, images, key)
         loss, measured = objective(levels, params)
         return loss, (measured, batch_stats)
 
@@ -301,20 +326,27 @@ def _gradient(
 
 
 def _chunked_gradient(
-    embed: _Embed, objective: _Objective, params: Any, images: jax.Array, chunk: int
+    embed: _Embed,
+    objective: _Objective,
+    params: Any,
+    images: jax.Array,
+    key: jax.Array | None,
+    chunk: int,
 ) -> tuple[_StepResult, Memories | None]:
     """Returns what `_gradient` returns, with `chunk` images in the network at a time."""
-    chunks = images.reshape(-1, chunk, *images.shape[1:])
-    levels, batch_stats = lax.map(functools.partial(embed, params), chunks)
+    images = images.reshape(-1, chunk, *images.shape[1:])
+    # Both passes of a chunk drop the same blocks.
+    chunks = (images, None if key is None else jax.random.split(key, len(images)))
+    levels, batch_stats = lax.map(lambda chunk: embed(params, *chunk), chunks)
     levels = jax.tree.map(lambda e: e.reshape(-1, e.shape[-1]), levels)
     (loss, measured), (level_grads, grads) = jax.value_and_grad(objective, (0, 1), has_aux=True)(
         levels, params
     )
     chunked_level_grads = jax.tree.map(lambda g: g.reshape(-1, chunk, g.shape[-1]), level_grads)
 
-    def add_chunk(grads: Any, inputs: tuple[jax.Array, Levels]) -> tuple[Any, None]:
-        images, level_grads = inputs
-        _, pull_back, _ = jax.vjp(lambda params: embed(params, images), params, has_aux=True)
+    def add_chunk(grads: Any, inputs: tuple[Any, Levels]) -> tuple[Any, None]:
+        chunk, level_grads = inputs
+        _, pull_back, _ = jax.vjp(lambda params: embed(params, *chunk), params, has_aux=True)
         return jax.tree.map(jnp.add, grads, *pull_back(level_grads)), None
 
     grads, _ = lax.scan(add_chunk, grads, (chunks, chunked_level_grads))
@@ -422,15 +454,23 @@ def _histogram(distance: jax.Array, pairs: jax.Array, bins: int) -> jax.Array:
     return jnp.bincount(place.ravel(), pairs.ravel().astype(jnp.float32), length=bins)
 
 
-def embed_step(state: TrainState, images: jax.Array | np.ndarray) -> Levels:
+def embed_step(
+    state: TrainState, images: jax.Array | np.ndarray, *, pooled: bool = False
+) -> Levels:
     """Embeds images with the running batch statistics, and the moving average if there is one.
 
     Args:
       state: a state; its optimiser and memory are not used.
       images: (n, H, W, 3) uint8.
+      pooled: whether the backbone's own features come with the embeddings, see
+        `embedding_net.EmbeddingNet.__call__`.
 
     Returns:
-      {level: (n, D) float32}.
+      {level: (n, D) float32}, with `pooled` {`embedding_net.POOLED`: (n, channels) float32} too.
     """
-    params = state.params if state.ema is None else state.ema
-    return state.apply_fn({"params": params, "batch_stats": state.batch_stats}, images, train=False)
+    variables = {
+        "params": state.params if state.ema is None else state.ema,
+        "batch_stats": state.batch_stats,
+    }
+    options = {"pooled": True} if pooled else {}  # not every network has the argument
+    return state.apply_fn(variables, images, train=False, **options)

@@ -83,7 +83,13 @@ def test_stablehlo(workdir, tmp_path):
 
 def test_adapters_are_merged_into_what_export_writes(workdir, tmp_path):
     head = ["--pooling=gem", "--head_norm", "--pixel_norm=imagenet"]
-    trains = ["--lora_rank=2", "--head_warmup_steps=1", "--layer_decay=0.9", "--steps=3"]
+    trains = [
+        "--lora_rank=2",
+        "--head_warmup_steps=1",
+        "--layer_decay=0.9",
+        "--steps=3",
+        "--drop_path=0.5",
+    ]
     start = [f"--workdir={tmp_path / 'lora'}", f"--pretrained={workdir}"]
     ended = run(*VIT, *head, *trains, *start, "--learning_rate=0.1", "--augment=wide_crop")
     assert ended.returncode == 0, ended.stderr

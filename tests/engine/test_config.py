@@ -21,7 +21,7 @@ FREE_ON_RESUME = {
 def test_the_names_of_all_options_differ():
     parts = [type(part.default) for part in dataclasses.fields(config.Config)]
     names = [field.name for section in parts for field in dataclasses.fields(section)]
-    assert len(names) == len(set(names)) == len(OPTIONS) == 96
+    assert len(names) == len(set(names)) == len(OPTIONS) == 98
 
 
 def test_a_section_says_what_may_change_on_resume():

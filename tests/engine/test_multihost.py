@@ -149,3 +149,18 @@ def test_told_to_stop_all_stop_at_one_step(tmp_path):
         start(workdir, f"--steps={saved + 2}", "--eval_every=3000", "--checkpoint_every=3000")
     )
     assert first == second == 0 and f"at step {saved} of {saved + 2}" in out, err
+
+
+@pytest.mark.slow
+def test_two_processes_score_the_untrained_backbone_as_one(of_one, tmp_path):
+    given = ["--steps=5", f"--init_from={of_one}", "--memory_size=0"]
+    one = run(*RUN, *given, f"--workdir={tmp_path / 'one'}", devices=8)
+    assert one.returncode == 0, one.stderr
+    (first, out, err), (second, out_of_second, _) = ends(start(tmp_path / "two", *given))
+    assert first == second == 0, err
+    assert "fine-tuning brought" in out and "fine-tuning" not in out_of_second
+    logged = [
+        [line for line in scores(tmp_path / name) if "zero_shot/recall@1" in line]
+        for name in ("one", "two")
+    ]
+    assert len(logged[0]) == 1 and logged[1] == [pytest.approx(logged[0][0], abs=0.01)]
