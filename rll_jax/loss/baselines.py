@@ -1,7 +1,7 @@
 """The baselines of Ranked List Loss, equal to their PyTorch originals to 1e-6 in float64.
 
-The originals are pytorch-metric-learning (PML) 2.9's; for Recall@K it is the authors' code. This
-file has the losses on distances, and all others by name: those on cosine similarities are in
+The originals are pytorch-metric-learning (PML) 2.9's; for Smooth-AP and Recall@K, the authors'.
+This file has the losses on distances, and all others by name: those on cosine similarities are in
 `similarity_losses`, those that learn proxies in `proxy_losses`, those on ranks in `ranking_losses`.
 
 Each loss takes embeddings (N, D) and labels (N,) first, its own options by keyword, and returns a

@@ -37,9 +37,12 @@ def smooth_ap_loss(
 
     Every row is a query. A rank is 1 plus the sum of sigmoid((s_j - s_i) / temperature) over the
     other rows j. The average precision of a query is the mean over its class of the rank within the
-    class divided by the rank in the batch. As in the authors' code and in PML's SmoothAPLoss, the
-    query itself is one of its class, at similarity 1. PML's needs classes of equal sizes, this one
-    takes any. The mean is over all rows.
+    class divided by the rank in the batch. As in the authors' code, the query itself is one of its
+    class, at similarity 1. That code needs classes of equal sizes, this one takes any. The mean is
+    over all rows.
+
+    PML 2.9's SmoothAPLoss takes C classes of k rows for k classes of C rows. It equals this where
+    there are as many classes as rows in each.
 
     Args:
       embeddings: (N, D), floating.

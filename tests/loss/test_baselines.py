@@ -239,22 +239,23 @@ def test_the_gradient_of_proxies_is_the_peers(name, loss, of_peer, start):
     np.testing.assert_allclose(gradient, of_peer(peer).numpy(), atol=1e-6)
 
 
-def test_smooth_ap_of_even_classes_is_the_peers():
-    """PML's takes classes of one size, in order."""
+@pytest.mark.parametrize("size", [1, 4, 6])
+def test_smooth_ap_is_the_peers_with_its_sizes_mended(size):
+    """PML's takes even classes in order, and reads C classes of k rows as k classes of C rows."""
     theirs = pytest.importorskip("pytorch_metric_learning.losses", reason="needs PML")
     import torch
 
-    for size in (1, 4):
-        x, labels = batch("clustered", size)[0], np.arange(36) // size
-        rows = torch.tensor(x, requires_grad=True)
-        expected = theirs.SmoothAPLoss(temperature=0.05)(rows, torch.as_tensor(labels))
-        expected.backward()
-        with jax.enable_x64(True):
-            value, gradient = value_and_gradient(
-                functools.partial(baselines.smooth_ap_loss, temperature=0.05), x, labels
-            )
-        np.testing.assert_allclose(value, expected.item(), rtol=1e-6)
-        np.testing.assert_allclose(gradient, rows.grad.numpy(), atol=1e-6)
+    x, labels = batch("clustered", size)[0], np.arange(36) // size
+    rows = torch.tensor(x, requires_grad=True)
+    as_it_reads = torch.arange(36) // (36 // size)  # labels, where size is 6
+    expected = theirs.SmoothAPLoss(temperature=0.05)(rows, as_it_reads)
+    expected.backward()
+    with jax.enable_x64(True):
+        value, gradient = value_and_gradient(
+            functools.partial(baselines.smooth_ap_loss, temperature=0.05), x, labels
+        )
+    np.testing.assert_allclose(value, expected.item(), rtol=1e-5)  # theirs sums in float32
+    np.testing.assert_allclose(gradient, rows.grad.numpy(), atol=1e-6)
 
 
 @for_each_loss
