@@ -93,6 +93,14 @@ ENTRIES = {
     ),
     "nt_xent": Entry("NT-Xent", _baseline("nt_xent")),
     "sup_con": Entry("SupCon", _baseline("sup_con")),
+    "circle": Entry("Circle", _baseline("circle")),
+    "arcface": Entry("ArcFace", _baseline("arcface")),
+    "soft_triple": Entry(
+        "SoftTriple, proxies at 100 times the rate",
+        {**_baseline("soft_triple"), "proxy_lr_multiplier": 100.0},
+    ),
+    "smooth_ap": Entry("Smooth-AP", _baseline("smooth_ap")),
+    "recall_at_k": Entry("Recall@K surrogate", _baseline("recall_at_k")),
 }
 
 

@@ -1,6 +1,6 @@
 """Ranked List Loss (Wang et al., CVPR 2019; TPAMI 2021) in JAX.
 
-    loss      the loss in every published variant, nine baselines, a cross-batch memory
+    loss      the loss in every published variant, fourteen baselines, a cross-batch memory
     metrics   Recall@K, MAP@R, R-precision, MRR, exactly; NMI, F1 and AMI of K-means
     networks  ResNets and GoogLeNet-V2 with embedding heads, and weights under their published names
     data      datasets of labelled images, augmentation, samplers, and the pipeline to batches

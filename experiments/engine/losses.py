@@ -23,7 +23,8 @@ class LossEntry(NamedTuple):
       flags: the options of `LossOptions` that the function takes under their names. Without any,
         --loss_options sets the function's keyword arguments.
       proxies: whether the function takes proxies to be learnt, one per training class, as its
-        third argument, and labels from 0 to the number of classes.
+        third argument, and labels from 0 to the number of classes. Where it has an option
+        `centers_per_class`, there are so many per class.
     """
 
     function: Callable[..., jax.Array]
@@ -44,9 +45,16 @@ LOSSES = {
     "proxy_anchor": LossEntry(loss.proxy_anchor_loss, proxies=True),
     "nt_xent": LossEntry(loss.nt_xent_loss),
     "sup_con": LossEntry(loss.sup_con_loss),
+    "circle": LossEntry(loss.circle_loss),
+    "arcface": LossEntry(loss.arcface_loss, proxies=True),
+    "soft_triple": LossEntry(loss.soft_triple_loss, proxies=True),
+    "smooth_ap": LossEntry(loss.smooth_ap_loss),
+    "recall_at_k": LossEntry(loss.recall_at_k_loss),
 }
-_NOT_OPTIONS = ("where", "axis_name")
-_MAY_BE_NONE = ("epsilon",)
+_NOT_OPTIONS = ("where", "gallery", "gallery_labels", "gallery_where", "axis_name")
+_MAY_BE_NONE = ("epsilon", "k_temperatures")
+_LISTS = ("ks", "k_temperatures")
+_CENTERS = "centers_per_class"
 _DEFAULTS = inspect.signature(loss.ranked_list_loss).parameters
 
 
@@ -69,11 +77,14 @@ class LossOptions(Section):
     )
     loss_options: str = option(
         "",
-        "Keyword arguments of another --loss, such as margin=0.1,mining=hard. "
-        "rll_jax/loss/baselines.py has their meaning.",
+        "Keyword arguments of another --loss, such as margin=0.1,mining=hard or ks=1+2+4. "
+        "rll_jax/loss/README.md says which file has their meaning.",
     )
     proxy_lr_multiplier: float = option(
-        1.0, "With --loss=proxy_anchor: the factor of the learning rate of the proxies.", low=0
+        1.0,
+        "With --loss=proxy_anchor, arcface or soft_triple: the factor of the learning rate of the "
+        "proxies.",
+        low=0,
     )
     alpha: float = option(
         _default("alpha"),
@@ -185,8 +196,16 @@ def make_loss(options: LossOptions, train_labels: np.ndarray) -> typing.Loss:
 
 
 def num_proxies(options: LossOptions, train_labels: np.ndarray) -> int:
-    """Returns the number of proxies to learn: one per training class, or 0."""
-    return len(np.unique(train_labels)) if options.entry.proxies else 0
+    """Returns the number of proxies to learn: one or some per training class, or 0."""
+    if not options.entry.proxies:
+        return 0
+    arguments = read_loss_options(options.loss, options.loss_options)
+    return len(np.unique(train_labels)) * _proxies_per_class(options.entry, arguments)
+
+
+def _proxies_per_class(entry: LossEntry, arguments: Mapping[str, Any]) -> int:
+    """Returns the number of proxies that the loss learns for each class."""
+    return int(arguments.get(_CENTERS, _keyword_defaults(entry).get(_CENTERS, 1)))
 
 
 def read_loss_options(name: str, text: str) -> dict[str, Any]:
@@ -228,7 +247,8 @@ def _trace(entry: LossEntry, arguments: Mapping[str, Any]) -> None:
     """Has the loss itself check its arguments."""
     embeddings = jax.ShapeDtypeStruct((2, 2), np.float32)
     labels = jax.ShapeDtypeStruct((2,), np.int32)
-    proxies = [embeddings] if entry.proxies else []
+    count = max(2 * _proxies_per_class(entry, arguments), 1)  # the loss refuses less than one
+    proxies = [jax.ShapeDtypeStruct((count, 2), np.float32)] if entry.proxies else []
     jax.eval_shape(functools.partial(entry.function, **arguments), embeddings, labels, *proxies)
 
 
@@ -241,13 +261,19 @@ def _parse(default: Any, key: str, text: str, where: str) -> Any:
         words = {"true": True, "false": False}
     if text.lower() in words:
         return words[text.lower()]
+    whole = key == "ks" or (isinstance(default, int) and not isinstance(default, bool))
     try:
-        value = math.nan if isinstance(default, bool) else float(text)
+        numbers = [float(part) for part in (text.split("+") if key in _LISTS else [text])]
     except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        expected = "a number or none" if words else "a number"
+        numbers = [math.nan]
+    fits = all(math.isfinite(number) and not (whole and number % 1) for number in numbers)
+    if isinstance(default, bool) or not fits:
+        expected = "a whole number" if whole else "a number"
+        if key in _LISTS:
+            expected = f"{'whole ' if whole else ''}numbers with + between"
+        expected += " or none" if words else ""
         if isinstance(default, bool):
             expected = "true or false"
         raise ValueError(f"{where}: {key}: expected {expected}, found {text!r}")
-    return value
+    values = tuple(int(number) if whole else number for number in numbers)
+    return values if key in _LISTS else values[0]

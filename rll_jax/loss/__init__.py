@@ -8,6 +8,8 @@ the names in other libraries.
 from rll_jax.loss import baselines as baselines
 from rll_jax.loss import memory
 from rll_jax.loss.baselines import (
+    arcface_loss,
+    circle_loss,
     contrastive_loss,
     lifted_structure_loss,
     multi_similarity_loss,
@@ -15,6 +17,9 @@ from rll_jax.loss.baselines import (
     nt_xent_loss,
     pml_ranked_list_loss,
     proxy_anchor_loss,
+    recall_at_k_loss,
+    smooth_ap_loss,
+    soft_triple_loss,
     sup_con_loss,
     triplet_loss,
 )
@@ -33,7 +38,9 @@ from rll_jax.loss.two_towers import two_tower_ranked_list_loss
 __all__ = [
     "RankedListLossTerms",
     "STATIC_ARGUMENTS",
+    "arcface_loss",
     "caffe2019",
+    "circle_loss",
     "contrastive_loss",
     "cvpr2019",
     "lifted_structure_loss",
@@ -46,6 +53,9 @@ __all__ = [
     "ranked_list_loss",
     "ranked_list_loss_of_query",
     "ranked_list_loss_terms",
+    "recall_at_k_loss",
+    "smooth_ap_loss",
+    "soft_triple_loss",
     "sup_con_loss",
     "tpami2020",
     "triplet_loss",

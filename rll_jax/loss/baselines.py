@@ -1,4 +1,8 @@
-"""The baselines of Ranked List Loss, equal to pytorch-metric-learning (PML) 2.9 to 1e-6 in float64.
+"""The baselines of Ranked List Loss, equal to their PyTorch originals to 1e-6 in float64.
+
+The originals are pytorch-metric-learning (PML) 2.9's; for Smooth-AP and Recall@K, the authors'.
+This file has the losses on distances, and all others by name: those on cosine similarities are in
+`similarity_losses`, those that learn proxies in `proxy_losses`, those on ranks in `ranking_losses`.
 
 Each loss takes embeddings (N, D) and labels (N,) first, its own options by keyword, and returns a
 scalar. All of them share this behaviour:
@@ -8,29 +12,40 @@ scalar. All of them share this behaviour:
 - The gradient is autodiff's and flows to all rows. It is finite, also at copies and in batches of
   one class. A loss with nothing to sum is 0. NaN in a valid row gives NaN.
 - `where`: (N,) bool or None. Rows with False are padding, whatever their values.
+- `gallery`, with `gallery_labels` and `gallery_where`, where a loss takes them: every row of the
+  batch is compared with these rows instead of the batch, such as a memory (`rll_jax.loss.memory`).
+  They are constants, as PML's `ref_emb` is without a gradient. No pair is left out, so a query's
+  own copy is a positive: push a batch into a memory after its loss.
 - `axis_name`: of `pmap`, `shard_map` or `vmap`, or None. The batch is that of all devices together,
-  and each device passes its own rows. Each device returns the loss of the whole batch. `lax.pmean`
-  of values and gradients gives those of one device, as in the recipe of this folder's README. Every
-  device computes all pairs, so the largest batches do not fit.
+  and each device passes its own rows (of the gallery too). Each device returns the loss of the
+  whole batch. `lax.pmean` of values and gradients gives those of one device, as in the recipe of
+  this folder's README. Every device computes all pairs, so the largest batches do not fit.
 - TypeError and ValueError for arrays of a wrong dtype or shape, as `ranked_list_loss` raises them.
 
 This module imports jax and numpy alone.
 """
 
-# jax's stubs leave some parameters of asarray and checkpoint without a type.
+# jax's stubs leave some parameters of checkpoint without a type.
 # pyright: reportUnknownMemberType=false
 
 from collections.abc import Hashable
 import functools
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import jax
 from jax import lax
-from jax.core import Tracer
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
 
+from rll_jax.loss._batches import (
+    distances,
+    log_sum_exp,
+    make_batch,
+    mean,
+    mean_above_zero,
+    own_pairs,
+)
 from rll_jax.loss._mesh import on_meshes
 from rll_jax.loss._options import (
     ALPHA,
@@ -41,9 +56,19 @@ from rll_jax.loss._options import (
     positive_boundary,
 )
 from rll_jax.loss._pairs import dot
-from rll_jax.loss.rows import checked_rows, computing_dtype, gather, normalize_rows
+from rll_jax.loss._problem import GalleryArguments
+from rll_jax.loss.proxy_losses import arcface_loss, proxy_anchor_loss, soft_triple_loss
+from rll_jax.loss.ranking_losses import recall_at_k_loss, smooth_ap_loss
+from rll_jax.loss.similarity_losses import (
+    circle_loss,
+    multi_similarity_loss,
+    nt_xent_loss,
+    sup_con_loss,
+)
 
 __all__ = [
+    "arcface_loss",
+    "circle_loss",
     "contrastive_loss",
     "lifted_structure_loss",
     "multi_similarity_loss",
@@ -51,6 +76,9 @@ __all__ = [
     "nt_xent_loss",
     "pml_ranked_list_loss",
     "proxy_anchor_loss",
+    "recall_at_k_loss",
+    "smooth_ap_loss",
+    "soft_triple_loss",
     "sup_con_loss",
     "triplet_loss",
 ]
@@ -66,6 +94,9 @@ def contrastive_loss(
     pos_margin: ArrayLike = 0.0,
     neg_margin: ArrayLike = 1.0,
     where: jax.Array | np.ndarray | None = None,
+    gallery: jax.Array | np.ndarray | None = None,
+    gallery_labels: jax.Array | np.ndarray | None = None,
+    gallery_where: jax.Array | np.ndarray | None = None,
     axis_name: Hashable | None = None,
 ) -> jax.Array:
     """Computes the contrastive loss (Hadsell, Chopra, LeCun, CVPR 2006) on distances, not squares.
@@ -80,12 +111,21 @@ def contrastive_loss(
       pos_margin: the distance up to which a positive pair costs nothing.
       neg_margin: the distance from which a negative pair costs nothing.
       where: (N,) bool mask, see the top of this file.
+      gallery: (M, D): compare the batch with these rows, see the top of this file.
+      gallery_labels: (M,), integer; needed with a gallery.
+      gallery_where: (M,) bool: False rows are padding.
       axis_name: see the top of this file.
     """
-    batch = _make_batch(embeddings, labels, where, axis_name)
-    distance = _distances(batch.embeddings)
-    pulled = _mean_above_zero(distance - pos_margin, batch.positive)
-    return batch.one * (pulled + _mean_above_zero(neg_margin - distance, batch.negative))
+    batch = make_batch(
+        embeddings,
+        labels,
+        where,
+        axis_name,
+        gallery=GalleryArguments(gallery, gallery_labels, gallery_where),
+    )
+    distance = distances(batch)
+    pulled = mean_above_zero(distance - pos_margin, batch.positive)
+    return batch.one * (pulled + mean_above_zero(neg_margin - distance, batch.negative))
 
 
 @on_meshes
@@ -96,6 +136,9 @@ def triplet_loss(
     margin: ArrayLike = 0.2,
     mining: Mining = "semihard",
     where: jax.Array | np.ndarray | None = None,
+    gallery: jax.Array | np.ndarray | None = None,
+    gallery_labels: jax.Array | np.ndarray | None = None,
+    gallery_where: jax.Array | np.ndarray | None = None,
     axis_name: Hashable | None = None,
 ) -> jax.Array:
     """Computes the triplet loss: the mean of the mined [d_ap - d_an + margin]_+ that are above 0.
@@ -113,6 +156,9 @@ def triplet_loss(
         nearest negative (Hermans et al., arXiv 1703.07737, "batch hard"); ties share the gradient.
         "all": all triplets.
       where: (N,) bool mask, see the top of this file.
+      gallery: (M, D): compare the batch with these rows, see the top of this file.
+      gallery_labels: (M,), integer; needed with a gallery.
+      gallery_where: (M,) bool: False rows are padding.
       axis_name: see the top of this file.
 
     Raises:
@@ -120,14 +166,20 @@ def triplet_loss(
     """
     if mining not in ("semihard", "hard", "all"):
         raise ValueError(f"mining: found {mining!r}, expected 'semihard', 'hard' or 'all'")
-    batch = _make_batch(embeddings, labels, where, axis_name)
-    distance = _distances(batch.embeddings)
+    batch = make_batch(
+        embeddings,
+        labels,
+        where,
+        axis_name,
+        gallery=GalleryArguments(gallery, gallery_labels, gallery_where),
+    )
+    distance = distances(batch)
     if mining == "hard":
         farthest = jnp.max(distance, axis=1, initial=0, where=batch.positive)
         nearest = jnp.min(distance, axis=1, initial=4, where=batch.negative)
         hinge = farthest - nearest + margin
         usable = batch.positive.any(axis=1) & batch.negative.any(axis=1)
-        return batch.one * _mean_above_zero(hinge, usable)
+        return batch.one * mean_above_zero(hinge, usable)
     # One (N, N) matrix at a time, computed again for the gradient.
     sum_triplets = functools.partial(_sum_triplets, margin, mining)
     sum_triplets = cast("Any", jax.checkpoint(sum_triplets))
@@ -180,16 +232,16 @@ def lifted_structure_loss(
       where: (N,) bool mask, see the top of this file.
       axis_name: see the top of this file.
     """
-    batch = _make_batch(embeddings, labels, where, axis_name)
-    distance = _distances(batch.embeddings)
-    log_sums = _log_sum_exp(neg_margin - distance, batch.negative)
+    batch = make_batch(embeddings, labels, where, axis_name)
+    distance = distances(batch)
+    log_sums = log_sum_exp(neg_margin - distance, batch.negative)
     has_negative = batch.negative.any(axis=1)
     usable = batch.positive & has_negative[:, None]
     # Finite in rows that have no negative, and masked below.
     log_sums = jnp.where(has_negative, log_sums, 0)
     pushed = jnp.logaddexp(log_sums[:, None], log_sums[None, :])
     hinge = jnp.maximum(pushed + distance - pos_margin, 0)
-    return batch.one * _mean(hinge**2 / 2, usable)
+    return batch.one * mean(hinge**2 / 2, usable)
 
 
 @on_meshes
@@ -216,7 +268,7 @@ def n_pair_loss(
       where: (N,) bool mask, see the top of this file.
       axis_name: see the top of this file.
     """
-    batch = _make_batch(embeddings, labels, where, axis_name, normalize)
+    batch = make_batch(embeddings, labels, where, axis_name, normalize=normalize)
     x, same = batch.embeddings, batch.positive
     number = jnp.arange(same.shape[0])
     has_earlier = (same & (number[:, None] > number[None, :])).any(axis=1)
@@ -225,163 +277,8 @@ def n_pair_loss(
     logits = jnp.where(anchor[None, :], scale * dot(x, positives, ((1,), (1,))), -jnp.inf)
     # Rows that are no anchors: finite here, and masked below.
     logits = jnp.where(anchor[:, None], logits, 0)
-    own = jnp.sum(jnp.where(batch.own, logits, 0), axis=1)
-    return batch.one * _mean(jax.nn.logsumexp(logits, axis=1) - own, anchor)
-
-
-@on_meshes
-def multi_similarity_loss(
-    embeddings: jax.Array | np.ndarray,
-    labels: jax.Array | np.ndarray,
-    *,
-    alpha: ArrayLike = 2.0,
-    beta: ArrayLike = 50.0,
-    base: ArrayLike = 0.5,
-    epsilon: ArrayLike | None = 0.1,
-    where: jax.Array | np.ndarray | None = None,
-    axis_name: Hashable | None = None,
-) -> jax.Array:
-    """Computes the multi-similarity loss with its mining (Wang et al., CVPR 2019, eq. 11 to 13).
-
-    It works on cosine similarities. The mean is over all rows. PML: MultiSimilarityLoss, with
-    MultiSimilarityMiner(epsilon) or, for epsilon=None, without.
-
-    Args:
-      embeddings: (N, D), floating.
-      labels: (N,), integer.
-      alpha: the scale of the positives, above 0.
-      beta: the scale of the negatives, above 0.
-      base: the similarity threshold, lambda in the paper.
-      epsilon: the mining margin. A positive counts if it is less similar than the most similar
-        negative plus epsilon. A negative counts if it is more similar than the least similar
-        positive less epsilon. None: all pairs count.
-      where: (N,) bool mask, see the top of this file.
-      axis_name: see the top of this file.
-
-    Raises:
-      ValueError: alpha or beta is not above 0.
-    """
-    _check_positive(alpha=alpha, beta=beta)
-    batch = _make_batch(embeddings, labels, where, axis_name)
-    positive, negative = batch.positive, batch.negative
-    similarity = dot(batch.embeddings, batch.embeddings, ((1,), (1,)))
-    if epsilon is not None:
-        fixed = lax.stop_gradient(similarity)
-        nearest = jnp.max(fixed, axis=1, keepdims=True, initial=-jnp.inf, where=negative)
-        farthest = jnp.min(fixed, axis=1, keepdims=True, initial=jnp.inf, where=positive)
-        positive = positive & (fixed - epsilon < nearest)
-        negative = negative & (fixed + epsilon > farthest)
-    pulled = _log_one_plus_sum_exp(alpha * (base - similarity), positive) / alpha
-    pushed = _log_one_plus_sum_exp(beta * (similarity - base), negative) / beta
-    return batch.one * _mean(pulled + pushed, batch.valid)
-
-
-@on_meshes
-def proxy_anchor_loss(
-    embeddings: jax.Array | np.ndarray,
-    labels: jax.Array | np.ndarray,
-    proxies: jax.Array | np.ndarray,
-    *,
-    margin: ArrayLike = 0.1,
-    alpha: ArrayLike = 32.0,
-    where: jax.Array | np.ndarray | None = None,
-    axis_name: Hashable | None = None,
-) -> jax.Array:
-    """Computes the proxy anchor loss (Kim et al., CVPR 2020, equation 4) on cosine similarities.
-
-    PML: ProxyAnchorLoss.
-
-    Args:
-      embeddings: (N, D), floating.
-      labels: (N,), integer, 0 to C - 1. A row with another label is a negative of all proxies.
-      proxies: (C, D), floating, to be trained; the same on all devices. PML's and the authors'
-        start as normal numbers with variance 2 / C.
-      margin: delta in the paper.
-      alpha: the scale, alpha in the paper.
-      where: (N,) bool mask, see the top of this file.
-      axis_name: see the top of this file.
-
-    Raises:
-      TypeError: proxies that are not a floating array.
-      ValueError: proxies of a wrong shape.
-    """
-    batch = _make_batch(embeddings, labels, where, axis_name)
-    x = batch.embeddings
-    _check_proxies(proxies, x.shape[1])
-    similarity = dot(x, normalize_rows(jnp.asarray(proxies).astype(x.dtype)), ((1,), (1,)))
-    own = batch.labels[:, None] == jnp.arange(proxies.shape[0])[None, :]
-    positive, negative = own & batch.valid[:, None], ~own & batch.valid[:, None]
-    pulled = _log_one_plus_sum_exp(alpha * (margin - similarity), positive, axis=0)
-    pushed = _log_one_plus_sum_exp(alpha * (similarity + margin), negative, axis=0)
-    return batch.one * (_mean(pulled, positive.any(axis=0)) + jnp.mean(pushed))
-
-
-@on_meshes
-def nt_xent_loss(
-    embeddings: jax.Array | np.ndarray,
-    labels: jax.Array | np.ndarray,
-    *,
-    temperature: ArrayLike = 0.07,
-    where: jax.Array | np.ndarray | None = None,
-    axis_name: Hashable | None = None,
-) -> jax.Array:
-    """Computes NT-Xent (Sohn 2016; SimCLR, Chen et al., ICML 2020, equation 1), many positives.
-
-    The loss is the mean over the ordered positive pairs of a cross entropy: that of the positive
-    among itself and the query's negatives. PML: NTXentLoss.
-
-    Args:
-      embeddings: (N, D), floating.
-      labels: (N,), integer.
-      temperature: divides the cosine similarities, above 0.
-      where: (N,) bool mask, see the top of this file.
-      axis_name: see the top of this file.
-
-    Raises:
-      ValueError: temperature is not above 0.
-    """
-    _check_positive(temperature=temperature)
-    batch = _make_batch(embeddings, labels, where, axis_name)
-    similarity = dot(batch.embeddings, batch.embeddings, ((1,), (1,))) / temperature
-    usable = batch.positive & batch.negative.any(axis=1)[:, None]
-    log_negatives = _log_sum_exp(similarity, batch.negative)[:, None]
-    return batch.one * _mean(jax.nn.softplus(log_negatives - similarity), usable)
-
-
-@on_meshes
-def sup_con_loss(
-    embeddings: jax.Array | np.ndarray,
-    labels: jax.Array | np.ndarray,
-    *,
-    temperature: ArrayLike = 0.1,
-    where: jax.Array | np.ndarray | None = None,
-    axis_name: Hashable | None = None,
-) -> jax.Array:
-    """Computes the supervised contrastive loss (Khosla et al., NeurIPS 2020, equation 2, L_out).
-
-    The loss of a query is the mean over its positives of -log softmax over all other rows. The
-    result is the mean over the queries whose loss is above 0. A batch of one class gives 0.
-    PML: SupConLoss.
-
-    Args:
-      embeddings: (N, D), floating.
-      labels: (N,), integer.
-      temperature: divides the cosine similarities, above 0.
-      where: (N,) bool mask, see the top of this file.
-      axis_name: see the top of this file.
-
-    Raises:
-      ValueError: temperature is not above 0.
-    """
-    _check_positive(temperature=temperature)
-    batch = _make_batch(embeddings, labels, where, axis_name)
-    positive, negative = batch.positive, batch.negative
-    similarity = dot(batch.embeddings, batch.embeddings, ((1,), (1,))) / temperature
-    log_total = _log_sum_exp(similarity, positive | negative)[:, None]
-    count = jnp.sum(positive, axis=1).astype(similarity.dtype)
-    total = jnp.sum(jnp.where(positive, log_total - similarity, 0), axis=1)
-    usable = positive.any(axis=1) & negative.any()
-    return batch.one * _mean_above_zero(total / jnp.maximum(count, 1), usable)
+    own = jnp.sum(jnp.where(own_pairs(x), logits, 0), axis=1)
+    return batch.one * mean(jax.nn.logsumexp(logits, axis=1) - own, anchor)
 
 
 @on_meshes
@@ -414,8 +311,8 @@ def pml_ranked_list_loss(
       where: (N,) bool mask, see the top of this file.
       axis_name: see the top of this file.
     """
-    batch = _make_batch(embeddings, labels, where, axis_name)
-    distance = _distances(batch.embeddings)
+    batch = make_batch(embeddings, labels, where, axis_name)
+    distance = distances(batch)
     alpha_pos = positive_boundary(alpha, margin)
     alpha_neg, t_pos, t_neg, share = (
         cast("Any", number) for number in (alpha, temperature_pos, temperature_neg, balance)
@@ -432,7 +329,7 @@ def pml_ranked_list_loss(
         t_neg * (alpha_neg - distance),
         batch.valid,
     )
-    return batch.one * _mean((1 - share) * positive + share * negative, batch.valid)
+    return batch.one * mean((1 - share) * positive + share * negative, batch.valid)
 
 
 def _pml_term(
@@ -443,92 +340,3 @@ def _pml_term(
     epsilon = 1e-5 * jnp.sum(valid, dtype=hinge.dtype)
     total = jnp.sum(weight * jnp.where(listed, hinge, 0), axis=1)
     return total / (jnp.sum(weight, axis=1) + epsilon)
-
-
-def _check_positive(**values: Any) -> None:
-    """Checks that options are above 0. Traced ones are not checked."""
-    for name, value in values.items():
-        if not isinstance(value, Tracer) and not value > 0:
-            raise ValueError(f"{name} out of range: found {value}, expected {name} > 0")
-
-
-def _check_proxies(proxies: jax.Array | np.ndarray, dim: int) -> None:
-    """Checks that proxies are a floating matrix (C, dim) with C >= 1."""
-    if not hasattr(proxies, "dtype") or not jnp.issubdtype(proxies.dtype, jnp.floating):
-        kind = getattr(proxies, "dtype", type(proxies).__name__)
-        raise TypeError(f"proxies must be a floating array: found {kind}")
-    if proxies.ndim != 2 or proxies.shape[1] != dim or not proxies.shape[0]:
-        raise ValueError(
-            f"proxies must go with embeddings: found shape {proxies.shape}, expected (C, {dim})"
-        )
-
-
-class _Batch(NamedTuple):
-    """The rows of all devices, and which pairs of them count."""
-
-    embeddings: jax.Array  # (N, D), of the computing dtype, padding as 0
-    labels: jax.Array  # (N,)
-    positive: jax.Array  # (N, N) bool: two valid rows of one class, never a row with itself
-    negative: jax.Array  # (N, N) bool: two valid rows of different classes
-    valid: jax.Array  # (N,) bool
-    own: jax.Array  # (N, N) bool: a row with itself
-    one: jax.Array  # scalar: 1, or NaN where an embedding of a valid row is NaN
-
-
-def _make_batch(
-    embeddings: jax.Array | np.ndarray,
-    labels: jax.Array | np.ndarray,
-    where: jax.Array | np.ndarray | None,
-    axis_name: Hashable | None,
-    normalize: bool = True,
-) -> _Batch:
-    """Checks, masks, normalises and gathers the rows, and finds their pairs."""
-    rows = checked_rows(embeddings, labels, where)
-    x = rows.embeddings.astype(computing_dtype(rows.embeddings.dtype))
-    valid = jnp.ones(rows.labels.shape, bool) if rows.where is None else rows.where
-    x = jnp.where(valid[:, None], x, 0)
-    x = normalize_rows(x) if normalize else x
-    x, gathered_labels = gather(x, axis_name), gather(rows.labels, axis_name)
-    valid = gather(valid, axis_name)
-    both = valid[:, None] & valid[None, :]
-    match = gathered_labels[:, None] == gathered_labels[None, :]
-    number = jnp.arange(gathered_labels.shape[0])
-    own = number[:, None] == number[None, :]
-    # Comparisons drop NaN, and this does not.
-    one = jnp.where(jnp.isnan(x).any(), jnp.nan, 1).astype(x.dtype)
-    return _Batch(x, gathered_labels, both & match & ~own, both & ~match, valid, own, one)
-
-
-def _distances(x: jax.Array) -> jax.Array:
-    """Returns the distances (N, N) of all pairs. One that is within rounding of 0 is 0."""
-    # Without their mean, rows that are near each other keep their digits.
-    x = x - lax.stop_gradient(jnp.mean(x, axis=0, keepdims=True))
-    size = jnp.sum(x * x, axis=1)
-    both = size[:, None] + size[None, :]
-    squared = jnp.maximum(both - 2 * dot(x, x, ((1,), (1,))), 0)
-    # A nearer pair is rounding, without a direction.
-    apart = squared > 4 * np.finfo(x.dtype).eps * both
-    return jnp.where(apart, jnp.sqrt(jnp.where(apart, squared, 1)), 0)
-
-
-def _mean(values: jax.Array | np.ndarray, chosen: jax.Array) -> jax.Array:
-    """Returns the mean of the chosen values, 0 without any."""
-    count = jnp.sum(chosen, dtype=jnp.int32).astype(values.dtype)
-    return jnp.sum(jnp.where(chosen, values, 0)) / jnp.maximum(count, 1)
-
-
-def _mean_above_zero(values: jax.Array | np.ndarray, chosen: jax.Array) -> jax.Array:
-    """Returns the mean of the chosen values that are above 0, 0 without any."""
-    return _mean(values, chosen & (values > 0))
-
-
-def _log_sum_exp(x: jax.Array | np.ndarray, chosen: jax.Array, axis: int = 1) -> jax.Array:
-    """Returns log sum exp over the chosen; without any -inf, with gradient 0."""
-    any_chosen = chosen.any(axis=axis)
-    x = jnp.where(jnp.expand_dims(any_chosen, axis), jnp.where(chosen, x, -jnp.inf), 0)
-    return jnp.where(any_chosen, jax.nn.logsumexp(x, axis=axis), -jnp.inf)
-
-
-def _log_one_plus_sum_exp(x: jax.Array | np.ndarray, chosen: jax.Array, axis: int = 1) -> jax.Array:
-    """Returns log(1 + sum exp) over the chosen, 0 without any."""
-    return jax.nn.softplus(_log_sum_exp(x, chosen, axis))

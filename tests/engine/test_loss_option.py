@@ -62,6 +62,14 @@ def test_every_loss_is_its_function_with_its_options():
         ("n_pair", "scale=4, normalize=false"): baselines.n_pair_loss(
             x, labels, scale=4, normalize=False
         ),
+        ("circle", "margin=0.25"): baselines.circle_loss(x, labels, margin=0.25),
+        ("smooth_ap", "temperature=0.1"): baselines.smooth_ap_loss(x, labels, temperature=0.1),
+        (
+            "recall_at_k",
+            "ks=1+2+4,k_temperatures=1+1+2,rank_query=false",
+        ): baselines.recall_at_k_loss(
+            x, labels, ks=(1, 2, 4), k_temperatures=(1, 1, 2), rank_query=False
+        ),
     }
     for (name, text, *more), expected in cases.items():
         options = losses.LossOptions(loss=name, loss_options=text, **dict(more))
@@ -107,7 +115,27 @@ def test_every_loss_is_its_function_with_its_options():
             {"loss": "sup_con", "proxy_lr_multiplier": 10.0},
             "--proxy_lr_multiplier does nothing with --loss=sup_con",
         ),
-        ({"loss": "contrastive", "loss_options": "where=1"}, "of pos_margin, neg_margin"),
+        ({"loss": "contrastive", "loss_options": "where=1"}, "of pos_margin, neg_margin, each"),
+        (
+            {"loss": "soft_triple", "loss_options": "centers_per_class=2.5"},
+            "centers_per_class: expected a whole number, found '2.5'",
+        ),
+        (
+            {"loss": "soft_triple", "loss_options": "centers_per_class=0"},
+            "centers_per_class out of range: found 0, expected centers_per_class > 0",
+        ),
+        (
+            {"loss": "recall_at_k", "loss_options": "ks=1+x"},
+            "ks: expected whole numbers with + between, found '1+x'",
+        ),
+        (
+            {"loss": "recall_at_k", "loss_options": "k_temperatures=1+1"},
+            "k_temperatures must be 5 numbers above 0",
+        ),
+        (
+            {"loss": "arcface", "loss_options": "margin=28.6"},
+            "margin out of range: found 28.6, expected 0 to pi, in radians",
+        ),
         (
             {"loss_options": "margin=0.2"},
             "expected nothing, as --loss=ranked_list has flags of its own",
@@ -139,6 +167,27 @@ def test_proxies_train_with_the_network_and_eight_devices_equal_one():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), many.params, state.params
     )
+
+
+def test_losses_with_proxies_number_the_classes():
+    x = np.random.default_rng(2).normal(size=(24, 8)).astype(np.float32)
+    rng = np.random.default_rng(3)
+    for name, text, count, function in (
+        ("arcface", "scale=16", 6, functools.partial(loss.arcface_loss, scale=16.0)),
+        (
+            "soft_triple",
+            "centers_per_class=3",
+            18,
+            functools.partial(loss.soft_triple_loss, centers_per_class=3),
+        ),
+        ("soft_triple", "", 60, loss.soft_triple_loss),
+    ):
+        options = losses.LossOptions(loss=name, loss_options=text)
+        assert losses.num_proxies(options, LABELS) == count
+        proxies = rng.normal(size=(count, 8)).astype(np.float32)
+        value = losses.make_loss(options, LABELS)(x, LABELS, proxies=proxies)
+        expected = function(x, np.searchsorted(CLASSES, LABELS), proxies)
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
 
 
 def test_proxies_in_chunks():

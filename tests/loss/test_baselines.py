@@ -5,23 +5,45 @@ import warnings
 
 import jax
 from jax import lax
+from jax.experimental import checkify
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 import numpy as np
 import pytest
 
 from rll_jax.loss import baselines
+from tests.helpers import ranking_oracle
 
-CLASSES = 9
+CLASSES, CENTERS = 9, 3
 
 
 def proxies(dtype=np.float64):
     return np.random.default_rng(9).normal(size=(CLASSES, 8)).astype(dtype)
 
 
+def centers(dtype=np.float64):
+    return np.random.default_rng(8).normal(size=(CLASSES * CENTERS, 8)).astype(dtype)
+
+
 def with_proxies(embeddings, labels, **options):
     return baselines.proxy_anchor_loss(
         embeddings, labels, jnp.asarray(proxies(embeddings.dtype)), **options
+    )
+
+
+def arcface(embeddings, labels, **options):
+    return baselines.arcface_loss(
+        embeddings, labels, jnp.asarray(proxies(embeddings.dtype)), **options
+    )
+
+
+def soft_triple(embeddings, labels, **options):
+    return baselines.soft_triple_loss(
+        embeddings,
+        labels,
+        jnp.asarray(centers(embeddings.dtype)),
+        centers_per_class=CENTERS,
+        **options,
     )
 
 
@@ -55,7 +77,22 @@ LOSSES = {
         margin=0.2,
         balance=0.3,
     ),
+    "circle": baselines.circle_loss,
+    "circle, faces": functools.partial(baselines.circle_loss, margin=0.25, gamma=16.0),
+    "arcface": arcface,
+    "arcface, beyond pi": functools.partial(arcface, margin=2.0, scale=16.0),
+    "soft triple": soft_triple,
+    "smooth ap": baselines.smooth_ap_loss,
+    "recall at k": baselines.recall_at_k_loss,
+    "recall at k, as in retrieval": functools.partial(
+        baselines.recall_at_k_loss,
+        ks=(1, 3, 50),
+        k_temperatures=(1, 1, 2),
+        temperature=0.05,
+        rank_query=False,
+    ),
 }
+LEARNS = [LOSSES[name] for name in ("proxy anchor", "arcface", "arcface, beyond pi", "soft triple")]
 for_each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
 
@@ -77,6 +114,11 @@ def peers():
 
     anchor = theirs.ProxyAnchorLoss(CLASSES, 8)
     anchor.proxies.data = torch.as_tensor(proxies())
+    arc = theirs.ArcFaceLoss(CLASSES, 8, margin=np.degrees(0.5))
+    beyond = theirs.ArcFaceLoss(CLASSES, 8, margin=np.degrees(2.0), scale=16)
+    arc.W.data = beyond.W.data = torch.as_tensor(proxies()).T.contiguous()
+    soft = theirs.SoftTripleLoss(CLASSES, 8, centers_per_class=CENTERS)
+    soft.fc.data = torch.as_tensor(centers()).T.contiguous()
     return {
         "contrastive": theirs.ContrastiveLoss(),
         "contrastive, margins": theirs.ContrastiveLoss(pos_margin=0.3, neg_margin=0.8),
@@ -99,6 +141,20 @@ def peers():
         "sup-con": theirs.SupConLoss(),
         "pml's ranked list": ranked(margin=0.4, Tn=10.0, alpha=1.2),
         "pml's ranked list, T": ranked(margin=0.2, Tn=3.0, Tp=2.0, alpha=1.3, imbalance=0.3),
+        "circle": theirs.CircleLoss(),
+        "circle, faces": theirs.CircleLoss(m=0.25, gamma=16),
+        "arcface": arc,
+        "arcface, beyond pi": beyond,
+        "soft triple": soft,
+        "smooth ap": ranking_oracle.smooth_ap,
+        "recall at k": ranking_oracle.recall_at_k,
+        "recall at k, as in retrieval": functools.partial(
+            ranking_oracle.recall_at_k,
+            ks=(1, 3, 50),
+            widths=(1, 1, 2),
+            temperature=0.05,
+            rank_query=False,
+        ),
     }
 
 
@@ -159,15 +215,47 @@ def test_equals_pytorch_metric_learning(name, kind):
         )
 
 
-def test_the_gradient_of_proxies_is_the_peers():
-    peer = peers()["proxy anchor"]
+@pytest.mark.parametrize(
+    "name, loss, of_peer, start",
+    [
+        ("proxy anchor", baselines.proxy_anchor_loss, lambda p: p.proxies.grad, proxies()),
+        ("arcface", baselines.arcface_loss, lambda p: p.W.grad.T, proxies()),
+        (
+            "soft triple",
+            functools.partial(baselines.soft_triple_loss, centers_per_class=CENTERS),
+            lambda p: p.fc.grad.T,
+            centers(),
+        ),
+    ],
+)
+def test_the_gradient_of_proxies_is_the_peers(name, loss, of_peer, start):
+    peer = peers()[name]
     import torch
 
     x, labels = batch("ragged")
     peer(torch.tensor(x), torch.as_tensor(labels)).backward()
     with jax.enable_x64(True):
-        gradient = jax.grad(baselines.proxy_anchor_loss, argnums=2)(x, labels, proxies())
-    np.testing.assert_allclose(gradient, peer.proxies.grad.numpy(), atol=1e-6)
+        gradient = jax.grad(loss, argnums=2)(x, labels, start)
+    np.testing.assert_allclose(gradient, of_peer(peer).numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 4, 6])
+def test_smooth_ap_is_the_peers_with_its_sizes_mended(size):
+    """PML's takes even classes in order, and reads C classes of k rows as k classes of C rows."""
+    theirs = pytest.importorskip("pytorch_metric_learning.losses", reason="needs PML")
+    import torch
+
+    x, labels = batch("clustered", size)[0], np.arange(36) // size
+    rows = torch.tensor(x, requires_grad=True)
+    as_it_reads = torch.arange(36) // (36 // size)  # labels, where size is 6
+    expected = theirs.SmoothAPLoss(temperature=0.05)(rows, as_it_reads)
+    expected.backward()
+    with jax.enable_x64(True):
+        value, gradient = value_and_gradient(
+            functools.partial(baselines.smooth_ap_loss, temperature=0.05), x, labels
+        )
+    np.testing.assert_allclose(value, expected.item(), rtol=1e-5)  # theirs sums in float32
+    np.testing.assert_allclose(gradient, rows.grad.numpy(), atol=1e-6)
 
 
 @for_each_loss
@@ -208,7 +296,7 @@ def test_low_precision_is_worked_on_in_float32(loss):
     value, gradient = value_and_gradient(loss, low, labels)
     expected = value_and_gradient(loss, np.asarray(low, np.float32), labels)
     assert value.dtype == jnp.float32 and gradient.dtype == jnp.float16
-    np.testing.assert_allclose(value, expected[0], rtol=1e-2 if loss is with_proxies else 1e-6)
+    np.testing.assert_allclose(value, expected[0], rtol=1e-2 if loss in LEARNS else 1e-6)
     assert np.isfinite(np.asarray(gradient, np.float32)).all()
 
 
@@ -240,7 +328,9 @@ def test_order_of_the_rows_does_not_matter(name):
 
 
 ON_DEVICES = [(name, "vmap") for name in LOSSES] + [
-    (name, kind) for name in ("triplet, hard", "proxy anchor") for kind in ("pmap", "shard_map")
+    (name, kind)
+    for name in ("triplet, hard", "proxy anchor", "arcface", "smooth ap")
+    for kind in ("pmap", "shard_map")
 ]
 
 
@@ -290,9 +380,12 @@ def test_devices_together_are_one(name, runner):
     np.testing.assert_allclose(actual[1], expected[1], atol=1e-4 * np.abs(expected[1]).max())
 
 
-def test_triplets_do_not_take_a_cube_of_memory():
+@pytest.mark.parametrize(
+    "loss", [baselines.triplet_loss, baselines.smooth_ap_loss, baselines.recall_at_k_loss]
+)
+def test_triplets_do_not_take_a_cube_of_memory(loss):
     x, labels = np.zeros((512, 8), np.float32), np.arange(512) // 4
-    compiled = jax.jit(jax.value_and_grad(baselines.triplet_loss)).lower(x, labels).compile()
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(x, labels).compile()
     assert (
         compiled.memory_analysis().temp_size_in_bytes < 64 * 2**20
     )  # 512^3 floats would be 512 MiB
@@ -313,3 +406,26 @@ def test_bad_input():
             baselines.proxy_anchor_loss(x, labels, wrong)
     with pytest.raises(ValueError, match="labels must go with embeddings"):
         baselines.nt_xent_loss(x, labels[:-1])
+    with pytest.raises(ValueError, match="margin out of range: found 28.6, .* in radians"):
+        arcface(x, labels, margin=28.6)
+    with pytest.raises(ValueError, match="multiple of centers_per_class=2: found 9"):
+        baselines.soft_triple_loss(x, labels, proxies(np.float32), centers_per_class=2)
+    for options, text in (
+        ({"ks": ()}, "ks must be"),
+        ({"ks": (0, 1)}, "ks must be"),
+        ({"ks": (1, 2), "k_temperatures": (1,)}, "k_temperatures must be 2 numbers"),
+        ({"k_temperatures": (1, 2, 4, 8, 0)}, "k_temperatures must be 5 numbers"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            baselines.recall_at_k_loss(x, labels, **options)
+
+
+@for_each_loss
+def test_clean_under_strict_types_and_checks(loss):
+    x, labels = batch("ragged", dtype=np.float32)
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        checked = checkify.checkify(jax.grad(loss), errors=checkify.all_checks)
+        error, gradient = jax.jit(checked)(x, labels.astype(np.int32), where=np.arange(36) != 3)
+    assert error.get() is None and np.isfinite(gradient).all()
+    assert np.isnan(loss(np.where(np.arange(36)[:, None] == 4, np.nan, x), labels))
+    assert loss(x, labels, where=np.zeros(36, bool)) == 0
