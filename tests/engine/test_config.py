@@ -13,7 +13,7 @@ from tests.helpers.commands import run
 
 FREE_ON_RESUME = {
     "data_dir", "workdir", "threads", "worker_processes", "checkpoint_every", "keep", "log_every",
-    "report", "verify_images", "max_bad_images", "compilation_cache", "max_bad_steps",
+    "report", "zero_shot", "verify_images", "max_bad_images", "compilation_cache", "max_bad_steps",
     "profile_steps", "dry_run", "multihost", "coordinator_address", "num_processes", "process_id",
 }  # fmt: skip
 
@@ -146,7 +146,7 @@ def test_help_shows_what_matters_first_and_helpfull_all_by_section():
     short, full = (run(f"--{name}").stdout for name in ("help", "helpfull"))
     shown = re.findall(r"^  --(?:\[no\])?(\w+)$", short, re.M)
     assert shown == [name for name, known in OPTIONS.items() if known.metadata["main"]]
-    assert len(shown) == 20 and "--helpfull shows all 96 options" in short
+    assert len(shown) == 20 and "--helpfull shows all 98 options" in short
     titles = ["Data", "Batches", "Loss", "Network", "Optimiser", "Schedule", "Devices"]
     assert re.findall(r"^(\w+):$", full, re.M) == [*titles, "Processes", "Runtime"]
     assert re.findall(r"^  --(?:\[no\])?(\w+)$", full, re.M) == list(OPTIONS)
