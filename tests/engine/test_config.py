@@ -13,7 +13,7 @@ from tests.helpers.commands import run
 
 FREE_ON_RESUME = {
     "data_dir", "workdir", "threads", "worker_processes", "checkpoint_every", "keep", "log_every",
-    "report", "verify_images", "max_bad_images", "compilation_cache", "max_bad_steps",
+    "report", "zero_shot", "verify_images", "max_bad_images", "compilation_cache", "max_bad_steps",
     "profile_steps", "dry_run", "multihost", "coordinator_address", "num_processes", "process_id",
 }  # fmt: skip
 
