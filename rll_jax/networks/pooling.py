@@ -213,7 +213,7 @@ _avg_pool.defvjp(_avg_pool_forward, _avg_pool_backward)
 
 
 def _counts(x: jax.Array, window: _Window, with_pads: bool) -> int | jax.Array:
-    """Returns the number of values that a window averages, or (h, w, 1) numbers."""
+    """Returns the number of values that a window averages, or (1, h, w, 1) numbers."""
     if with_pads:
         return _size(window)
     along = []
@@ -221,7 +221,7 @@ def _counts(x: jax.Array, window: _Window, with_pads: bool) -> int | jax.Array:
     for side, width, stride, (before, after) in sides:
         starts = np.arange(-before, side + after - width + 1, stride)
         along.append(np.minimum(starts + width, side) - np.maximum(starts, 0))
-    return jnp.asarray(np.multiply.outer(*along)[..., None], jnp.float32)
+    return jnp.asarray(np.multiply.outer(*along)[None, ..., None], jnp.float32)
 
 
 def _flax_avg_pool(x: jax.Array, window: _Window, with_pads: bool) -> jax.Array:
