@@ -72,7 +72,9 @@ def make_batch(
     both = valid[:, None] & gallery_valid[None, :]
     positive = both & match if bank is not None else both & match & ~own_pairs(x)
     # Comparisons drop NaN, and this does not.
-    one = jnp.where(jnp.isnan(x).any() | jnp.isnan(g).any(), jnp.nan, 1).astype(x.dtype)
+    has_nan = jnp.isnan(x).any()
+    has_nan = has_nan if bank is None else has_nan | jnp.isnan(g).any()
+    one = jnp.where(has_nan, jnp.nan, 1).astype(x.dtype)
     return Batch(x, None if bank is None else g, row_labels, positive, both & ~match, valid, one)
 
 

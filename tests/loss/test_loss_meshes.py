@@ -168,10 +168,6 @@ BASELINES = {
     "proxy anchor": lambda x, labels: loss.proxy_anchor_loss(
         x, labels, jnp.cos(jnp.arange(22 * D).reshape(22, D))
     ),
-    "circle": loss.circle_loss,
-    "arcface": lambda x, labels: loss.arcface_loss(
-        x, labels, jnp.cos(jnp.arange(22 * D).reshape(22, D))
-    ),
 }
 
 
