@@ -1,4 +1,4 @@
-"""The losses under JAX's strict settings, checks and exports, and numbers held by other libraries."""
+"""The losses under JAX's strict settings and checks, exported, and with numbers of any kind."""
 
 import functools
 
@@ -6,6 +6,7 @@ import jax
 from jax import export
 from jax.experimental import checkify
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
@@ -209,3 +210,14 @@ def test_a_message_about_labels_says_what_to_do(labels, message):
     for function in (loss.ranked_list_loss, loss.contrastive_loss):
         with pytest.raises(TypeError, match=message):
             function(rows(n=4), labels)
+
+
+@pytest.mark.parametrize("name", ["cvpr2019", "terms", "contrastive"])
+def test_explicit_axes_of_one_device(name):
+    mesh = jax.make_mesh(
+        (1,), ("data",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:1]
+    )
+    lying = jax.device_put((rows(), LABELS), NamedSharding(mesh, PartitionSpec("data")))
+    call = jax.jit(jax.value_and_grad(LOSSES[name]))
+    for actual, expected in zip(call(*lying), call(rows(), LABELS), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)

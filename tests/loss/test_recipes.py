@@ -36,8 +36,16 @@ def test_the_list_at_the_top_leads_to_every_recipe():
     assert set(re.findall(r"\]\(#([\w-]+)\)", PAGE)) == set(anchors)
 
 
-@pytest.mark.parametrize("check_vma, kind", [(True, AxisType.Auto), (False, AxisType.Explicit)])
-def test_the_gradient_outside_shard_map_is_that_of_one_device(check_vma, kind):
+@pytest.mark.parametrize(
+    "function, check_vma, kind",
+    [
+        (loss.caffe2019, True, AxisType.Auto),
+        (loss.caffe2019, False, AxisType.Explicit),
+        (loss.contrastive_loss, True, AxisType.Explicit),
+        (loss.contrastive_loss, False, AxisType.Auto),
+    ],
+)
+def test_the_gradient_outside_shard_map_is_that_of_one_device(function, check_vma, kind):
     if jax.device_count() < 8:
         pytest.skip("needs 8 devices: JAX_NUM_CPU_DEVICES=8")
     keys = jax.random.split(jax.random.key(0), 2)
@@ -46,7 +54,7 @@ def test_the_gradient_outside_shard_map_is_that_of_one_device(check_vma, kind):
 
     def batch_loss(params, images, labels, axis_name=None):
         rows = images @ params["kernel"] + params["bias"]
-        return loss.caffe2019(rows, labels, axis_name=axis_name)
+        return function(rows, labels, axis_name=axis_name)
 
     def mean_over_devices(*batch):
         return lax.pmean(batch_loss(*batch, axis_name="data"), "data")

@@ -101,7 +101,7 @@ NAMED = (
     ("marign",),
     ("mas", "mass"),
     ("semi-hard", "semihard"),
-    ("embeddings", "list[list[float]]"),
+    ("list[list[float]]",),
 )
 
 PROGRAMS = {"correct": CORRECT, "mistakes": MISTAKES}
