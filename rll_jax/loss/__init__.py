@@ -31,8 +31,8 @@ from rll_jax.loss.ranked_list import (
 from rll_jax.loss.two_towers import two_tower_ranked_list_loss
 
 __all__ = [
-    "STATIC_ARGUMENTS",
     "RankedListLossTerms",
+    "STATIC_ARGUMENTS",
     "caffe2019",
     "contrastive_loss",
     "cvpr2019",

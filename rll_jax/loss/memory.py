@@ -106,7 +106,8 @@ def push(
     if mesh is None or AxisType.Explicit not in mesh.axis_types:
         return _push(memory, embeddings, labels, where)
     # Under explicit axes JAX asks where each result lies: as the memory did.
-    places = jax.tree.map(lambda x: NamedSharding(mesh, jax.typeof(x).sharding.spec), memory)
+    specs = [cast("Any", jax.typeof(x)).sharding.spec for x in memory]
+    places = CrossBatchMemory(*(cast("Any", NamedSharding(mesh, spec)) for spec in specs))
     push_anywhere = cast("Any", jax.sharding.auto_axes(_push, out_sharding=places))
     return push_anywhere(memory, embeddings, labels, where)
 

@@ -426,5 +426,5 @@ def tpami2020(
 
 def _centred_alpha(margin: Any) -> Any:
     """Returns the boundary of negatives of the 2020 layer, without derivative, as the margin."""
-    margin = as_number(margin)
-    return 1 + (lax.stop_gradient(margin) if isinstance(margin, Tracer) else margin) / 2
+    margin, tracer = as_number(margin), cast("type", Tracer)
+    return 1 + (lax.stop_gradient(margin) if isinstance(margin, tracer) else margin) / 2
