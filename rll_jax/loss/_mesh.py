@@ -21,14 +21,15 @@ Tree = TypeVar("Tree")
 
 
 def mesh_of(x: jax.Array | np.ndarray) -> Any:
-    """Returns the abstract mesh of several devices on which an array lies, or None.
+    """Returns the abstract mesh on which an array lies, of several devices or explicit, or None.
 
-    None within `shard_map` and `pmap`, where an array is the part of one device.
+    None within `shard_map` and `pmap`, where an array is the part of one device. An explicit axis
+    has rules of its own even where it is one device long.
     """
     mesh: Any = jax.typeof(x).sharding.mesh
-    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+    if mesh.empty or AxisType.Manual in mesh.axis_types:
         return None
-    return mesh
+    return mesh if mesh.size > 1 or AxisType.Explicit in mesh.axis_types else None
 
 
 def pad_rows(x: jax.Array | np.ndarray, mesh: Any) -> jax.Array:

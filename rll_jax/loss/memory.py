@@ -14,17 +14,19 @@ A memory is a plain pytree of arrays: carry it through jit, scan and checkpoints
 the step. Keep one on each device: `axis_name` of the loss gathers them.
 """
 
-# jax's stubs leave some parameters of asarray without a type.
+# jax's stubs leave some parameters of asarray and auto_axes without a type.
 # pyright: reportUnknownMemberType=false
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
 from jax.typing import DTypeLike
 import numpy as np
 
+from rll_jax.loss._mesh import mesh_of
 from rll_jax.loss.rows import check_rows
 
 __all__ = ["CrossBatchMemory", "init", "push"]
@@ -100,6 +102,24 @@ def push(
             f"labels must fit the memory's {memory.labels.dtype}: "
             f"found {labels.min()} to {labels.max()}"
         )
+    mesh = mesh_of(embeddings)
+    if mesh is None or AxisType.Explicit not in mesh.axis_types:
+        return _push(memory, embeddings, labels, where)
+    # Under explicit axes JAX asks where each result lies: as the memory did.
+    specs = [cast("Any", jax.typeof(x)).sharding.spec for x in memory]
+    places = CrossBatchMemory(*(cast("Any", NamedSharding(mesh, spec)) for spec in specs))
+    push_anywhere = cast("Any", jax.sharding.auto_axes(_push, out_sharding=places))
+    return push_anywhere(memory, embeddings, labels, where)
+
+
+def _push(
+    memory: CrossBatchMemory,
+    embeddings: jax.Array | np.ndarray,
+    labels: jax.Array | np.ndarray,
+    where: jax.Array | np.ndarray | None,
+) -> CrossBatchMemory:
+    """Returns the memory with rows stored, without checks."""
+    n, capacity = embeddings.shape[0], memory.embeddings.shape[0]
     stored = jnp.ones(n, bool) if where is None else jnp.asarray(where)
     rank = jnp.cumsum(stored, dtype=jnp.int32)
     count = rank[-1]

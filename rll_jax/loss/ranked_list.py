@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar, Unpack, cast
 
 import jax
 from jax import lax
+from jax.core import Tracer
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
@@ -47,6 +48,7 @@ from rll_jax.loss._options import (
     Precision,
     QueryWeighting,
     Variant,
+    as_number,
     positive_boundary,
 )
 from rll_jax.loss._problem import (
@@ -421,5 +423,6 @@ def tpami2020(
 
 
 def _centred_alpha(margin: Any) -> Any:
-    """Returns the boundary of negatives of the 2020 layer."""
-    return 1 + margin / 2
+    """Returns the boundary of negatives of the 2020 layer, without derivative, as the margin."""
+    margin, tracer = as_number(margin), cast("type", Tracer)
+    return 1 + (lax.stop_gradient(margin) if isinstance(margin, tracer) else margin) / 2

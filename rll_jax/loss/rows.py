@@ -69,7 +69,9 @@ def check_rows(
     """
     for name, value in ((names.embeddings, embeddings), (names.labels, labels)):
         if not hasattr(value, "shape"):
-            raise TypeError(f"{name} must be an array: found {type(value).__name__}")
+            raise TypeError(
+                f"{name} must be an array: found {type(value).__name__}; use numpy.asarray({name})"
+            )
     _check_embeddings(embeddings, names.embeddings)
     expected = embeddings.shape[:1]
     _check_label_dtype(labels, names.labels)
@@ -110,10 +112,10 @@ def _check_embeddings(embeddings: jax.Array | np.ndarray, name: str) -> None:
 def _check_label_dtype(labels: jax.Array | np.ndarray, name: str) -> None:
     """Checks that labels are integers, and that jax keeps their values."""
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(
-            f"{name} must be integers: use numpy.unique(..., return_inverse=True), once for all "
-            f"labels; found {labels.dtype}"
-        )
+        use = "numpy.unique(..., return_inverse=True), once for all labels"
+        if jnp.issubdtype(labels.dtype, jnp.floating):  # as Keras passes them, (N, 1)
+            use = f'{name}.reshape(-1).astype("int32")'
+        raise TypeError(f"{name} must be integers: use {use}; found {labels.dtype}")
     dtype = jax.dtypes.canonicalize_dtype(labels.dtype)
     if not isinstance(labels, np.ndarray) or dtype == labels.dtype:
         return

@@ -9,14 +9,25 @@ import sys
 from tests.helpers.paths import ROOT
 
 
+def blocks_of(text: str) -> list[str]:
+    """The Python blocks of a document."""
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
 def check_snippets(text: str) -> None:
     """Runs each block on its own and compares its output with its `print(...)  # output` lines."""
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    blocks = blocks_of(text)
     assert blocks
     for block in blocks:
-        # JAX is configured before its backend starts, which it has done in this process.
-        output = _in_own_process(block) if "jax.config" in block else _in_this_process(block)
-        assert output.splitlines() == re.findall(r"print\(.*\)  # (.*)", block)
+        check_block(block)
+
+
+def check_block(block: str) -> None:
+    """Runs one block and compares its output with its `print(...)  # output` lines."""
+    # JAX is configured before its backend starts, which it has done in this process.
+    own = "jax.config" in block or "os.environ" in block
+    output = _in_own_process(block) if own else _in_this_process(block)
+    assert output.splitlines() == re.findall(r"print\(.*\)  # (.*)", block)
 
 
 def _in_this_process(block: str) -> str:

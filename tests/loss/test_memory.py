@@ -2,6 +2,8 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
@@ -173,3 +175,23 @@ def test_rows_that_cannot_be_kept(call, error, message):
 
 def push(*rows):
     return memory.push(memory.init(4, 2), *rows)
+
+
+@pytest.mark.parametrize("spec", [None, P(), P("data")], ids=["elsewhere", "whole", "divided"])
+def test_rows_on_a_mesh_of_explicit_axes(spec):
+    if jax.device_count() < 8:
+        pytest.skip("needs 8 devices: JAX_NUM_CPU_DEVICES=8")
+    mesh = jax.make_mesh(
+        (8,), ("data",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:8]
+    )
+    x, labels, where = jnp.arange(48.0).reshape(16, 3), jnp.arange(16), jnp.arange(16) % 3 > 0
+    bank = memory.push(memory.init(24, 3), -x, labels)
+    expected = jax.jit(memory.push)(bank, x, labels, where)
+    if spec is not None:
+        bank = memory.CrossBatchMemory(
+            *(jax.device_put(a, NamedSharding(mesh, spec if a.ndim else P())) for a in bank)
+        )
+    lying = jax.device_put((x, labels, where), NamedSharding(mesh, P("data")))
+    actual = jax.jit(memory.push)(bank, *lying)
+    for found, right in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(found, right)
