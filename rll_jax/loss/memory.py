@@ -90,7 +90,7 @@ def push(
       ValueError: likewise; or another dim than the memory's, or labels that do not fit its dtype.
         Labels on a device are not checked for that.
     """
-    capacity, dim = memory.embeddings.shape
+    dim = memory.embeddings.shape[1]
     check_rows(embeddings, labels, where)
     n = embeddings.shape[0]
     if embeddings.shape != (n, dim):
@@ -106,7 +106,7 @@ def push(
     if mesh is None or AxisType.Explicit not in mesh.axis_types:
         return _push(memory, embeddings, labels, where)
     # Under explicit axes JAX asks where each result lies: as the memory did.
-    specs = [cast("Any", jax.typeof(x)).sharding.spec for x in memory]
+    specs = [jax.typeof(x).sharding.spec for x in memory]
     places = CrossBatchMemory(*(cast("Any", NamedSharding(mesh, spec)) for spec in specs))
     push_anywhere = cast("Any", jax.sharding.auto_axes(_push, out_sharding=places))
     return push_anywhere(memory, embeddings, labels, where)
