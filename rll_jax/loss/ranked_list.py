@@ -163,7 +163,7 @@ def ranked_list_loss(
       axis_name: of `pmap`, `shard_map` or `vmap`: the gallery is that of all devices together. Each
         device passes its own rows of the batch, or of `gallery` (shards, not copies). It returns
         its share times the number of devices, so that `lax.pmean` of values and gradients gives
-        those of the whole batch. The README has the recipe.
+        those of the whole batch. RECIPES.md has the recipe.
       block_size: queries computed at a time; None chooses from M. Memory is O(M * block_size).
         Ignored where N or M is symbolic (`jax.export`).
       precision: of the matrix products. "highest" is float32. "high" uses the tensor cores: TF32 on

@@ -114,7 +114,7 @@ def _check_label_dtype(labels: jax.Array | np.ndarray, name: str) -> None:
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         use = "numpy.unique(..., return_inverse=True), once for all labels"
         if jnp.issubdtype(labels.dtype, jnp.floating):  # as Keras passes them, (N, 1)
-            use = f'{name}.reshape(-1).astype("int32")'
+            use += f', or {name}.reshape(-1).astype("int32")'
         raise TypeError(f"{name} must be integers: use {use}; found {labels.dtype}")
     dtype = jax.dtypes.canonicalize_dtype(labels.dtype)
     if not isinstance(labels, np.ndarray) or dtype == labels.dtype:
