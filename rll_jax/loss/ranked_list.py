@@ -27,6 +27,7 @@ import numpy as np
 
 from rll_jax._jaxlib_fault import warn_of_wrong_sums
 from rll_jax.loss import _blocks
+from rll_jax.loss._mesh import first_rows
 from rll_jax.loss._options import (
     ALPHA,
     BALANCE,
@@ -187,8 +188,7 @@ def ranked_list_loss(
         HyperParameters(alpha, margin, temperature_pos, temperature_neg, balance),
         options,
     )
-    shares, _ = solve(_share, arguments, options, axis_name)
-    share = jnp.sum(shares)
+    share = jnp.sum(solve(_share, arguments, options, axis_name))
     return share if axis_name is None else share * lax.axis_size(axis_name)
 
 
@@ -234,10 +234,8 @@ def ranked_list_loss_terms(
         HyperParameters(alpha, margin, temperature_pos, temperature_neg, balance),
         options,
     )
-    terms, on_mesh = solve(_terms, arguments, options, axis_name)
-    if on_mesh:
-        terms = RankedListLossTerms(*(column[: embeddings.shape[0]] for column in terms))
-    return terms
+    terms = solve(_terms, arguments, options, axis_name)
+    return RankedListLossTerms(*(first_rows(column, embeddings.shape[0]) for column in terms))
 
 
 def _share(problem: Problem) -> jax.Array:
