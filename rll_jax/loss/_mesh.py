@@ -39,13 +39,15 @@ def pad_rows(x: jax.Array | np.ndarray, mesh: Any) -> jax.Array:
     return jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) if missing else x
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def first_rows(x: jax.Array, count: int) -> jax.Array:
-    """Returns the first rows of an array, wherever it lies, or all if it has no more."""
+    """Returns the first `count` rows, without those that `pad_rows` added."""
     if x.shape[0] == count:
         return x
     mesh = mesh_of(x)
     if mesh is not None and AxisType.Explicit in mesh.axis_types:
-        x = cast("jax.Array", jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec())))
+        # Explicit axes divide rows evenly or not at all.
+        x = jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
     return x[:count]
 
 
@@ -84,6 +86,9 @@ def on_meshes(loss: Callable[Options, jax.Array]) -> Callable[Options, jax.Array
 
     @functools.wraps(loss)
     def on_any_mesh(*args: Options.args, **kwargs: Options.kwargs) -> jax.Array:
+        if not args and "embeddings" in kwargs:
+            embeddings = kwargs.pop("embeddings")
+            return cast("Any", on_any_mesh)(embeddings, **kwargs)
         mesh = mesh_of(cast("Any", args[0])) if args and hasattr(args[0], "dtype") else None
         if mesh is None:
             return loss(*args, **kwargs)

@@ -158,8 +158,8 @@ def solve(
 ) -> Tree:
     """Returns `reduce` of the problem.
 
-    Where the embeddings lie on a mesh of several devices, each computes its part of the queries.
-    The results are then joined; those of rows that were added as padding come last.
+    Where the queries or the gallery lie on a mesh of several devices, each device computes its part
+    of the queries. The results of all devices are joined. Those of padded rows come last.
 
     Args:
       reduce: a module's function from a problem to a tree of arrays (n, ...), n its queries, or
@@ -168,16 +168,24 @@ def solve(
       options: the variant and what else is known when tracing.
       axis_name: the caller's axis, or None.
     """
-    if axis_name is not None or mesh_of(arguments.batch.embeddings) is None:
+    if axis_name is not None or _mesh_of(arguments) is None:
         return reduce(make_problem(arguments, options, axis_name))
     return _solve_on_mesh(reduce, options, arguments)
+
+
+def _mesh_of(arguments: Arguments) -> Any:
+    """Returns the mesh of several devices on which the queries or the gallery lie, or None."""
+    mesh = mesh_of(arguments.batch.embeddings)
+    if mesh is None and arguments.bank is not None:
+        return mesh_of(arguments.bank.embeddings)
+    return mesh
 
 
 def _solve_on_mesh(
     reduce: Callable[[Problem], Tree], options: Options, arguments: Arguments
 ) -> Tree:
-    """Returns the results of all devices, joined."""
-    mesh = mesh_of(arguments.batch.embeddings)
+    """Returns `solve` where the arguments lie on a mesh."""
+    mesh = _mesh_of(arguments)
 
     def of_device(rows: tuple[LabelledRows, LabelledRows | None], constants: Constants) -> Tree:
         return reduce(make_problem(Arguments(*rows, constants), options, mesh.axis_names))
@@ -280,7 +288,8 @@ def _centred_arrays(
     columns = Columns(
         g_centred,
         label=gallery.labels.astype(label_dtype)[None, :],
-        number=gallery.number[None, :],
+        # It varies too, because jax.vmap cannot batch a lax.cond that makes its arguments vary.
+        number=gallery.number[None, :] + zero.astype(jnp.int32),
         size=g_size[None, :],
         valid=None if gallery.valid is None else gallery.valid[None, :],
     )

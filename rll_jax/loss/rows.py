@@ -6,7 +6,7 @@ The losses, the networks and the train step use these. Imports jax and numpy alo
 # jax's stubs leave some parameters of asarray, cond and all_gather without a type.
 # pyright: reportUnknownMemberType=false
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import NamedTuple, cast
 
 import jax
@@ -173,7 +173,7 @@ def normalize_rows(x: jax.Array) -> jax.Array:
 
     Rows no longer than 1e-12 become 0, with gradient 0.
     """
-    return _unit_rows(x)[0]
+    return _compiled_unit_rows(x)[0]
 
 
 def _normalize_tangent(
@@ -181,7 +181,7 @@ def _normalize_tangent(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the unit rows and their tangents: what is tangent to the unit sphere, over length."""
     (x,), (tangent,) = primals, tangents
-    y, (_, inverse) = normalize_rows(x), _unit_rows(x)
+    y, (_, inverse) = normalize_rows(x), _compiled_unit_rows(x)
     return y, (tangent - y * jnp.sum(tangent * y, axis=1, keepdims=True)) * inverse
 
 
@@ -210,6 +210,12 @@ def _unit_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     # The product is within [-1, 1] already. The clip keeps the compiler from contracting it with a
     # later difference (FMA), which would make equal rows differ.
     return jnp.clip(x * scale * inverse, -1, 1), scale * inverse
+
+
+# Outside jit the branches would be compiled again at every call.
+_compiled_unit_rows = cast(
+    "Callable[[jax.Array], tuple[jax.Array, jax.Array]]", jax.jit(_unit_rows)
+)
 
 
 def _inverse_lengths(x: jax.Array) -> tuple[jax.Array, jax.Array]:
