@@ -21,10 +21,10 @@ from rll_jax.loss._pairs import (
     Pairs,
     Spec,
     dot,
+    exact_where_near,
     make_pairs,
     precision_of,
     row_sum,
-    while_near,
 )
 
 Tree = TypeVar("Tree")
@@ -219,7 +219,7 @@ def _pull(spec: Spec, arrays: Arrays, pairs: Pairs, coefficients: jax.Array) -> 
             else None,
         )
 
-    return while_near(pairs.any_near, _Gradient(on_queries, on_gallery), exact)
+    return exact_where_near(pairs.any_near, _Gradient(on_queries, on_gallery), exact)
 
 
 def _split(

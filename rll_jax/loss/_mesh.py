@@ -32,6 +32,17 @@ def mesh_of(x: jax.Array | np.ndarray) -> Any:
     return mesh if mesh.size > 1 or AxisType.Explicit in mesh.axis_types else None
 
 
+def on_own_device(x: jax.Array) -> jax.Array:
+    """Returns an array of `shard_map` in whole, if explicit axes beside its own ones divide it."""
+    sharding: Any = jax.typeof(x).sharding
+    kinds = set(sharding.mesh.axis_types)
+    is_divided = any(part is not None for part in sharding.spec)
+    if not is_divided or not {AxisType.Manual, AxisType.Explicit} <= kinds:
+        return x
+    whole = NamedSharding(sharding.mesh, PartitionSpec())
+    return cast("jax.Array", jax.sharding.reshard(x, whole))
+
+
 def pad_rows(x: jax.Array | np.ndarray, mesh: Any) -> jax.Array:
     """Returns the rows, with zeros behind them so that every device of a mesh has as many."""
     x = jnp.asarray(x)

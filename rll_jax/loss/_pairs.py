@@ -157,7 +157,7 @@ def make_pairs(spec: Spec, arrays: Arrays) -> Pairs:
     """Returns the pairs of a block of queries with the gallery."""
     constants = arrays.constants
     distance, any_near = _distances_by_product(spec, arrays)
-    distance = while_near(any_near, distance, lambda: _distances_by_difference(spec, arrays))
+    distance = exact_where_near(any_near, distance, lambda: _distances_by_difference(spec, arrays))
     excess = _excess(arrays, distance)
     farthest = _reduce_rows(jnp.maximum, jnp.max, lambda e: jnp.maximum(e, 0), excess)
     nearest = _reduce_rows(jnp.minimum, jnp.min, lambda e: jnp.minimum(e, 0), excess)
@@ -184,7 +184,7 @@ def make_pairs(spec: Spec, arrays: Arrays) -> Pairs:
     )
 
 
-def while_near(any_near: jax.Array, value: Tree, exact: Callable[[], Tree]) -> Tree:
+def exact_where_near(any_near: jax.Array, value: Tree, exact: Callable[[], Tree]) -> Tree:
     """Returns `exact()` where the block has a near pair, and otherwise `value`.
 
     A loop of at most one round: it leaves `value` where it is, and `lax.cond` would copy it. The

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 import numpy as np
 
 from rll_jax._jaxlib_fault import warn_of_wrong_sums
+from rll_jax.loss._mesh import on_own_device
 
 
 class LabelledRows(NamedTuple):
@@ -50,8 +51,10 @@ def checked_rows(
     """
     check_rows(embeddings, labels, where, names)
     warn_of_wrong_sums()
-    mask = None if where is None else jnp.asarray(where)
-    return LabelledRows(jnp.asarray(embeddings), jnp.asarray(labels), mask)
+    mask = None if where is None else on_own_device(jnp.asarray(where))
+    return LabelledRows(
+        on_own_device(jnp.asarray(embeddings)), on_own_device(jnp.asarray(labels)), mask
+    )
 
 
 def check_rows(
@@ -181,6 +184,7 @@ def _normalize_tangent(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the unit rows and their tangents: what is tangent to the unit sphere, over length."""
     (x,), (tangent,) = primals, tangents
+    # The unit rows are this function again, so that second derivatives are right too.
     y, (_, inverse) = normalize_rows(x), _compiled_unit_rows(x)
     return y, (tangent - y * jnp.sum(tangent * y, axis=1, keepdims=True)) * inverse
 
