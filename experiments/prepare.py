@@ -14,6 +14,7 @@ import os
 import pathlib
 import signal
 import sys
+import types
 from typing import Any
 
 from absl import app
@@ -76,8 +77,15 @@ def _source(options: absl_flags.FlagValues) -> Any:
     return source
 
 
-def _end(*_: Any) -> None:
+def _end(_: int, frame: types.FrameType | None) -> None:
     """Has SIGTERM remove what is half written."""
+    while frame is not None:
+        # Python drops exceptions of these: the signal is sent again in a moment.
+        if frame.f_code.co_name in ("_xla_gc_callback", "__del__"):
+            signal.signal(signal.SIGALRM, _end)
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            return
+        frame = frame.f_back
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print("told to stop: what is half written is removed; the same command begins again")
     sys.exit(resume.RUN_AGAIN)

@@ -6,7 +6,10 @@ import sys
 import threading
 from typing import TextIO
 
+import jax
 import tqdm
+
+from experiments.engine import processes
 
 _SECONDS = 2.0
 
@@ -15,6 +18,8 @@ _SECONDS = 2.0
 def told(text: str, stream: TextIO | None = None) -> Iterator[None]:
     """Prints `text` once the block has taken more than two seconds.
 
+    Of several processes the first alone prints.
+
     Args:
       text: what the block does.
       stream: where to print; by default stdout. Where a command's results are on stdout, stderr,
@@ -22,6 +27,9 @@ def told(text: str, stream: TextIO | None = None) -> Iterator[None]:
     """
 
     def tell() -> None:
+        # Alone, `jax.process_index` would start a backend that the command may not need.
+        if jax.distributed.is_initialized() and not processes.is_first():
+            return
         tqdm.tqdm.write(f"{text} ...", file=out)
         out.flush()
 

@@ -74,10 +74,10 @@ FLOAT = 4  # bytes
 BLOCK_PAIRS = 1 << 20  # rll_jax/loss/_problem.py
 LEAST_BLOCK = 64  # rll_jax/loss/_problem.py
 # Temporaries of XLA on a CPU, by gallery_gradient: matrices of a block, copies of the gallery.
-BLOCK_MATRICES = {False: 6, True: 7}
-GALLERY_COPIES = {False: 2, True: 4}
+BLOCK_MATRICES = {False: 11, True: 11}
+GALLERY_COPIES = {False: 3, True: 4}
 # Products of N/C x N x D each, by gallery_gradient: rll_jax/loss/_blocks.py
-PRODUCTS = {False: 2, True: 4}
+PRODUCTS = {False: 2, True: 3}
 PAIR_TRANSITS = 10  # assumed: times that one float of a pair passes through memory
 GALLERY_TRANSITS = 6  # assumed: times that one float of a gathered row passes through memory
 # Assumed: what is kept of one image for the gradient, bfloat16, ResNet-50, 224 pixels.

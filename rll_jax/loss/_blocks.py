@@ -156,7 +156,8 @@ def _block_terms(spec: Spec, constants: Constants, pairs: Pairs) -> Terms:
         return _hinge(spec, constants, excess)
 
     def count(is_listed: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        return row_sum(lambda excess: is_listed(excess).astype(jnp.int32), pairs.excess)
+        counts = row_sum(lambda excess: is_listed(excess).astype(jnp.int32), pairs.excess)
+        return counts.astype(jnp.int32)
 
     positive = row_sum(lambda w, e: w * jnp.maximum(hinge(e), 0), pairs.weight, pairs.excess)
     negative = row_sum(lambda w, e: w * jnp.minimum(hinge(e), 0), pairs.weight, pairs.excess)

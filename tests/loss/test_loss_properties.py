@@ -171,14 +171,6 @@ def test_no_matrix_of_all_pairs_with_blocks():
     assert memory.temp_size_in_bytes < 4 * n * n / 2
 
 
-def test_hyper_parameters_get_no_gradient():
-    x, labels, where = batch("ragged")
-    gradients = jax.grad(lambda hyper: loss.ranked_list_loss(jnp.asarray(x), labels, **hyper))(
-        HYPER
-    )
-    assert not any(gradients.values())
-
-
 @pytest.mark.parametrize(
     "name, other",
     [
