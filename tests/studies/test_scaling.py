@@ -76,6 +76,8 @@ def test_bytes_and_products_are_those_of_the_compiled_loss(gallery_gradient):
 @pytest.mark.parametrize("gallery_gradient", [False, True])
 def test_memory_is_about_what_xla_takes(gallery_gradient):
     expected = scaling.loss_bytes(N, CHIPS, DIM, gallery_gradient)
+    if jax.__version_info__ < (0, 11) and not gallery_gradient:
+        expected -= 4 * N * DIM  # that XLA keeps a copy of the gallery less
     assert program(gallery_gradient).temporary == pytest.approx(expected, rel=0.1)
 
 
