@@ -161,7 +161,8 @@ def _check_workdir(workdir: pathlib.Path, config: Config) -> Config:
     config, changed = config_lib.as_begun(config, saved)
     before = config_lib.from_flagfile(saved)
     differing = config_lib.differences(before, config)
-    if len(differing) == 1 and config.schedule.steps > before.schedule.steps:
+    only_steps = len(differing) == 1 and differing[0].startswith("--steps=")
+    if only_steps and config.schedule.steps > before.schedule.steps:
         raise ValueError(
             f"--steps={config.schedule.steps}: --workdir={workdir} holds a run of "
             f"{before.schedule.steps} steps, over which its learning rate falls by a cosine. More "

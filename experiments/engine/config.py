@@ -180,7 +180,8 @@ def as_begun(config: Config, path: pathlib.Path) -> tuple[Config, dict[str, Any]
       older than, that the command leaves at their defaults, and whose defaults are not what runs
       did before.
     """
-    written = {line.partition("=")[0].removeprefix("--") for line in path.read_text().splitlines()}
+    lines = options.read_flagfile(path)
+    written = {line.partition("=")[0].removeprefix("--") for line in lines}
     flat = config.flat()
     changed = {
         name: known.metadata["earlier"]

@@ -90,10 +90,14 @@ class EncodedImageDataset:
 
     def take(self, rows: np.ndarray | Sequence[int]) -> "EncodedImageDataset":
         """Returns the dataset of some rows, in the order of `rows`."""
-        names = [field.name for field in dataclasses.fields(self) if field.name != "read"]
-        columns = {name: getattr(self, name) for name in names}
+        columns = self.columns()
         taken = {name: None if a is None else a[rows] for name, a in columns.items()}
         return dataclasses.replace(self, **taken)
+
+    def columns(self) -> dict[str, np.ndarray | None]:
+        """Returns {name: (N,) array or None} of what there is for each row."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "read"]
+        return {name: getattr(self, name) for name in names}
 
 
 def check_splits(train: EncodedImageDataset, test: EncodedImageDataset) -> None:
@@ -218,12 +222,13 @@ def all_as_test(splits: dict[str, EncodedImageDataset]) -> dict[str, EncodedImag
     Args:
       splits: {"train": ..., "test": ...} of one dataset, which read from the same source.
     """
-    train, test = splits["train"], splits["test"]
-    columns = {}
-    for name in ("positions", "labels", "paths", "sizes", "changed", "super_labels"):
-        parts = getattr(train, name), getattr(test, name)
-        columns[name] = None if parts[0] is None else np.concatenate(parts)
-    whole = dataclasses.replace(train, **columns, in_gallery=None)
+    train, test = (dataclasses.replace(splits[name], in_gallery=None) for name in ("train", "test"))
+    of_train, of_test = train.columns(), test.columns()
+    joined = {
+        name: None if column is None else np.concatenate([column, of_test[name]])
+        for name, column in of_train.items()
+    }
+    whole = dataclasses.replace(train, **joined)
     return {"train": whole.take([]), "test": whole}
 
 

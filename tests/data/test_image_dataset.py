@@ -97,6 +97,26 @@ def test_query_and_gallery(tmp_path):
         image_dataset.check_splits(found["train"], found["test"])
 
 
+def test_all_classes_as_test_keep_all_that_a_row_has(tmp_path):
+    rows = []
+    for number, (label, split) in enumerate(
+        [(0, "train"), (0, "train"), (1, "query"), (1, "gallery")]
+    ):
+        name = f"{number}.jpg"
+        (tmp_path / name).write_bytes(jpeg(number))
+        rows.append(listings.Row(name, label, split, label, f"g{number % 2}", f"i{number}"))
+    splits = image_dataset.from_rows(tmp_path, rows)
+    whole = image_dataset.all_as_test(splits)
+    assert len(whole["train"]) == 0 and whole["test"].in_gallery is None
+    test = whole["test"]
+    for name, column in test.columns().items():
+        assert column is None or len(column) == 4, name
+    assert test.groups is not None and test.image_ids is not None
+    np.testing.assert_array_equal(test.groups[[0, 1]], test.groups[[2, 3]])
+    assert len(set(test.image_ids)) == 4
+    assert [test.image_bytes(row) for row in range(4)] == [jpeg(row) for row in range(4)]
+
+
 def test_super_labels(tmp_path):
     make_sop(tmp_path)
     root, rows = benchmarks.read_listing("sop", tmp_path)
