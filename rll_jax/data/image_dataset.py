@@ -223,10 +223,10 @@ def all_as_test(splits: dict[str, EncodedImageDataset]) -> dict[str, EncodedImag
       splits: {"train": ..., "test": ...} of one dataset, which read from the same source.
     """
     train, test = (dataclasses.replace(splits[name], in_gallery=None) for name in ("train", "test"))
-    of_train, of_test = train.columns(), test.columns()
+    pairs = zip(train.columns().items(), test.columns().values(), strict=True)
     joined = {
-        name: None if column is None else np.concatenate([column, of_test[name]])
-        for name, column in of_train.items()
+        name: None if of_train is None or of_test is None else np.concatenate([of_train, of_test])
+        for (name, of_train), of_test in pairs
     }
     whole = dataclasses.replace(train, **joined)
     return {"train": whole.take([]), "test": whole}

@@ -15,9 +15,8 @@ from jax.core import Tracer
 import jax.numpy as jnp
 import numpy as np
 
-from rll_jax.loss import _problem
 from rll_jax.loss._pairs import dot
-from rll_jax.loss._problem import GalleryArguments
+from rll_jax.loss._problem import GalleryArguments, checked_gallery, common_label_dtype
 from rll_jax.loss.rows import LabelledRows, checked_rows, clean_embeddings, computing_dtype, gather
 
 _NO_GALLERY = GalleryArguments(None, None, None)
@@ -54,10 +53,7 @@ def make_batch(
 ) -> Batch:
     """Checks, masks, normalises and gathers the rows, and finds their pairs."""
     rows = checked_rows(embeddings, labels, where)
-    # The same checks as those of `ranked_list_loss`.
-    bank = _problem._checked_gallery(  # pyright: ignore[reportPrivateUsage]
-        gallery, rows.embeddings.shape[1]
-    )
+    bank = checked_gallery(gallery, rows.embeddings.shape[1])
     dtype = computing_dtype(rows.embeddings.dtype)
     x, row_labels, valid = _gathered(rows, normalize, dtype, axis_name)
     if bank is None:
@@ -65,9 +61,7 @@ def make_batch(
     else:
         g, gallery_labels, gallery_valid = _gathered(bank, normalize, dtype, axis_name)
         g = lax.stop_gradient(g)
-    label_dtype = _problem._common_label_dtype(  # pyright: ignore[reportPrivateUsage]
-        row_labels.dtype, gallery_labels.dtype
-    )
+    label_dtype = common_label_dtype(row_labels.dtype, gallery_labels.dtype)
     match = row_labels.astype(label_dtype)[:, None] == gallery_labels.astype(label_dtype)[None, :]
     both = valid[:, None] & gallery_valid[None, :]
     positive = both & match if bank is not None else both & match & ~own_pairs(x)

@@ -228,26 +228,21 @@ def _split(
 ) -> tuple[int, Callable[[jax.Array], tuple[Arrays, *Parts]]]:
     """Splits the queries, and any further trees with a row for each, into blocks.
 
-    Block k has the rows k, k + count, k + 2 count, ... So where the rows lie on several devices,
-    each device has its share of every block.
-
     Returns:
       The number of blocks, and a function from a block's number to its arrays and its part of the
-      further trees. The rows are padded with zeros.
+      further trees. The last block is padded with zeros.
     """
-    n = arrays.queries.shape[0]
-    count = -(-n // spec.block_size)
-    size = -(-n // count)
+    n, size = arrays.queries.shape[0], spec.block_size
+    count = -(-n // size)
 
     def pad(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, count * size - n)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(size, count, *x.shape[1:])
+        return jnp.pad(x, [(0, count * size - n)] + [(0, 0)] * (x.ndim - 1))
 
     padded = jax.tree.map(pad, (arrays.queries, arrays.rows, args))
 
     def block(number: jax.Array) -> tuple[Arrays, *Parts]:
         def cut(x: jax.Array) -> jax.Array:
-            return cast("jax.Array", lax.dynamic_index_in_dim(x, number, axis=1, keepdims=False))
+            return lax.dynamic_slice_in_dim(x, number * size, size)
 
         queries, rows, parts = jax.tree.map(cut, padded)
         return arrays._replace(queries=queries, rows=rows), *parts
@@ -259,7 +254,7 @@ def _join(n: int, tree: Tree) -> Tree:
     """Joins the blocks (count, size, ...) of each array into n rows (n, ...), without padding."""
 
     def join(x: jax.Array) -> jax.Array:
-        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:n]
+        return x.reshape(-1, *x.shape[2:])[:n]
 
     return jax.tree.map(join, tree)
 
@@ -307,12 +302,8 @@ def _sum_blocks(
 
 def _losses(spec: Spec, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
     """Returns L_i and the log of the mass of every query, (N, 1) each."""
-
-    def body(block: Arrays) -> tuple[jax.Array, jax.Array]:
-        terms = _block_terms(spec, block.constants, make_pairs(spec, block))
-        return _balanced(block.constants.balance, terms), terms.log_mass
-
-    return _map_blocks(spec, body, arrays)
+    terms = _terms_value(spec, *arrays)
+    return _balanced(arrays.constants.balance, terms), terms.log_mass
 
 
 def _gradient(spec: Spec, arrays: Arrays, cotangents: _Cotangents) -> _Gradient:
@@ -328,11 +319,14 @@ def _gradient(spec: Spec, arrays: Arrays, cotangents: _Cotangents) -> _Gradient:
 
 
 def _block_gradient(
-    spec: Spec, block: Arrays, pairs: Pairs, terms: Terms, cotangents: _Cotangents
+    spec: Spec, block: Arrays, pairs: Pairs, terms: Terms | None, cotangents: _Cotangents
 ) -> _Gradient:
-    """Returns the gradient of one block whose pairs and terms are known."""
+    """Returns the gradient of one block whose pairs are known.
+
+    Its terms are needed where the weights are differentiated, or the mass.
+    """
     mass_pos = mass_neg = None
-    if cotangents.log_mass is not None:
+    if cotangents.log_mass is not None and terms is not None:
         mass_pos, mass_neg = (
             _mass_factor(cotangents.log_mass, total, log_scale, terms.log_mass)
             for total, log_scale in (
@@ -363,25 +357,30 @@ def _weighted_losses(
 
     def body(block: Arrays, weight: jax.Array) -> tuple[tuple[jax.Array, jax.Array], _Gradient]:
         pairs = make_pairs(spec, block)
-        scale_pos = _ratio((1 - balance) * weight, pairs.sum_pos)
-        scale_neg = _ratio(balance * weight, pairs.sum_neg)
+        cotangents = _Cotangents((1 - balance) * weight, balance * weight, None)
         if spec.weight_gradient:
             terms = _block_terms(spec, block.constants, pairs)
             losses = weight * _balanced(balance, terms)
         else:
-            # One sum over the pairs instead of a sum for each list.
-            terms = None
-
-            def pair_loss(weight: jax.Array, excess: jax.Array) -> jax.Array:
-                scale = jnp.where(weight > 0, scale_pos, scale_neg)
-                return weight * scale * _hinge(spec, block.constants, excess)
-
-            losses = row_sum(pair_loss, pairs.weight, pairs.excess)
-        factors = _Factors(scale_pos, scale_neg, terms, None, None)
-        coefficients = _coefficients(spec, block.constants, factors, pairs)
-        return (losses, _log_mass(pairs)), _pull(spec, block, pairs, coefficients)
+            terms, losses = None, _sum_of_lists(spec, block.constants, pairs, cotangents)
+        gradient = _block_gradient(spec, block, pairs, terms, cotangents)
+        return (losses, _log_mass(pairs)), gradient
 
     return _sum_blocks(spec, body, arrays, weight)
+
+
+def _sum_of_lists(
+    spec: Spec, constants: Constants, pairs: Pairs, by_terms: _Cotangents
+) -> jax.Array:
+    """Returns what the terms give by their factors, (B, 1): one sum over the pairs for both."""
+    scale_pos = _ratio(by_terms.positive, pairs.sum_pos)
+    scale_neg = _ratio(by_terms.negative, pairs.sum_neg)
+
+    def pair_loss(weight: jax.Array, excess: jax.Array) -> jax.Array:
+        scale = jnp.where(weight > 0, scale_pos, scale_neg)
+        return weight * scale * _hinge(spec, constants, excess)
+
+    return row_sum(pair_loss, pairs.weight, pairs.excess)
 
 
 def _loss_value(spec: Spec, *args: Any) -> jax.Array:

@@ -50,11 +50,13 @@ def pad_rows(x: jax.Array | np.ndarray, mesh: Any) -> jax.Array:
     return jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) if missing else x
 
 
-@functools.partial(jax.jit, static_argnums=1)
 def first_rows(x: jax.Array, count: int) -> jax.Array:
     """Returns the first `count` rows, without those that `pad_rows` added."""
-    if x.shape[0] == count:
-        return x
+    return x if x.shape[0] == count else cast("jax.Array", _cut_rows(x, count))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cut_rows(x: jax.Array, count: int) -> jax.Array:
     mesh = mesh_of(x)
     if mesh is not None and AxisType.Explicit in mesh.axis_types:
         # Explicit axes divide rows evenly or not at all.

@@ -7,7 +7,8 @@ Private to `rll_jax.loss`. Imports jax and numpy alone.
 # pyright: reportUnknownMemberType=false
 
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, TypeVar
+import functools
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 from jax import lax
@@ -44,6 +45,8 @@ __all__ = [
     "Problem",
     "QueryArguments",
     "check_arguments",
+    "checked_gallery",
+    "common_label_dtype",
     "make_problem",
     "solve",
 ]
@@ -119,7 +122,7 @@ def check_arguments(
     batch = checked_rows(queries.embeddings, queries.labels, queries.where)
     hyper = HyperParameters(*(as_number(number) for number in hyper))
     check_options(hyper, options.variant, options.block_size, options.precision)
-    bank = _checked_gallery(gallery, batch.embeddings.shape[1])
+    bank = checked_gallery(gallery, batch.embeddings.shape[1])
     dtype = computing_dtype(batch.embeddings.dtype)
     return Arguments(batch, bank, _make_constants(hyper, dtype))
 
@@ -130,7 +133,7 @@ def make_problem(arguments: Arguments, options: Options, axis_name: Hashable | N
     variant, normalize, block_size, precision = options
     dtype = computing_dtype(batch.embeddings.dtype)
     query_side, gallery_side = _make_sides(batch, bank, normalize, dtype, variant.gallery_gradient)
-    label_dtype = _common_label_dtype(query_side.labels.dtype, gallery_side.labels.dtype)
+    label_dtype = common_label_dtype(query_side.labels.dtype, gallery_side.labels.dtype)
     if axis_name is not None:
         check_varying(batch.embeddings, axis_name)
         query_side, gallery_side = _gathered(query_side, gallery_side, axis_name)
@@ -170,7 +173,7 @@ def solve(
     """
     if axis_name is not None or _mesh_of(arguments) is None:
         return reduce(make_problem(arguments, options, axis_name))
-    return _solve_on_mesh(reduce, options, arguments)
+    return cast("Tree", _solve_on_mesh(reduce, options, arguments))
 
 
 def _mesh_of(arguments: Arguments) -> Any:
@@ -181,6 +184,7 @@ def _mesh_of(arguments: Arguments) -> Any:
     return mesh
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _solve_on_mesh(
     reduce: Callable[[Problem], Tree], options: Options, arguments: Arguments
 ) -> Tree:
@@ -195,9 +199,6 @@ def _solve_on_mesh(
     return over_rows(of_device, mesh, rows, arguments.constants)
 
 
-_solve_on_mesh = jax.jit(_solve_on_mesh, static_argnums=(0, 1))
-
-
 def _padded(rows: LabelledRows, mesh: Any) -> LabelledRows:
     """Returns the rows with as much padding as makes them equally many on every device."""
     count = rows.embeddings.shape[0]
@@ -207,7 +208,7 @@ def _padded(rows: LabelledRows, mesh: Any) -> LabelledRows:
     return LabelledRows(*(pad_rows(x, mesh) for x in (rows.embeddings, rows.labels, where)))
 
 
-def _checked_gallery(gallery: GalleryArguments, dim: int) -> LabelledRows | None:
+def checked_gallery(gallery: GalleryArguments, dim: int) -> LabelledRows | None:
     """Returns the gallery as jax arrays after its checks, or None for the batch itself."""
     if gallery.embeddings is None:
         if gallery.labels is not None or gallery.where is not None:
@@ -225,7 +226,7 @@ def _checked_gallery(gallery: GalleryArguments, dim: int) -> LabelledRows | None
     return rows
 
 
-def _common_label_dtype(queries: np.dtype, gallery: np.dtype) -> np.dtype:
+def common_label_dtype(queries: np.dtype, gallery: np.dtype) -> np.dtype:
     """Returns the integer dtype in which labels of both dtypes keep their values."""
     dtype = np.promote_types(queries, gallery)
     if not np.issubdtype(dtype, np.integer) or jax.dtypes.canonicalize_dtype(dtype) != dtype:

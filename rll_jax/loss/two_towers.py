@@ -1,6 +1,7 @@
 """Ranked List Loss of two towers, such as images and texts, or queries and products."""
 
 from collections.abc import Hashable
+import functools
 
 import jax
 from jax.typing import ArrayLike
@@ -80,36 +81,26 @@ def two_tower_ranked_list_loss(
     Returns:
       A scalar.
     """
-
-    def rank(
-        query: jax.Array | np.ndarray,
-        labels: jax.Array | np.ndarray,
-        where: jax.Array | np.ndarray | None,
-        gallery: jax.Array | np.ndarray,
-        gallery_labels: jax.Array | np.ndarray,
-        gallery_where: jax.Array | np.ndarray | None,
-    ) -> jax.Array:
-        return ranked_list_loss(
-            query,
-            labels,
-            alpha=alpha,
-            margin=margin,
-            temperature_pos=temperature_pos,
-            temperature_neg=temperature_neg,
-            balance=balance,
-            pair_term=pair_term,
-            query_weighting=query_weighting,
-            gallery_gradient=gallery_gradient,
-            weight_gradient=weight_gradient,
-            normalize=normalize,
-            where=where,
-            gallery=gallery,
-            gallery_labels=gallery_labels,
-            gallery_where=gallery_where,
-            axis_name=axis_name,
-            block_size=block_size,
-            precision=precision,
-        )
-
-    forth = rank(a, labels_a, where_a, b, labels_b, where_b)
-    return (forth + rank(b, labels_b, where_b, a, labels_a, where_a)) / 2
+    rank = functools.partial(
+        ranked_list_loss,
+        alpha=alpha,
+        margin=margin,
+        temperature_pos=temperature_pos,
+        temperature_neg=temperature_neg,
+        balance=balance,
+        pair_term=pair_term,
+        query_weighting=query_weighting,
+        gallery_gradient=gallery_gradient,
+        weight_gradient=weight_gradient,
+        normalize=normalize,
+        axis_name=axis_name,
+        block_size=block_size,
+        precision=precision,
+    )
+    forth = rank(
+        a, labels_a, where=where_a, gallery=b, gallery_labels=labels_b, gallery_where=where_b
+    )
+    back = rank(
+        b, labels_b, where=where_b, gallery=a, gallery_labels=labels_a, gallery_where=where_a
+    )
+    return (forth + back) / 2
