@@ -369,7 +369,9 @@ def archive_of(name, *, zipped):
     out = io.BytesIO()
     if zipped:
         with zipfile.ZipFile(out, "w") as archive:
-            archive.writestr(name, "weights")
+            archive.writestr(
+                zipfile.ZipInfo(name), "weights"
+            )  # of no date: the tests have its name
     else:
         with tarfile.open(fileobj=out, mode="w") as archive:
             archive.addfile(tarfile.TarInfo(name))
