@@ -47,11 +47,17 @@ def user_errors() -> Iterator[None]:
     logging.set_verbosity(logging.ERROR)  # orbax logs all that it does
     try:
         yield
-    except (ValueError, OSError) as error:
-        sys.exit(print_error(error))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    except (Exception, KeyboardInterrupt) as error:
+        # An extension that is being imported turns what a signal raises into its own ImportError.
+        stop = error.__cause__ if isinstance(error, ImportError) else error
+        if isinstance(stop, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+            sys.exit(INTERRUPTED)
+        if isinstance(stop, SystemExit):
+            sys.exit(stop.code)
+        if isinstance(error, (ValueError, OSError)):
+            sys.exit(print_error(error))
+        raise
 
 
 def print_error(error: BaseException) -> int:
