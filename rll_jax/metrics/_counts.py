@@ -31,7 +31,6 @@ def count_before(
     similarity: np.ndarray,
     block_size: int,
     watch: Watch,
-    items: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Counts the items of other classes before each positive, by float32 products.
 
@@ -45,31 +44,28 @@ def count_before(
       block_size: B, the rows and columns of a tile, a multiple of `BLOCK_MULTIPLE` below
         65536.
       watch: hears how many tiles are counted, and keeps the counts so far.
-      items: the rows of the gallery to count, or None for all.
 
     Returns:
       Two (C, Q, M) int64 counts: the items that may be before a positive (at least as similar, as
       far as float32 can tell), and those that surely are. Counts where `similarity` is -inf mean
       nothing.
     """
-    symmetric = problem.symmetric and items is None
-    if items is None:
-        items = np.arange(len(problem.gallery_labels))
-    if symmetric:
+    items = np.arange(len(problem.gallery_labels))
+    if problem.symmetric:
         # The queries first, in their order: the gallery then has the blocks of the queries.
         items = np.concatenate([rows, np.setdiff1d(items, rows)])
     padding = -len(items) % block_size
     low, high = _thresholds(similarity, combinations, _bands(problem), block_size)
-    operands = _make_operands(problem, rows, items, low, high, symmetric)
+    operands = _make_operands(problem, rows, items, low, high)
     devices = _devices()
     plan = _tiles.Plan(
-        Mesh(np.array(devices), ("device",)), symmetric, tuple(map(tuple, combinations))
+        Mesh(np.array(devices), ("device",)), problem.symmetric, tuple(map(tuple, combinations))
     )
     tiles, num_tiles = _share_tiles(
         operands.most_positives.max(axis=1),
         len(operands.gallery_labels) // block_size,
         len(devices),
-        symmetric=symmetric,
+        symmetric=problem.symmetric,
     )
     may_be, surely = _count_in_parts(operands, tiles, num_tiles, plan, watch)
     # The similarity of the padding is exactly 0.
@@ -102,7 +98,6 @@ def _make_operands(
     items: np.ndarray,
     low: np.ndarray,
     high: np.ndarray,
-    symmetric: bool,
 ) -> _tiles.Operands[np.ndarray]:
     """Returns what the devices count with: some queries, some items, and the thresholds."""
     block_size: int = low.shape[3]
@@ -114,7 +109,7 @@ def _make_operands(
         gallery.append(
             _vectors.unit_rows(level.gallery, level.gallery_norms, rotation, items, padding)
         )
-        if symmetric:
+        if problem.symmetric:
             queries.append(gallery[-1])
         else:
             queries.append(
@@ -124,7 +119,7 @@ def _make_operands(
     gallery_labels = _padded(problem.gallery_labels[items], padding)
     gallery_codes = _padded(problem.gallery_codes[codes][:, items], padding)
     query_labels, query_codes = gallery_labels, gallery_codes
-    if not symmetric:
+    if not problem.symmetric:
         query_labels = _padded(problem.query_labels[rows], query_padding)
         query_codes = _padded(problem.query_codes[codes][:, rows], query_padding)
     return _tiles.Operands(

@@ -1,10 +1,11 @@
 """The scores that follow from ranks, and the similarities of queries with their class."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import functools
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from rll_jax.metrics._problem import Problem
 from rll_jax.metrics._tiles import Combination
@@ -42,6 +43,22 @@ def scores_of_ranks(ranks: np.ndarray, num_positives: np.ndarray) -> Scores:
         r_precision=within_r.sum(1) / num_positives,
         average_precision=np.where(within_r, precision, 0).sum(1) / num_positives,
     )
+
+
+def by_name(by_query: Mapping[str, npt.ArrayLike], ks: Iterable[int]) -> dict[str, np.ndarray]:
+    """Returns {score: (M,) float64, what each query adds to the mean}.
+
+    Args:
+      by_query: of `scores_by_query`.
+      ks: the K of Recall@K.
+    """
+    first_rank = np.asarray(by_query["first_rank"], np.float64)
+    recalls = {f"recall@{k}": (first_rank <= k).astype(np.float64) for k in ks}
+    return recalls | {
+        "map@r": np.asarray(by_query["average_precision"], np.float64),
+        "r_precision": np.asarray(by_query["r_precision"], np.float64),
+        "mrr": 1 / first_rank,
+    }
 
 
 def similarity_of_class(

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
+from rll_jax.metrics import _scores
+
 _BLOCK = 1 << 22  # drawn classes that are held at once
 
 
@@ -72,11 +74,11 @@ def confidence_intervals(
             f"ks={ks}, level={level}, samples={samples}: expected K and samples of at least 1, and "
             "a level between 0 and 1"
         )
-    values = _values(by_query, ks)
+    values = _scores.by_name(by_query, ks)
     if baseline is not None:
         if not np.array_equal(by_query["query"], baseline["query"]):
             raise ValueError("the baseline must have scores of the same queries, found others")
-        others = _values(baseline, ks)
+        others = _scores.by_name(baseline, ks)
         values = {name: values[name] - others[name] for name in values}
     classes = np.asarray(classes)
     if classes.shape != values["mrr"].shape:
@@ -97,17 +99,6 @@ def confidence_intervals(
             float(total[place] / total[0]), float(low[place - 1]), float(high[place - 1])
         )
         for place, name in enumerate(values, start=1)
-    }
-
-
-def _values(by_query: Mapping[str, npt.ArrayLike], ks: Iterable[int]) -> dict[str, np.ndarray]:
-    """Returns {score: (M,) the query's share in it}."""
-    first_rank = np.asarray(by_query["first_rank"], np.float64)
-    recalls = {f"recall@{k}": (first_rank <= k).astype(np.float64) for k in ks}
-    return recalls | {
-        "map@r": np.asarray(by_query["average_precision"], np.float64),
-        "r_precision": np.asarray(by_query["r_precision"], np.float64),
-        "mrr": 1 / first_rank,
     }
 
 

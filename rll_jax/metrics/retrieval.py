@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from rll_jax.metrics import _request
+from rll_jax.metrics import _request, _scores
 from rll_jax.metrics._progress import Progress
 
 _Rows = jax.Array | np.ndarray
@@ -245,11 +245,5 @@ def mean_scores(
       num_queries: Q, the number of all queries.
       ks: the K of Recall@K.
     """
-    first_rank = by_query["first_rank"]
-    recalls = {f"recall@{k}": float(np.mean(first_rank <= k)) for k in ks}
-    return recalls | {
-        "map@r": float(by_query["average_precision"].mean()),
-        "r_precision": float(by_query["r_precision"].mean()),
-        "mrr": float(np.mean(1 / first_rank)),
-        "queries_without_match": num_queries - len(first_rank),
-    }
+    scores = {name: float(values.mean()) for name, values in _scores.by_name(by_query, ks).items()}
+    return scores | {"queries_without_match": num_queries - len(by_query["first_rank"])}
