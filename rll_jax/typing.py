@@ -59,6 +59,13 @@ class Backbone(Protocol):
         """Returns the name that published weights have for a module, given its path of names."""
         ...
 
+    def from_published(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns arrays under the names of `array_name` from those of other publishers.
+
+        What stands before the names stays, but for a `TokenBackbone`, which finds its tower itself.
+        """
+        ...
+
     def stage_ends(
         self,
         x: jax.Array | Mapping[int, jax.Array],
@@ -108,10 +115,6 @@ class TokenBackbone(Backbone, Protocol):
 
     def merged(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the parameters without adapters, which are added to what they stand beside."""
-        ...
-
-    def from_published(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns arrays under the names of `array_name` from those of other publishers."""
         ...
 
     def to_huggingface(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

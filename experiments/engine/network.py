@@ -282,10 +282,10 @@ class NetworkOptions(Section):
         """--backbone, changed by --stem, --width and --stage_sizes."""
         config: Any = backbones.BACKBONES[self.backbone]
         if self.drop_path:
-            if not isinstance(config, vit.ViTConfig | resnet.ResNetConfig):
+            if not hasattr(config, "drop_path"):
                 raise ValueError(
-                    f"--drop_path={self.drop_path} is of ResNets and vision transformers, and "
-                    f"--backbone={self.backbone} is neither"
+                    f"--drop_path={self.drop_path}: --backbone={self.backbone} has no blocks that "
+                    "images could skip"
                 )
             config = dataclasses.replace(config, drop_path=self.drop_path)
         for name, value in (("position_size", self.position_size), ("lora_rank", self.lora_rank)):

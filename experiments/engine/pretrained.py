@@ -65,12 +65,9 @@ def _checked(arrays: dict[str, np.ndarray], config: Config) -> dict[str, np.ndar
     variables = {"params": shapes.params, "batch_stats": shapes.batch_stats}
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variables)
     backbone, heads = options.backbone_config, options.loads_heads
-    if isinstance(backbone, TokenBackbone):
-        # It finds the tower by itself, unless the prefix says where it is.
-        if options.pretrained_prefix:
-            prefix = options.pretrained_prefix
-            arrays = weights.take_prefix(arrays, prefix if prefix.endswith(".") else f"{prefix}.")
-        arrays = backbone.from_published(arrays)
+    if isinstance(backbone, TokenBackbone) and options.pretrained_prefix:
+        arrays = weights.take_prefix(arrays, options.pretrained_prefix)
+    arrays = backbone.from_published(arrays)
     ending = "" if isinstance(backbone, TokenBackbone) else options.pretrained_prefix
     prefix = weights.find_prefix(arrays, zeros, backbone, heads=heads, ending=ending)
     taken = weights.take_prefix(arrays, prefix)

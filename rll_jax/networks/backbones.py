@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+from rll_jax.networks.efficientnet import EfficientNetLiteConfig
 from rll_jax.networks.googlenet import GoogLeNetV2Config
 from rll_jax.networks.resnet import IMAGENET_MEAN, IMAGENET_STD, ResNetConfig
 from rll_jax.networks.vit import ViTConfig
@@ -60,6 +61,12 @@ BACKBONES: dict[str, Backbone] = {
     "resnet101": ResNetConfig((3, 4, 23, 3), bottleneck=True),
     "resnet152": ResNetConfig((3, 8, 36, 3), bottleneck=True),
     "googlenet_v2": GoogLeNetV2Config(),
+    # For CPUs.
+    "efficientnet_lite0": EfficientNetLiteConfig(),
+    "efficientnet_lite1": EfficientNetLiteConfig(1.0, 1.1),
+    "efficientnet_lite2": EfficientNetLiteConfig(1.1, 1.2),
+    "efficientnet_lite3": EfficientNetLiteConfig(1.2, 1.4),
+    "efficientnet_lite4": EfficientNetLiteConfig(1.4, 1.8),
     # For tests.
     "vit_test": _augreg(8, (24, 3, 2), image_size=32),
     # ViT: of ImageNet-21k (augreg, Google), and DINO, whose pixels are "imagenet".

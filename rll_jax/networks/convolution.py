@@ -16,6 +16,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from rll_jax.networks import depthwise
 from rll_jax.networks._stages import as_varying
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -37,14 +38,15 @@ def conv_general_dilated(
       window_strides: the vertical and the horizontal stride.
       padding: the pads before and after each side, or "SAME" or "VALID".
       **options: further arguments of `jax.lax.conv_general_dilated`. With a precision or a
-        preferred dtype the program is XLA's everywhere.
+        preferred dtype the program is XLA's everywhere. With a `feature_group_count` of C the
+        convolution is depthwise: the kernel is (kernel height, kernel width, 1, C).
 
     Returns:
       (B, H after, W after, features). Gradients of first order in reverse mode exist.
 
     Raises:
-      ValueError: the kernel has not two sides, there are groups or dilations, or the dimensions are
-        not NHWC and HWIO.
+      ValueError: the kernel has not two sides, there are dilations, other groups, or features
+        that are not C of a depthwise convolution, or the dimensions are not NHWC and HWIO.
     """
     _check(x, kernel, **options)
     strides = tuple(window_strides)
@@ -60,9 +62,12 @@ def conv_general_dilated(
     if any(max(pair) > 0 for pair in beyond):
         x = jnp.pad(x, ((0, 0), *beyond, (0, 0)))
     rest = {key: options.get(key) for key in ("precision", "preferred_element_type")}
+    is_depthwise = options.get("feature_group_count", 1) > 1
     if x.dtype != jnp.float32 or kernel.dtype != jnp.float32 or any(rest.values()):
-        return _by_xla(x, kernel, strides, pads, **rest)
-    return _convolve(*as_varying(x, kernel), strides, pads)
+        by_xla = depthwise.by_xla if is_depthwise else _by_xla
+        return by_xla(x, kernel, strides, pads, **rest)
+    convolve = depthwise.convolve if is_depthwise else _convolve
+    return convolve(*as_varying(x, kernel), strides, pads)
 
 
 def _check(
@@ -78,10 +83,12 @@ def _check(
     """Raises ValueError for a convolution of another kind."""
     groups, dilations = (feature_group_count, batch_group_count), (lhs_dilation, rhs_dilation)
     undilated = all(set(dilation or ()) <= {1} for dilation in dilations)
-    if kernel.ndim != 4 or groups != (1, 1) or not undilated:
+    is_depthwise = groups == (x.shape[-1], 1) and kernel.shape[2:] == (1, x.shape[-1])
+    if kernel.ndim != 4 or not (groups == (1, 1) or is_depthwise) or not undilated:
         raise ValueError(
             f"a kernel of shape {kernel.shape} with groups {groups}, dilations {dilations}: "
-            "expected two sides, one group and no dilation"
+            "expected two sides, one group or a group and a feature for each channel, and no "
+            "dilation"
         )
     shapes = x.shape, kernel.shape
     expected = lax.conv_dimension_numbers(*shapes, _DIMENSIONS)

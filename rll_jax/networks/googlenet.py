@@ -11,6 +11,7 @@ from flax import linen as nn
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from rll_jax.networks._stages import ModuleMaker, cached_ends
 from rll_jax.networks.normalization import relu
@@ -89,6 +90,10 @@ class GoogLeNetV2Config:
           modules: the names on the module's path: ("inception_3a", "3x3_reduce", "bn").
         """
         return "_".join(modules).removesuffix("_conv")
+
+    def from_published(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns the arrays: their published names are those of `array_name`."""
+        return dict(arrays)
 
     def stage_ends(
         self,

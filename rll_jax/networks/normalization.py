@@ -81,6 +81,12 @@ def _relu_backward(y: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
 relu.defvjp(_relu_forward, _relu_backward)
 
 
+def relu6(x: jax.Array) -> jax.Array:
+    """Returns min(max(x, 0), 6), NaN for NaN. The gradient at 0 and 6 is 0."""
+    x = relu(x)
+    return jnp.where(x >= 6, 6, x)
+
+
 def _wide(x: jax.Array) -> jax.Array:
     """Returns `x` in float32, or in its own dtype if that is wider."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -96,7 +102,7 @@ def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the (C,) means of (..., C) values and of their squares."""
     values = _wide(x)
     rows = x.size // x.shape[-1]
-    first, second = _row_sums(values, values * values)
+    first, second = row_sums(values, values * values)
     return first / rows, second / rows
 
 
@@ -130,7 +136,7 @@ def _scale_and_shift_backward(
 ) -> tuple[jax.Array, ...]:
     x, mean, factor, _ = inputs
     centred = _wide(x) - _beside(mean, x)
-    of_bias, of_factor = _row_sums(gradient, gradient * centred)
+    of_bias, of_factor = row_sums(gradient, gradient * centred)
     gradients = (gradient * _beside(factor, x), -factor * of_bias, of_factor, of_bias)
     return tuple(g.astype(array.dtype) for g, array in zip(gradients, inputs, strict=True))
 
@@ -138,7 +144,7 @@ def _scale_and_shift_backward(
 _scale_and_shift.defvjp(_scale_and_shift_forward, _scale_and_shift_backward)
 
 
-def _row_sums(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+def row_sums(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Returns the (C,) sums of (..., C) arrays of one shape over all axes but the last."""
     return lax.platform_dependent(*arrays, cpu=_row_sums_on_cpu, default=_row_sums_at_once)
 

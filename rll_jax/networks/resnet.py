@@ -10,6 +10,7 @@ from typing import NamedTuple
 from flax import linen as nn
 import jax
 from jax import lax
+import numpy as np
 
 from rll_jax.networks import drop_path as drop_path_lib
 from rll_jax.networks._stages import ModuleMaker, cached_ends
@@ -102,6 +103,10 @@ class ResNetConfig:
         first, *inner = modules
         block = first.split("_") if self.stage_of(first) else [first]
         return ".".join([*block, *(_PUBLISHED.get(name, name) for name in inner)])
+
+    def from_published(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns the arrays: their published names are those of `array_name`."""
+        return dict(arrays)
 
     def stage_ends(
         self,

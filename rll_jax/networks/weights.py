@@ -1,4 +1,4 @@
-"""Weights under their published names: torchvision's and timm's for ResNets, Caffe's for GoogLeNet.
+"""Weights under their published names: torchvision's, timm's, and Caffe's for GoogLeNet.
 
 A backbone's configuration has the names of its family (`array_name`). Files are read as data and
 never executed: safetensors, .npz, and PyTorch's where torch is installed.
@@ -29,7 +29,7 @@ _LEAVES = {
 }
 # The layers of the task that published weights were trained for.
 _CLASSIFIERS = (
-    "fc", "last_linear", "classifier", "head", "heads", "linear", "logits", "projection_head",
+    "fc", "_fc", "last_linear", "classifier", "head", "heads", "linear", "logits", "projection_head",
     "projector", "predictor", "prototypes", "queue", "queue_ptr",
 )  # fmt: skip
 # What wrappers put before or within names: DataParallel, torch.compile, FSDP.
@@ -89,8 +89,7 @@ def from_named_arrays(
     """
     if prefix is not None:
         arrays = take_prefix(arrays, prefix) if arrays else arrays
-    # It finds the tower by itself, whatever stands before its names.
-    arrays = backbone.from_published(arrays) if isinstance(backbone, TokenBackbone) else arrays
+    arrays = backbone.from_published(arrays)
     if prefix is None and arrays:
         arrays = take_prefix(arrays, find_prefix(arrays, variables, backbone, heads=heads))
     arrays = _fold_convolution_biases(_flat_vectors(_without_classifier(arrays)))

@@ -113,6 +113,73 @@ class EmbeddingResNet(ResNetStages):
         return getattr(self, f"{level}_{name}")
 
 
+class EfficientNetLite(nn.Module):
+    """EfficientNet-Lite0 of another width, with timm's names."""
+
+    GROUPS = [
+        (1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112),
+        (4, 5, 2, 6, 192), (1, 3, 1, 6, 320),
+    ]  # fmt: skip
+    ENDS = (0, 1, 2, 4, 6)
+
+    def __init__(self, width: float) -> None:
+        super().__init__()
+        self.conv_stem, self.bn1 = self.convolution(3, 32, 3, 2)
+        self.blocks, before = nn.ModuleList(), 32
+        for blocks, kernel, stride, expansion, channels in self.GROUPS:
+            after, group = max(8, int(channels * width + 4) // 8 * 8), nn.ModuleList()
+            for block in range(blocks):
+                first = stride if block == 0 else 1
+                group.append(self.block(before, after, kernel, first, expansion))
+                before = after
+            self.blocks.append(group)
+        self.conv_head, self.bn2 = self.convolution(before, 1280, 1)
+
+    @staticmethod
+    def convolution(
+        before: int, after: int, kernel: int, stride: int = 1, groups: int = 1
+    ) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+        conv = nn.Conv2d(before, after, kernel, stride, groups=groups, bias=False)
+        return conv, nn.BatchNorm2d(after, eps=1e-3)
+
+    def block(self, before: int, after: int, kernel: int, stride: int, expansion: int) -> nn.Module:
+        hidden, layers = before * expansion, []
+        if expansion > 1:
+            layers.append(("conv_pw", self.convolution(before, hidden, 1)))
+        layers.append(("conv_dw", self.convolution(hidden, hidden, kernel, stride, hidden)))
+        last = "conv_pwl" if expansion > 1 else "conv_pw"
+        layers.append((last, self.convolution(hidden, after, 1)))
+        module = nn.Module()
+        for number, (name, (conv, norm)) in enumerate(layers, start=1):
+            module.add_module(name, conv)
+            module.add_module(f"bn{number}", norm)
+        return module
+
+    @staticmethod
+    def layer(x: torch.Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> torch.Tensor:
+        """Pads as TensorFlow does: the odd row and column come last."""
+        kernel, stride = conv.kernel_size[0], conv.stride[0]
+        pads = [max((-(-side // stride) - 1) * stride + kernel - side, 0) for side in x.shape[-2:]]
+        around = [p for pad in reversed(pads) for p in (pad // 2, pad - pad // 2)]
+        return norm(conv(F.pad(x, around)))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The maps at the ends of the stages."""
+        x, ends = F.relu6(self.layer(x, self.conv_stem, self.bn1)), []
+        for number, group in enumerate(self.blocks):
+            for block in group:
+                layers = [m for m in block.children()]
+                y = x
+                for conv, norm in zip(layers[::2], layers[1::2], strict=True):
+                    y = self.layer(y, conv, norm)
+                    y = y if norm is layers[-1] else F.relu6(y)
+                x = x + y if x.shape == y.shape else y
+            if number in self.ENDS:
+                ends.append(x)
+        ends[-1] = F.relu6(self.layer(x, self.conv_head, self.bn2))
+        return ends
+
+
 class GoogLeNetV2(nn.Module):
     """Convolutions with biases, as the Caffe model and its ports have them."""
 

@@ -16,6 +16,7 @@ import pytest
 from rll_jax.networks import (
     backbones,
     convolution,
+    efficientnet,
     embedding_net,
     googlenet,
     normalization,
@@ -65,11 +66,40 @@ def test_a_convolution_is_that_of_xla(
     assert_equal(with_gradients(ours, x, w), with_gradients(theirs, x, w))
 
 
+@settings(max_examples=8, deadline=None)
+@given(
+    height=st.integers(1, 7), width=st.integers(1, 7), channels=st.integers(2, 4),
+    kernel=st.sampled_from([1, 2, 3, 5]), strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    pads=st.tuples(PAIRS, PAIRS),
+)  # fmt: skip
+def test_a_depthwise_convolution_is_that_of_xla(height, width, channels, kernel, strides, pads):
+    if min(height + sum(pads[0]), width + sum(pads[1])) < kernel:
+        return
+    x, w = maps(0, 2, height, width, channels), maps(1, kernel, kernel, 1, channels)
+
+    def theirs(x, w):
+        padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+        return lax.conv_general_dilated(
+            padded, w, strides, "VALID", dimension_numbers=DIMENSIONS, feature_group_count=channels
+        )
+
+    ours = functools.partial(
+        convolution.conv_general_dilated,
+        window_strides=strides,
+        padding=pads,
+        feature_group_count=channels,
+    )
+    assert_equal(with_gradients(ours, x, w), with_gradients(theirs, x, w))
+
+
+@pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_layer_of_flax_takes_the_convolution(padding, dtype):
-    x = maps(0, 2, 5, 6, 3)
-    layer = functools.partial(nn.Conv, 4, (3, 3), strides=(2, 1), padding=padding, dtype=dtype)
+def test_a_layer_of_flax_takes_the_convolution(padding, dtype, groups):
+    x = maps(0, 2, 5, 6, 4)
+    layer = functools.partial(
+        nn.Conv, 4, (3, 3), (2, 1), padding, feature_group_count=groups, dtype=dtype
+    )
     ours = layer(conv_general_dilated=convolution.conv_general_dilated)
     variables = layer().init(jax.random.key(0), x)
     assert_equal([ours.apply(variables, x)], [layer().apply(variables, x)], 1e-2)
@@ -81,9 +111,9 @@ def test_a_layer_of_flax_takes_the_convolution(padding, dtype):
      {"lhs_dilation": (1, 2)}],
 )  # fmt: skip
 def test_groups_and_dilations_are_refused(options):
-    with pytest.raises(ValueError, match="one group and no dilation"):
+    with pytest.raises(ValueError, match="one group or a group and a feature for each channel"):
         convolution.conv_general_dilated(
-            maps(0, 1, 4, 4, 2), maps(1, 3, 3, 1, 2), (1, 1), "SAME", **options
+            maps(0, 1, 4, 4, 4), maps(1, 3, 3, 2, 4), (1, 1), "SAME", **options
         )
 
 
@@ -262,9 +292,11 @@ def test_large_pads_of_a_pool_are_refused():
         pooling.max_pool(maps(0, 1, 4, 4, 1), (2, 2), (1, 1), [(2, 0), (0, 0)])
 
 
-def test_a_relu_is_that_of_flax():
-    x = jnp.array([-2.0, -0.0, 0.0, 1.5, np.inf, -np.inf, np.nan])
-    assert_equal(with_gradients(normalization.relu, x), with_gradients(nn.relu, x))
+@pytest.mark.parametrize("name, edges", [("relu", [-0.0, 0.0]), ("relu6", [6.0])])
+def test_a_relu_is_that_of_flax(name, edges):
+    x = jnp.array([-2.0, *edges, 1.5, 7.0, np.inf, -np.inf, np.nan])
+    ours, theirs = getattr(normalization, name), getattr(nn, name)
+    assert_equal(with_gradients(ours, x), with_gradients(theirs, x))
 
 
 def test_two_devices_give_the_gradient_of_one():
@@ -293,7 +325,10 @@ def test_two_devices_give_the_gradient_of_one():
     )
 
 
-@pytest.mark.parametrize("platform, name", [("cuda", "googlenet_v2"), ("tpu", "resnet_small")])
+@pytest.mark.parametrize(
+    "platform, name",
+    [("cuda", "googlenet_v2"), ("tpu", "resnet_small"), ("cuda", "efficientnet_lite0")],
+)
 def test_programs_for_other_platforms_are_those_of_flax(platform, name, monkeypatch):
     model = embedding_net.EmbeddingNet(backbones.BACKBONES[name], 8)
     images = jnp.zeros((2, 64, 64, 3), jnp.uint8)
@@ -320,6 +355,7 @@ def test_programs_for_other_platforms_are_those_of_flax(platform, name, monkeypa
         monkeypatch.setattr(module, "avg_pool", nn.avg_pool)
     for module in (resnet, googlenet):
         monkeypatch.setattr(module, "max_pool", nn.max_pool)
+    monkeypatch.setattr(efficientnet, "relu6", nn.relu6)
     theirs = operations()
     assert ours.pop("reduce") <= theirs.pop("reduce")  # a batch norm's gradient has one sum less
     assert ours == theirs and ours["convolution"] > 20

