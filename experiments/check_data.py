@@ -51,7 +51,7 @@ _MOST_PAIRS = 1e8
 _SAMPLE = 2048  # images
 
 
-def _check_flags(options: absl_flags.FlagValues) -> tuple[pathlib.Path, pathlib.Path | None]:
+def check_flags(options: absl_flags.FlagValues) -> tuple[pathlib.Path, pathlib.Path | None]:
     """Returns the files of --out and --groups_out; raises ValueError where a flag is wrong."""
     if not 0 <= options.near <= _MOST_BITS:
         raise ValueError(f"--near={options.near}: expected 0 to {_MOST_BITS} bits")
@@ -65,7 +65,6 @@ def _check_flags(options: absl_flags.FlagValues) -> tuple[pathlib.Path, pathlib.
         if groups_out.suffix != ".csv":
             raise ValueError(f"--groups_out={groups_out}: expected a name that ends in .csv")
     if not options.out:
-        _PAGES.mkdir(exist_ok=True)
         names = ("check_data.html", *(f"check_data_{n}.html" for n in range(2, 1000)))
         return next(path for name in names if not (path := _PAGES / name).exists()), groups_out
     out = pathlib.Path(options.out)
@@ -123,7 +122,7 @@ def _about_images(
     return lines
 
 
-def _near_by_embeddings(
+def near_by_embeddings(
     trained: TrainedNetwork, data: EncodedImageDataset, similarity: float, **known: np.ndarray
 ) -> copies.Copies | str:
     """Returns the copies by a network's embeddings, or why there is nothing to say of them."""
@@ -150,7 +149,7 @@ def _kinds(
         Kind("near by hash", near, lambda s: f"{copies.bits_at(s)} of 256 bits differ"),
     ]
     if trained is not None:
-        found = _near_by_embeddings(trained, data, options.near_similarity, **known)
+        found = near_by_embeddings(trained, data, options.near_similarity, **known)
         if isinstance(found, str):
             notes.append(f"near by embeddings: {found}")
         else:
@@ -188,13 +187,14 @@ def main(_: Any) -> None:
     """Runs the command."""
     options = absl_flags.FLAGS
     with command.user_errors():
-        out, groups_out = _check_flags(options)
+        out, groups_out = check_flags(options)
         config = flags.config_from_flags()
         trained = None
         if options.workdir:
             with phases.told("reading the network"):
                 trained = trained_network.load(options.workdir)
         splits = _open(config)
+        out.parent.mkdir(exist_ok=True)
         names, whole = _split_names(splits), image_dataset.all_as_test(splits)["test"]
         rows, facts, faults = image_facts.read(whole, config.runtime.threads)
         data, is_test = whole.take(rows), names[rows] != listings.TRAIN
