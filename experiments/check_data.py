@@ -123,7 +123,7 @@ def _about_images(
 
 
 def near_by_embeddings(
-    trained: TrainedNetwork, data: EncodedImageDataset, similarity: float, **known: np.ndarray
+    trained: TrainedNetwork, data: EncodedImageDataset, similarity: float, items: copies.Items
 ) -> copies.Copies | str:
     """Returns the copies by a network's embeddings, or why there is nothing to say of them."""
     bad: list[int] = []
@@ -134,7 +134,7 @@ def near_by_embeddings(
     share = np.mean(embeddings[some] @ embeddings[some].T >= similarity) - 1 / len(some)
     if share * len(data) ** 2 / 2 > _MOST_PAIRS:
         return f"left out: {100 * share:.0f} % of all pairs are so near: raise --near_similarity"
-    return copies.find(embeddings, similarity, **known)[1]
+    return copies.find(embeddings, similarity, items)[1]
 
 
 def _kinds(
@@ -142,14 +142,14 @@ def _kinds(
 ) -> tuple[list[Kind], list[str]]:
     """Returns the kinds of copies, and lines about what was left out."""
     options, notes = absl_flags.FLAGS, []
-    known = {"labels": data.labels, "is_test": is_test, "contents": facts.contents}
-    exact, near = copies.find(facts.hashes, copies.similarity_at(options.near), **known)
+    items = copies.Items(data.labels, is_test, facts.contents)
+    exact, near = copies.find(facts.hashes, copies.similarity_at(options.near), items)
     kinds = [
         Kind("same bytes", exact, lambda _: ""),
         Kind("near by hash", near, lambda s: f"{copies.bits_at(s)} of 256 bits differ"),
     ]
     if trained is not None:
-        found = near_by_embeddings(trained, data, options.near_similarity, **known)
+        found = near_by_embeddings(trained, data, options.near_similarity, items)
         if isinstance(found, str):
             notes.append(f"near by embeddings: {found}")
         else:

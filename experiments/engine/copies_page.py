@@ -117,11 +117,11 @@ def _pairs(relation: int, kinds: Sequence[Kind]) -> list[_Pair]:
     pairs: dict[tuple[int, int], _Pair] = {}
     for kind in kinds:
         partners = kind.found.partners[relation]
-        rows = np.flatnonzero(partners >= 0)
-        similarities = kind.found.similarities[relation][rows]
-        for row, similarity in sorted(zip(rows, similarities, strict=True), key=lambda x: -x[1]):
-            ends = (min(row, partners[row]), max(row, partners[row]))
-            pairs.setdefault(ends, _Pair(*ends, kind.name, kind.describe(similarity)))
+        similarities = kind.found.similarities[relation]
+        for row in np.argsort(-similarities, kind="stable")[: (partners >= 0).sum()].tolist():
+            first, second = sorted((row, int(partners[row])))
+            distance = kind.describe(float(similarities[row]))
+            pairs.setdefault((first, second), _Pair(first, second, kind.name, distance))
     return list(pairs.values())
 
 

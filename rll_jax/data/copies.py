@@ -41,6 +41,20 @@ class Pairs(NamedTuple):
         return Pairs(*(column[chosen] for column in self))
 
 
+class Items(NamedTuple):
+    """What is known of N images.
+
+    Attributes:
+      labels: (N,) classes.
+      is_test: (N,) bool.
+      contents: (N,) integers, equal where two images are the same bytes. Their rows are equal then.
+    """
+
+    labels: np.ndarray
+    is_test: np.ndarray
+    contents: np.ndarray
+
+
 class Copies(NamedTuple):
     """The copies of N images.
 
@@ -70,7 +84,7 @@ def perceptual_hash(image: Image.Image) -> np.ndarray | None:
     import imagehash  # it imports scipy and pywt
 
     grey = image.convert("L").resize((4 * _SIDE, 4 * _SIDE), Image.Resampling.LANCZOS)
-    if np.std(grey) < _FLAT:
+    if np.asarray(grey).std() < _FLAT:
         return None
     bits = imagehash.phash(grey, hash_size=_SIDE).hash.reshape(-1)
     return np.where(bits, 1, -1).astype(np.int8)
@@ -115,13 +129,7 @@ def near_pairs(rows: np.ndarray, at_least: float, *, block: int = _BLOCK) -> Ite
 
 
 def find(
-    rows: np.ndarray,
-    at_least: float,
-    *,
-    labels: np.ndarray,
-    is_test: np.ndarray,
-    contents: np.ndarray,
-    block: int = _BLOCK,
+    rows: np.ndarray, at_least: float, items: Items, *, block: int = _BLOCK
 ) -> tuple[Copies, Copies]:
     """Finds the copies among images.
 
@@ -131,17 +139,15 @@ def find(
     Args:
       rows: (N, D) hashes or embeddings, as `near_pairs` takes them.
       at_least: the least inner product of copies.
-      labels: (N,) classes.
-      is_test: (N,) bool.
-      contents: (N,) integers, equal where two images are the same bytes. Their rows are equal.
+      items: what is known of the images.
       block: see `near_pairs`.
 
     Returns:
       The copies of the same bytes, and the near ones of other bytes.
     """
-    exact, near = _Found(labels, is_test), _Found(labels, is_test)
+    exact, near = _Found(items), _Found(items)
     for pairs in near_pairs(rows, at_least, block=block):
-        same = contents[pairs.first] == contents[pairs.second]
+        same = items.contents[pairs.first] == items.contents[pairs.second]
         exact.add(pairs.take(same))
         near.add(pairs.take(~same))
     return exact.copies(), near.copies()
@@ -158,12 +164,12 @@ def join_groups(groups: np.ndarray, *others: np.ndarray) -> np.ndarray:
 class _Found:
     """Copies, as pairs are added."""
 
-    def __init__(self, labels: np.ndarray, is_test: np.ndarray) -> None:
-        self._labels, self._is_test = labels, is_test
-        shape = (len(RELATIONS), len(labels))
+    def __init__(self, items: Items) -> None:
+        self._labels, self._is_test = items.labels, items.is_test
+        shape = (len(RELATIONS), len(items.labels))
         self._partners = np.full(shape, -1, np.int64)
         self._similarities = np.full(shape, -np.inf, np.float32)
-        self._groups = np.arange(len(labels))
+        self._groups = np.arange(len(items.labels))
 
     def copies(self) -> Copies:
         return Copies(self._partners, self._similarities, self._groups)
@@ -190,7 +196,8 @@ class _Found:
         starts = np.flatnonzero(np.diff(pairs.first, prepend=-1))
         rows = pairs.first[starts]
         nearest = np.maximum.reduceat(pairs.similarities, starts)
-        is_nearest = pairs.similarities == np.repeat(nearest, np.diff([*starts, len(pairs.first)]))
+        lengths = np.diff(starts, append=len(pairs.first))
+        is_nearest = pairs.similarities == np.repeat(nearest, lengths)
         lowest = np.minimum.reduceat(np.where(is_nearest, pairs.second, _NO_ROW), starts)
         partners, similarities = self._partners[relation], self._similarities[relation]
         tie = (nearest == similarities[rows]) & (lowest < partners[rows])

@@ -63,7 +63,9 @@ class EncodedImage:
             # Pillow turns a TIFF by itself.
             is_turned = image.format != "TIFF"
             self._orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if is_turned else 1
-            self.size = image.size[::-1] if self._orientation in _SIDES_SWAPPED else image.size
+            width, height = image.size
+            is_swapped = self._orientation in _SIDES_SWAPPED
+            self.size = (height, width) if is_swapped else (width, height)
 
     @property
     def width(self) -> int:

@@ -88,7 +88,7 @@ def test_what_is_in_a_tree_and_what_is_in_it_twice(tree, tmp_path):
         "test: 15 images of 3 classes; images per class: 4 to 6, median 5",
         "pixels: 60 x 40 to 240 x 160, median 240 x 160; "
         + next(line for line in lines if line.startswith("pixels")).partition("; ")[2],
-        "formats: JPEG RGB 21, PNG L 4, PNG RGB 1",
+        "formats: JPEG RGB 22, PNG L 4, PNG RGB 1",
         "of one colour: 4, such as train/a/white.png",
     ]
     (unreadable,) = [line for line in lines if line.startswith("cannot be read: 2: ")]
@@ -142,6 +142,7 @@ def test_the_page_of_its_own_name_overwrites_nothing(tree, tmp_path, monkeypatch
     flags.DEFINE_float("near_similarity", 0.9, "", flag_values=values)
     values.mark_as_parsed()
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
     for name in ("check_data.html", "check_data_2.html"):
         path, _ = check_data.check_flags(values)
         assert path.name == name and not path.exists()
@@ -205,7 +206,7 @@ def test_a_network_that_tells_nothing_apart_is_left_out(tree, monkeypatch):
 
     rows = [Row(f"train/a/{i}.jpg", 0, "train") for i in range(3)]
     data = image_dataset.from_rows(tree, rows)["train"]
-    given = {"labels": data.labels, "is_test": np.zeros(3, bool), "contents": np.arange(3)}
+    items = copies.Items(data.labels, np.zeros(3, bool), np.arange(3))
     embeddings = np.array([[1, 0], [1, 0], [0, 1]], np.float32)
 
     def embed(data, *, on_bad, progress):
@@ -213,12 +214,12 @@ def test_a_network_that_tells_nothing_apart_is_left_out(tree, monkeypatch):
         return {"H": embeddings}
 
     trained = types.SimpleNamespace(embed=embed)
-    found = check_data.near_by_embeddings(trained, data, 0.9, **given)
+    found = check_data.near_by_embeddings(trained, data, 0.9, items)
     assert (found.partners == -1).all()  # what cannot be read is near nothing
     embeddings[:] = [1, 0]
-    assert (check_data.near_by_embeddings(trained, data, 0.9, **given).groups == [0, 1, 0]).all()
-    monkeypatch.setattr(check_data, "_MOST_PAIRS", 0.5)
-    assert "raise --near_similarity" in check_data.near_by_embeddings(trained, data, 0.9, **given)
+    assert (check_data.near_by_embeddings(trained, data, 0.9, items).groups == [0, 1, 0]).all()
+    monkeypatch.setattr(check_data, "_MOST_PAIRS", 0.1)
+    assert "raise --near_similarity" in check_data.near_by_embeddings(trained, data, 0.9, items)
 
 
 def test_a_picture_that_is_gone_is_a_sentence(tree):
@@ -227,9 +228,7 @@ def test_a_picture_that_is_gone_is_a_sentence(tree):
     found, _ = copies.find(
         np.ones((2, 4)),
         4,
-        labels=data.labels,
-        is_test=np.array([False, True]),
-        contents=np.zeros(2, int),
+        copies.Items(data.labels, np.array([False, True]), np.zeros(2, int)),
     )
     kinds = [copies_page.Kind("same bytes", found, lambda _: "")]
     page = copies_page.page("Title", [], data, np.array(["train", "test"]), kinds, [])

@@ -42,10 +42,10 @@ def test_find_is_brute_force(seed, size, bits, block):
     rows = rng.choice(np.array([-1, 1], np.int8), (size, 8))[contents]
     is_test = rng.random(size) < 0.5
     labels = rng.integers(0, 3, size) + 10 * is_test
-    given = {"labels": labels, "is_test": is_test, "contents": contents}
-    found = copies.find(rows, 8 - 2 * bits, **given, block=block)
+    items = copies.Items(labels, is_test, contents)
+    found = copies.find(rows, 8 - 2 * bits, items, block=block)
     for kind, (partners, groups) in zip(
-        found, brute_force(rows, 8 - 2 * bits, **given), strict=True
+        found, brute_force(rows, 8 - 2 * bits, *items), strict=True
     ):
         np.testing.assert_array_equal(kind.partners, partners)
         np.testing.assert_array_equal(kind.groups, groups)
@@ -75,9 +75,7 @@ def test_groups_chain_and_join():
     found = copies.find(
         rows,
         6,
-        labels=np.zeros(4, int),
-        is_test=np.zeros(4, bool),
-        contents=np.arange(4),
+        copies.Items(np.zeros(4, int), np.zeros(4, bool), np.arange(4)),
     )[1]
     assert found.groups.tolist() == [0, 0, 0, 0]
     assert found.partners[copies.CLASS].tolist() == [1, 0, 1, 2]
@@ -90,9 +88,7 @@ def test_a_thousand_copies_of_one_image_are_linked_and_not_paired():
     found = copies.find(
         np.ones((number, 256), np.int8),
         256,
-        labels=np.arange(number) % 2,
-        is_test=np.arange(number) % 2 == 1,
-        contents=np.zeros(number, int),
+        copies.Items(np.arange(number) % 2, np.arange(number) % 2 == 1, np.zeros(number, int)),
     )[0]
     assert (found.groups == 0).all()
     assert (found.partners[copies.SPLITS] == (np.arange(number) + 1) % 2).all()
