@@ -143,7 +143,8 @@ def _kinds(
     """Returns the kinds of copies, and lines about what was left out."""
     options, notes = absl_flags.FLAGS, []
     items = copies.Items(data.labels, is_test, facts.contents)
-    exact, near = copies.find(facts.hashes, copies.similarity_at(options.near), items)
+    similarity = copies.similarity_at(options.near)
+    exact, near = copies.find(facts.hashes, similarity, items, colours=facts.colours)
     kinds = [
         Kind("same bytes", exact, lambda _: ""),
         Kind("near by hash", near, lambda s: f"{copies.bits_at(s)} of 256 bits differ"),
@@ -238,7 +239,7 @@ if __name__ == "__main__":
         40,
         "In how many of 256 bits the hashes of near copies differ at most. Other sizes, qualities "
         "and brightness change up to 26 bits, a border cut by 2 % about 28; photographs of other "
-        "things differ in more than 60.",
+        "things differ in more than 60, simple drawings in less: take 8 for them.",
     )
     absl_flags.DEFINE_string(
         "workdir", "", "The folder of a run, whose network finds near copies too. Empty: none."

@@ -145,6 +145,9 @@ def main(_: Any) -> None:
             f"{options.workdir}, step {trained.step}: {len(data)} test images, in percent; "
             f"{alone} alone in their class{' but for copies' if groups else ''}"
         )
+        if data.groups is not None:
+            _, sizes = np.unique(data.groups, return_counts=True)
+            print(f"{sizes[sizes > 1].sum()} images are in groups, which are not ranked")
         print(_as_text(table))
         scores = QueryScores(
             all_levels := list(by_query.values())[-1], scoring.query_classes(all_levels, data)

@@ -24,6 +24,7 @@ class Facts(NamedTuple):
       contents: (N,) integers, equal where two images are the same bytes.
       hashes: (N, 256) int8, 1 or -1, see `copies.perceptual_hash`. An image of one colour has
         numbers drawn by its bytes: it is near images of the same bytes alone.
+      colours: (N, 48) uint8, see `copies.mean_colours`.
       is_flat: (N,) bool, whether an image is of one colour.
     """
 
@@ -31,6 +32,7 @@ class Facts(NamedTuple):
     kinds: np.ndarray
     contents: np.ndarray
     hashes: np.ndarray
+    colours: np.ndarray
     is_flat: np.ndarray
 
 
@@ -41,6 +43,7 @@ class _Read(NamedTuple):
     kind: str
     digest: bytes
     hash: np.ndarray | None
+    colours: np.ndarray
 
 
 def read(data: EncodedImageDataset, threads: int) -> tuple[np.ndarray, Facts, list[str]]:
@@ -87,7 +90,8 @@ def _read(data: EncodedImageDataset, row: int) -> _Read | str:
     except images.BadImageError as error:
         return " ".join(str(error).split())
     digest = hashlib.blake2b(image.encoded, digest_size=_DIGEST).digest()
-    return _Read(image.size, image.kind, digest, copies.perceptual_hash(shrunk))
+    looks = copies.perceptual_hash(shrunk), copies.mean_colours(shrunk)
+    return _Read(image.size, image.kind, digest, *looks)
 
 
 def _facts(found: list[_Read]) -> Facts:
@@ -98,6 +102,7 @@ def _facts(found: list[_Read]) -> Facts:
         kinds=np.array([one.kind for one in found]),
         contents=contents.reshape(-1),
         hashes=np.stack([_drawn(one.digest) if one.hash is None else one.hash for one in found]),
+        colours=np.stack([one.colours for one in found]),
         is_flat=np.array([one.hash is None for one in found]),
     )
 

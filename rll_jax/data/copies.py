@@ -18,7 +18,10 @@ RELATIONS = SPLITS, CLASSES, CLASS = (0, 1, 2)
 
 _SIDE = 16  # of a hash: 16 x 16 bits
 _FLAT = 1.0  # levels of grey, of 255
+_PARTS = 4  # of a side, whose mean colours are compared
+_COLOURS = 32.0  # levels of 255, root mean square: one fifth more light changes up to 30
 _BLOCK = 2048  # rows
+_CHUNK = 1 << 16  # pairs
 _NO_ROW = np.iinfo(np.int64).max
 _ROUNDING = 1e-6  # of a cosine in float32
 
@@ -90,6 +93,12 @@ def perceptual_hash(image: Image.Image) -> np.ndarray | None:
     return np.where(bits, 1, -1).astype(np.int8)
 
 
+def mean_colours(image: Image.Image) -> np.ndarray:
+    """Returns the mean colours of 4 x 4 parts of an image: (48,) uint8."""
+    parts = image.convert("RGB").resize((_PARTS, _PARTS), Image.Resampling.BOX)
+    return np.asarray(parts).reshape(-1)
+
+
 def similarity_at(bits: int) -> int:
     """Returns the inner product of two hashes that differ in so many bits."""
     return HASH_BITS - 2 * bits
@@ -129,7 +138,12 @@ def near_pairs(rows: np.ndarray, at_least: float, *, block: int = _BLOCK) -> Ite
 
 
 def find(
-    rows: np.ndarray, at_least: float, items: Items, *, block: int = _BLOCK
+    rows: np.ndarray,
+    at_least: float,
+    items: Items,
+    *,
+    colours: np.ndarray | None = None,
+    block: int = _BLOCK,
 ) -> tuple[Copies, Copies]:
     """Finds the copies among images.
 
@@ -140,6 +154,8 @@ def find(
       rows: (N, D) hashes or embeddings, as `near_pairs` takes them.
       at_least: the least inner product of copies.
       items: what is known of the images.
+      colours: (N, C) `mean_colours`, where copies must be alike in them too (within 32 of 255
+        levels, root mean square), as a hash is blind to colours; or None.
       block: see `near_pairs`.
 
     Returns:
@@ -147,6 +163,8 @@ def find(
     """
     exact, near = _Found(items), _Found(items)
     for pairs in near_pairs(rows, at_least, block=block):
+        if colours is not None:
+            pairs = pairs.take(_alike(pairs, colours))
         same = items.contents[pairs.first] == items.contents[pairs.second]
         exact.add(pairs.take(same))
         near.add(pairs.take(~same))
@@ -159,6 +177,16 @@ def join_groups(groups: np.ndarray, *others: np.ndarray) -> np.ndarray:
     for other in others:
         found = _components(np.arange(len(found)), found, np.arange(len(found)), other)
     return found
+
+
+def _alike(pairs: Pairs, colours: np.ndarray) -> np.ndarray:
+    """Returns (P,) bool: whether the two of a pair have the same colours, or nearly."""
+    alike = np.empty(len(pairs.first), bool)
+    for start in range(0, len(alike), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        first, second = (colours[rows[part]].astype(np.float32) for rows in pairs[:2])
+        alike[part] = np.square(first - second).mean(axis=1) <= _COLOURS**2
+    return alike
 
 
 class _Found:
@@ -177,6 +205,8 @@ class _Found:
     def add(self, pairs: Pairs) -> None:
         """Adds pairs, which are sorted by `first`."""
         first, second, _ = pairs
+        if not len(first):
+            return
         relations = np.where(self._labels[first] == self._labels[second], CLASS, CLASSES)
         relations[self._is_test[first] != self._is_test[second]] = SPLITS
         by_second = np.argsort(second, kind="stable")

@@ -122,6 +122,23 @@ def test_hashes_of_photographs_survive_encoding_and_tell_others_apart():
         assert np.diag(bits).max() <= 40 < bits[~np.eye(len(bits), dtype=bool)].min()
 
 
+def test_colours_tell_apart_what_a_hash_does_not():
+    heart = np.zeros((64, 64), np.float32)
+    heart[16:40, 8:56] = 1
+    shades = [(220, 40, 40), (40, 40, 220), (225, 60, 40), (220, 40, 40)]
+    drawn = [
+        Image.fromarray((255 - heart[..., None] * (255 - np.array(shade))).astype(np.uint8))
+        for shade in shades
+    ]
+    hashes = np.stack([copies.perceptual_hash(image) for image in drawn])
+    colours = np.stack([copies.mean_colours(image) for image in drawn])
+    items = copies.Items(np.zeros(4, int), np.zeros(4, bool), np.array([0, 1, 2, 0]))
+    at_least = copies.similarity_at(40)
+    assert copies.find(hashes, at_least, items)[1].groups.tolist() == [0, 0, 0, 0]
+    exact, near = copies.find(hashes, at_least, items, colours=colours)
+    assert exact.groups.tolist() == [0, 1, 2, 0] and near.groups.tolist() == [0, 1, 0, 0]
+
+
 def test_similarities_and_bits():
     assert copies.similarity_at(0) == 256 and copies.similarity_at(40) == 176
     assert [copies.bits_at(copies.similarity_at(bits)) for bits in (0, 1, 40, 256)] == [
