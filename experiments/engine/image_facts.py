@@ -75,7 +75,8 @@ def read(data: EncodedImageDataset, threads: int) -> tuple[np.ndarray, Facts, li
     faults = [one for one in found if isinstance(one, str)]
     rows = np.array([row for row, one in enumerate(found) if not isinstance(one, str)], np.int64)
     if not len(rows):
-        raise ValueError(f"none of the {len(data)} images can be read, such as {faults[0]}")
+        example = f", such as {faults[0]}" if faults else ""
+        raise ValueError(f"none of the {len(data)} images can be read{example}")
     good = [one for one in found if not isinstance(one, str)]
     return rows, _facts(good), faults
 

@@ -19,7 +19,8 @@ RELATIONS = SPLITS, CLASSES, CLASS = (0, 1, 2)
 _SIDE = 16  # of a hash: 16 x 16 bits
 _FLAT = 1.0  # levels of grey, of 255
 _PARTS = 4  # of a side, whose mean colours are compared
-_COLOURS = 32.0  # levels of 255, root mean square: one fifth more light changes up to 30
+# Levels of 255, root mean square: two fifths more light change up to about 60 and 15.
+_BRIGHTNESS, _COLOUR = 64.0, 16.0
 _BLOCK = 2048  # rows
 _CHUNK = 1 << 16  # pairs
 _NO_ROW = np.iinfo(np.int64).max
@@ -94,9 +95,9 @@ def perceptual_hash(image: Image.Image) -> np.ndarray | None:
 
 
 def mean_colours(image: Image.Image) -> np.ndarray:
-    """Returns the mean colours of 4 x 4 parts of an image: (48,) uint8."""
+    """Returns the mean colours of 4 x 4 parts of an image: (48,) uint8, Y, Cb and Cr of each."""
     parts = image.convert("RGB").resize((_PARTS, _PARTS), Image.Resampling.BOX)
-    return np.asarray(parts).reshape(-1)
+    return np.asarray(parts.convert("YCbCr")).reshape(-1)
 
 
 def similarity_at(bits: int) -> int:
@@ -154,8 +155,8 @@ def find(
       rows: (N, D) hashes or embeddings, as `near_pairs` takes them.
       at_least: the least inner product of copies.
       items: what is known of the images.
-      colours: (N, C) `mean_colours`, where copies must be alike in them too (within 32 of 255
-        levels, root mean square), as a hash is blind to colours; or None.
+      colours: (N, 48) `mean_colours`, where copies must be alike in them too, as a hash is blind
+        to colours: within 64 of 255 levels in Y, and 16 in Cb and Cr, root mean square. Or None.
       block: see `near_pairs`.
 
     Returns:
@@ -185,7 +186,10 @@ def _alike(pairs: Pairs, colours: np.ndarray) -> np.ndarray:
     for start in range(0, len(alike), _CHUNK):
         part = slice(start, start + _CHUNK)
         first, second = (colours[rows[part]].astype(np.float32) for rows in pairs[:2])
-        alike[part] = np.square(first - second).mean(axis=1) <= _COLOURS**2
+        squares = np.square(first - second).reshape(-1, _PARTS**2, 3)
+        brightness, colour = squares[..., 0], squares[..., 1:]
+        alike[part] = brightness.mean(axis=1) <= _BRIGHTNESS**2
+        alike[part] &= colour.mean(axis=(1, 2)) <= _COLOUR**2
     return alike
 
 

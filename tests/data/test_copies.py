@@ -117,7 +117,14 @@ def test_hashes_of_photographs_survive_encoding_and_tell_others_apart():
         lambda image: encoded(smaller(image, 4), "PNG"),
         lambda image: encoded(ImageEnhance.Brightness(image).enhance(1.2)),
     ):
-        changed = np.stack([copies.perceptual_hash(change(image)) for image in photographs])
+        made = [change(image) for image in photographs]
+        changed = np.stack([copies.perceptual_hash(image) for image in made])
+        both = np.concatenate([hashes, changed])
+        colours = np.stack([copies.mean_colours(image) for image in (*photographs, *made)])
+        number, same = len(both), np.zeros(len(both), int)
+        items = copies.Items(same, same > 0, np.arange(number))
+        found = copies.find(both, copies.similarity_at(40), items, colours=colours)[1]
+        np.testing.assert_array_equal(found.groups, np.arange(number) % len(photographs))
         bits = (copies.HASH_BITS - hashes @ changed.astype(int).T) // 2
         assert np.diag(bits).max() <= 40 < bits[~np.eye(len(bits), dtype=bool)].min()
 
