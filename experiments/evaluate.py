@@ -6,9 +6,9 @@
 
 Prints a table, with the 95 % intervals that a bootstrap over the classes gives, and writes --out,
 by default evaluation.json in the workdir. --baseline=runs/other compares two runs query by query. A
-run that kept the score of its untrained backbone (zero_shot) is compared with it too. A
-dataset to evaluate needs no training classes: a folder may have test/ alone, and a table no rows of
-train.
+run that kept the score of its untrained backbone (zero_shot) is compared with it too. --groups=FILE
+leaves the copies of a query out of its ranking; check_data finds them. A dataset to evaluate needs
+no training classes: a folder may have test/ alone, and a table no rows of train.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,6 +24,7 @@ import numpy as np
 from experiments.engine import (
     checks,
     command,
+    copy_groups,
     datasets,
     query_scores,
     scoring,
@@ -54,9 +55,15 @@ def _as_text(table: ScoreTable) -> str:
 
 
 def _embed_test_images(
-    trained: TrainedNetwork, workdir: str
+    trained: TrainedNetwork, workdir: str, groups: Mapping[str, str] | None
 ) -> tuple[EncodedImageDataset, dict[str, np.ndarray]]:
-    """Returns the test images that can be read, and their embeddings by level."""
+    """Returns the test images that can be read, and their embeddings by level.
+
+    Args:
+      trained: the network.
+      workdir: its run's folder.
+      groups: what --groups holds, or None.
+    """
     options = flags.FLAGS
     given = {name: options[name].value for name in _DATA if options[name].value}
     config = trained.config.replace(**given)
@@ -65,6 +72,8 @@ def _embed_test_images(
     )
     if not given and not options.all_classes:
         checks.check_same_data(pathlib.Path(workdir), splits)
+    if groups is not None:
+        splits["test"] = copy_groups.leave_out(splits["test"], groups)
     splits = checks.cached_splits({"test": splits["test"]}, config.data, config.runtime)
     test = splits["test"]
     bad = []
@@ -80,7 +89,7 @@ def _embed_test_images(
 def _gain(config: Config, scores: QueryScores) -> zero_shot.Gain | None:
     """Returns what training brought, if the run kept it and its own test images are evaluated."""
     options = flags.FLAGS
-    if options.all_classes or any(options[name].value for name in _DATA):
+    if options.all_classes or any(options[name].value for name in (*_DATA, "groups")):
         return None
     return zero_shot.compare(config, pathlib.Path(options.workdir), scores)
 
@@ -115,11 +124,17 @@ def main(_: Any) -> None:
         out = pathlib.Path(options.out or pathlib.Path(options.workdir) / "evaluation.json")
         if options.out:
             command.check_free("out", out)
+        if options.baseline and options.groups:
+            raise ValueError(
+                "--baseline and --groups: the scores that a run has kept rank copies too: leave "
+                "one of them out"
+            )
+        groups = copy_groups.read(options.groups) if options.groups else None
         baseline = None
         if options.baseline:
             baseline = query_scores.read(pathlib.Path(options.baseline))
         trained = trained_network.load_from_flags()
-        data, levels = _embed_test_images(trained, options.workdir)
+        data, levels = _embed_test_images(trained, options.workdir, groups)
         ks = trained.config.data.entry.ks
         by_query = scoring.score_levels(levels, data, ks)
         table = scoring.make_table(by_query, data, ks)
@@ -128,8 +143,11 @@ def main(_: Any) -> None:
         alone = next(iter(table.values()))["queries_without_match"]
         print(
             f"{options.workdir}, step {trained.step}: {len(data)} test images, in percent; "
-            f"{alone} alone in their class"
+            f"{alone} alone in their class{' but for copies' if groups else ''}"
         )
+        if data.groups is not None:
+            _, sizes = np.unique(data.groups, return_counts=True)
+            print(f"{sizes[sizes > 1].sum()} images are in groups, which are not ranked")
         print(_as_text(table))
         scores = QueryScores(
             all_levels := list(by_query.values())[-1], scoring.query_classes(all_levels, data)
@@ -137,7 +155,13 @@ def main(_: Any) -> None:
         print(f"95 % intervals over classes, {list(table)[-1]}:")
         intervals = _print_intervals(scores, ks, baseline, _gain(trained.config, scores))
         with files.atomic_write(out) as temporary:
-            contents = {"step": trained.step, "scores": table, "intervals": intervals}
+            contents: dict[str, Any] = {
+                "step": trained.step,
+                "scores": table,
+                "intervals": intervals,
+            }
+            if options.groups:
+                contents["groups"] = options.groups
             temporary.write_text(json.dumps(contents, indent=1) + "\n")
         print(f"written: {out}")
 
@@ -163,6 +187,12 @@ if __name__ == "__main__":
         "",
         "The workdir of another run on the same test images, that has ended. The intervals of the "
         "differences to its scores are printed and written too.",
+    )
+    flags.DEFINE_string(
+        "groups",
+        "",
+        "The groups of copies that check_data --groups_out wrote: a query is not ranked against "
+        "images of its group.",
     )
     flags.DEFINE_string(
         "out",

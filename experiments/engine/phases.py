@@ -33,6 +33,8 @@ def told(text: str, stream: TextIO | None = None) -> Iterator[None]:
         tqdm.tqdm.write(f"{text} ...", file=out)
         out.flush()
 
+    # Made by two threads at once, tqdm's lock may never be free again.
+    tqdm.tqdm.get_lock()
     out = stream or sys.stdout
     seen = out is not sys.stderr or out.isatty()
     timer = threading.Timer(_SECONDS, tell if seen else lambda: None)

@@ -39,7 +39,9 @@ class EncodedImage:
       name: what errors call the image.
 
     Attributes:
+      encoded: the encoded image.
       size: (width, height), upright.
+      kind: its format and Pillow's mode of its pixels: "JPEG RGB".
 
     Raises:
       BadImageError: the image is empty, truncated, broken, too large to be safe, or not an image.
@@ -47,7 +49,7 @@ class EncodedImage:
     """
 
     def __init__(self, data: bytes, name: str) -> None:
-        self._data, self._name = data, name
+        self.encoded, self._name = data, name
         with self._errors_named():
             image = self._open()
             limit = Image.MAX_IMAGE_PIXELS
@@ -55,12 +57,15 @@ class EncodedImage:
                 raise ValueError(
                     f"{image.width} x {image.height} pixels are more than is safe to decode"
                 )
+            self.kind = f"{image.format} {image.mode}"
             self._is_jpeg = image.format == "JPEG" and image.mode in ("RGB", "L")
             self._stored_size = image.size
             # Pillow turns a TIFF by itself.
             is_turned = image.format != "TIFF"
             self._orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if is_turned else 1
-            self.size = image.size[::-1] if self._orientation in _SIDES_SWAPPED else image.size
+            width, height = image.size
+            is_swapped = self._orientation in _SIDES_SWAPPED
+            self.size = (height, width) if is_swapped else (width, height)
 
     @property
     def width(self) -> int:
@@ -170,7 +175,7 @@ class EncodedImage:
         width, height = self._stored_size
         try:
             pixels = simplejpeg.decode_jpeg(
-                self._data,
+                self.encoded,
                 "RGB",
                 min_width=-(-width // shrink),
                 min_height=-(-height // shrink),
@@ -181,7 +186,7 @@ class EncodedImage:
         return pixels if self._orientation == 1 else _upright(pixels, self._orientation)
 
     def _open(self) -> Image.Image:
-        return Image.open(io.BytesIO(self._data))
+        return Image.open(io.BytesIO(self.encoded))
 
     @contextlib.contextmanager
     def _errors_named(self) -> Iterator[None]:
@@ -194,7 +199,7 @@ class EncodedImage:
             is_unknown = isinstance(error, UnidentifiedImageError)
             reason = "it is of no kind that Pillow knows" if is_unknown else error
             raise BadImageError(
-                f"cannot decode the image {self._name!r} ({len(self._data)} bytes): {reason}"
+                f"cannot decode the image {self._name!r} ({len(self.encoded)} bytes): {reason}"
             ) from error
 
 
