@@ -29,8 +29,8 @@ _LEAVES = {
 }
 # The layers of the task that published weights were trained for.
 _CLASSIFIERS = (
-    "fc", "_fc", "last_linear", "classifier", "head", "heads", "linear", "logits", "projection_head",
-    "projector", "predictor", "prototypes", "queue", "queue_ptr",
+    "fc", "_fc", "last_linear", "classifier", "head", "heads", "linear", "logits",
+    "projection_head", "projector", "predictor", "prototypes", "queue", "queue_ptr",
 )  # fmt: skip
 # What wrappers put before or within names: DataParallel, torch.compile, FSDP.
 _MARKERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
