@@ -79,10 +79,13 @@ def intervals(
     )
 
 
+def in_percent(found: metrics.Interval, *, sign: bool = False) -> str:
+    """Returns an interval in percent: 61.9 (60.0 to 63.8)."""
+    plus = "+" if sign else ""
+    value, low, high = (f"{100 * number:{plus}.1f}" for number in found)
+    return f"{value} ({low} to {high})"
+
+
 def as_text(found: Mapping[str, metrics.Interval], *, sign: bool = False) -> str:
     """Returns intervals in percent: recall@1 61.9 (60.0 to 63.8)  ..."""
-    plus = "+" if sign else ""
-    return "  ".join(
-        f"{name} {100 * i.value:{plus}.1f} ({100 * i.low:{plus}.1f} to {100 * i.high:{plus}.1f})"
-        for name, i in found.items()
-    )
+    return "  ".join(f"{name} {in_percent(i, sign=sign)}" for name, i in found.items())
