@@ -1,5 +1,16 @@
 "use strict";
 
+// Boxes that scroll now can be reached by the keyboard; the others are no stop on its way.
+const settle = () => {
+  for (const box of document.querySelectorAll(".scroll")) {
+    if (box.scrollWidth > box.clientWidth) box.setAttribute("tabindex", "0");
+    else box.removeAttribute("tabindex");
+  }
+};
+settle();
+addEventListener("resize", settle);
+document.addEventListener("toggle", settle, true);
+
 // Tables: a header's button sorts by its column: ascending, descending, as before.
 const cellKey = (row, column) => {
   const text = row.cells[column].textContent.trim().replace("\u2212", "-");

@@ -12,6 +12,7 @@ import io
 import pathlib
 import re
 from typing import Any
+import warnings
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -110,7 +111,7 @@ def table(head: Sequence[Any], rows: Iterable[Sequence[Any]], caption: str = "")
     """
     texts = [[str(cell) for cell in row] for row in rows]
     kinds = [
-        ' class="number"' if all(map(_is_number, column)) and any(column) else ""
+        ' class="number"' if all(map(_NUMBER.fullmatch, column)) else ""
         for column in zip(*texts, strict=True)
     ] or [""] * len(head)
     heads = "".join(
@@ -121,10 +122,6 @@ def table(head: Sequence[Any], rows: Iterable[Sequence[Any]], caption: str = "")
     caption_tag = f"<caption>{html.escape(caption)}</caption>" if caption else ""
     inner = f"<table>{caption_tag}<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
     return _scrolling(inner, caption or "table")
-
-
-def _is_number(text: str) -> bool:
-    return not text or _NUMBER.fullmatch(text) is not None
 
 
 def _table_row(cells: Sequence[str], kinds: Sequence[str]) -> str:
@@ -194,8 +191,9 @@ def plot(figure: Figure, alt: str) -> str:
     """Returns a matplotlib figure as SVG in the page's own colours and type."""
     buffer = io.StringIO()
     # Names that SVG needs within itself differ between the plots of a page.
-    settings = {"svg.fonttype": "none", "svg.hashsalt": alt, "svg.image_inline": True}
-    with matplotlib.rc_context(settings):
+    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": alt}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # the browser has other fonts
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     view_box = re.search(r'viewBox="[^"]*"', text)

@@ -95,16 +95,13 @@ def tile(
     names: Sequence[str] | np.ndarray,
     row: int,
     kind: str,
-    about: str = "",
+    *about: str,
 ) -> str:
-    """Returns an image of a dataset with its class and what else is said of it."""
-    said = [str(names[row]), *([about] if about else [])]
-    return html_page.thumbnail_or_sentence(
-        functools.partial(data.decoded_image, row),
-        ", ".join([str(data.paths[row]), *said]),
-        kind,
-        "\n".join(said),
-    )
+    """Returns an image of a dataset with its class, and lines of what else is said of it."""
+    lines = [str(names[row]), *about]
+    load = functools.partial(data.decoded_image, row)
+    name = ", ".join([str(data.paths[row]), *lines])
+    return html_page.thumbnail_or_sentence(load, name, kind, "\n".join(lines))
 
 
 def embedding_map(data: EncodedImageDataset, embeddings: np.ndarray) -> str:

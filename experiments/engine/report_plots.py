@@ -29,6 +29,20 @@ def _figure(size: tuple[float, float] = _SIZE) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _label(name: str, longest: int = 32) -> str:
+    """Returns a name as matplotlib shows it: neither as mathematics nor as a hidden label."""
+    text = name if len(name) <= longest else "\N{HORIZONTAL ELLIPSIS}" + name[1 - longest :]
+    text = text.encode(errors="replace").decode().replace("$", r"\$")
+    return f"\N{ZERO WIDTH SPACE}{text}" if text.startswith("_") else text
+
+
+def _style(number: int) -> dict[str, Any]:
+    """Returns the colour and line of a run, which are the same in all plots of a page."""
+    colours = html_page.COLOURS
+    line = ("-", "--", ":")[number // len(colours) % 3]
+    return {"color": colours[number % len(colours)], "linestyle": line}
+
+
 def evaluations(lines: Lines) -> list[Mapping[str, Any]]:
     """Returns the lines that have the scores of an evaluation."""
     return [line for line in lines if "recall@1" in line]
@@ -37,10 +51,11 @@ def evaluations(lines: Lines) -> list[Mapping[str, Any]]:
 def loss_curves(runs: Mapping[str, Lines]) -> str:
     """Returns a plot of the loss of runs, {name: lines}, over the steps."""
     figure, axes = _figure()
-    for name, lines in runs.items():
-        steps = [line for line in lines if "loss" in line]
-        steps = steps[:: -(-len(steps) // _POINTS) or 1]
-        axes.plot([line["step"] for line in steps], [line["loss"] for line in steps], label=name)
+    for number, (name, lines) in enumerate(runs.items()):
+        found = [line for line in lines if "loss" in line]
+        found = found[:: -(-len(found) // _POINTS) or 1]
+        places = [line["step"] for line in found]
+        axes.plot(places, [line["loss"] for line in found], label=_label(name), **_style(number))
     axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
     _legend_of_several(axes, runs)
     return html_page.plot(figure, "loss over the steps")
@@ -49,16 +64,16 @@ def loss_curves(runs: Mapping[str, Lines]) -> str:
 def score_curves(runs: Mapping[str, Lines], score: str) -> str:
     """Returns a plot of a score of runs, {name: lines}, over the steps."""
     figure, axes = _figure()
-    for name, lines in runs.items():
+    for number, (name, lines) in enumerate(runs.items()):
         found = [line for line in evaluations(lines) if score in line]
-        values = [100 * line[score] for line in found]
-        axes.plot([line["step"] for line in found], values, marker="o", label=name)
+        places, values = [line["step"] for line in found], [100 * line[score] for line in found]
+        axes.plot(places, values, marker="o", label=_label(name), **_style(number))
     axes.set(xlabel="step", ylabel=f"{score}, percent")
     _legend_of_several(axes, runs)
     return html_page.plot(figure, f"{score} over the steps")
 
 
-def _legend_of_several(axes: Axes, runs: Mapping[str, Lines]) -> None:
+def _legend_of_several(axes: Axes, runs: Mapping[str, object]) -> None:
     if len(runs) > 1:
         axes.legend()
 
@@ -98,7 +113,7 @@ def interval_chart(
         axes.errorbar(
             values, places, xerr=[values - low, high - values], fmt="o", capsize=3, label=group
         )
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [_label(name, 24) for name in names])
     axes.set(xlabel="points of percent" if difference else "percent", ylim=(len(names) - 0.5, -0.5))
     if difference:
         axes.axvline(0, color="black", linewidth=0.8)
@@ -145,19 +160,20 @@ def distances(embeddings: np.ndarray, labels: np.ndarray, loss: LossOptions) -> 
     return html_page.plot(figure, "distances of pairs of images")
 
 
-def first_ranks(runs: Mapping[str, ByQuery]) -> str:
-    """Returns the shares of queries of runs whose first match is within a rank."""
+def first_ranks(runs: Mapping[str, ByQuery | None]) -> str:
+    """Returns the shares of queries of runs whose first match is within a rank; None: no run."""
     figure, axes = _figure()
-    for name, by_query in runs.items():
+    for number, (name, by_query) in enumerate(runs.items()):
+        if by_query is None:
+            continue
         ranks, counts = np.unique(by_query["first_rank"], return_counts=True)
         share = 100 * np.cumsum(counts) / counts.sum()
-        axes.step(ranks, share, where="post", label=name)
+        axes.step(ranks, share, where="post", label=_label(name), **_style(number))
     axes.set(
         xlabel="rank of the nearest of the query's class, at most",
         ylabel="percent of queries",
         xscale="log",
         ylim=(0, 101),
     )
-    if len(runs) > 1:
-        axes.legend()
+    _legend_of_several(axes, runs)
     return html_page.plot(figure, "first ranks of the queries")
