@@ -129,14 +129,14 @@ def _charts(compared: _Compared) -> str:
     charts = []
     for found, what, difference in (
         (compared.intervals, "Scores", False),
-        (compared.differences, f"Differences to {compared.runs[0].name}, paired by query,", True),
+        (compared.differences, f"Differences to {compared.runs[0].name}, paired by query", True),
     ):
         by_score = {
             title: {run: of_run[score] for run, of_run in found.items() if score in of_run}
             for score, title in SCORES.items()
         }
         if all(by_score.values()):
-            alt = f"{what} with their 95 % intervals"
+            alt = f"{what}, with 95 % intervals"
             charts.append(report_plots.interval_chart(by_score, alt, difference=difference))
     return html_page.plots(*charts) if charts else ""
 

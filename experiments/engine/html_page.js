@@ -44,25 +44,34 @@ for (const table of document.querySelectorAll("table")) {
 const images = [...document.querySelectorAll("figure img")];
 if (images.length) {
   const dialog = document.createElement("dialog"), large = document.createElement("img");
-  const text = document.createElement("p"), close = document.createElement("button");
+  const view = document.createElement("div"), text = document.createElement("p");
+  const close = document.createElement("button");
   let shown = 0;
   const show = (number) => {
     shown = (number + images.length) % images.length;
     large.src = images[shown].src;
     large.alt = images[shown].alt;
     text.textContent = images[shown].alt;
+    // What is larger than the page shows it is panned in its full size.
+    large.classList.toggle("whole", images[shown].naturalWidth > 600);
   };
+  large.addEventListener("load", () =>
+    view.scrollTo((view.scrollWidth - view.clientWidth) / 2, (view.scrollHeight - view.clientHeight) / 2));
+  view.className = "view";
+  view.tabIndex = 0;
+  view.append(large);
   text.id = "enlarged";
   dialog.setAttribute("aria-labelledby", text.id);
   close.type = "button";
   close.textContent = "Close";
+  close.autofocus = true;
   close.addEventListener("click", () => dialog.close());
   dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
   dialog.addEventListener("keydown", (event) => {
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (step) show(shown + step);
+    if (step && !(event.target === view && large.className)) show(shown + step);
   });
-  dialog.append(large, text, close);
+  dialog.append(view, text, close);
   document.body.append(dialog);
   images.forEach((image, number) => {
     const button = document.createElement("button");
@@ -71,8 +80,8 @@ if (images.length) {
     image.replaceWith(button);
     button.append(image);
     button.addEventListener("click", () => {
-      show(number);
       dialog.showModal();
+      show(number);
     });
   });
 }

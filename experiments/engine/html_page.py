@@ -187,11 +187,18 @@ def plots(*figures: str) -> str:
     return f'<div class="plots">{"".join(figures)}</div>\n'
 
 
-def plot(figure: Figure, alt: str) -> str:
-    """Returns a matplotlib figure as SVG in the page's own colours and type."""
+def plot(figure: Figure, alt: str, caption: str = "") -> str:
+    """Returns a matplotlib figure as SVG in the page's own colours and type.
+
+    Args:
+      figure: the figure.
+      alt: what it shows, which is read out.
+      caption: a text above it.
+    """
     buffer = io.StringIO()
     # Names that SVG needs within itself differ between the plots of a page.
-    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": alt}
+    salt = alt.encode(errors="replace").decode()
+    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": salt}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # the browser has other fonts
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -209,7 +216,8 @@ def plot(figure: Figure, alt: str) -> str:
     style = f'style="min-width:{48 * inches:.0f}px;max-width:{120 * inches:.0f}px"'
     box = view_box[0] if view_box else ""
     svg = f'<svg {box} {style} role="img" aria-label="{_quoted(alt)}">{inner}'
-    return f"<figure>{_scrolling(svg, alt)}</figure>\n"
+    above = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    return f"<figure>{above}{_scrolling(svg, alt)}</figure>\n"
 
 
 def _alt(alt: str) -> str:

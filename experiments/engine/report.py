@@ -23,8 +23,8 @@ from rll_jax import metrics
 from rll_jax.data.image_dataset import EncodedImageDataset
 
 _INTERVALS = (
-    "In parentheses: the 95 % interval, by drawing other test classes of the same kind (not other "
-    "training runs)."
+    "Under each score, and in parentheses: the 95 % interval, by drawing other test classes of the "
+    "same kind (not other training runs)."
 )
 _ZERO_SHOT = (
     " zero_shot: the pooled features of the backbone itself before the first step. The difference "
@@ -133,7 +133,7 @@ def _at_a_glance(
     columns = {"trained": intervals}
     if gain is not None:
         columns["zero_shot"] = gain.zero_shot
-        parts.append(report_plots.interval_chart(columns, "scores with their 95 % intervals"))
+        parts.append(report_plots.interval_chart(columns, "Scores with their 95 % intervals"))
         columns["difference"] = gain.difference
         rows = [
             [name, *(_cell(found, name, title) for title, found in columns.items())]

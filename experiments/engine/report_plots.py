@@ -100,7 +100,7 @@ def interval_chart(
 
     Args:
       groups: {name of a colour: {name of a line: interval}}.
-      alt: what the chart shows.
+      alt: what the chart shows, its title.
       difference: whether the values are differences, so that 0 is marked.
     """
     names = list(dict.fromkeys(name for found in groups.values() for name in found))
@@ -119,7 +119,7 @@ def interval_chart(
         axes.axvline(0, color="black", linewidth=0.8)
     if len(groups) > 1:
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(groups), frameon=False)
-    return html_page.plot(figure, alt)
+    return html_page.plot(figure, alt, alt)
 
 
 def _draw_pairs(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
