@@ -48,12 +48,18 @@ class FinishedRun(NamedTuple):
 
 
 def split_folders(text: str) -> list[pathlib.Path]:
-    """Returns the folders of A,B,C, also where their names have commas, as a sweep's do."""
+    """Returns the folders of A,B,C, also where their names have commas, as a sweep's do.
+
+    Raises:
+      ValueError: a name is empty.
+    """
     parts, folders = text.split(","), []
     while parts:
         ends = range(len(parts), 0, -1)
         is_run = (end for end in ends if _is_run(pathlib.Path(",".join(parts[:end]))))
         end = next(is_run, 1)
+        if not parts[0] and end == 1:
+            raise ValueError(f"--workdir={text}: expected folders with commas between")
         folders.append(pathlib.Path(",".join(parts[:end])))
         parts = parts[end:]
     return folders
@@ -181,17 +187,12 @@ def why_not_paired(run: FinishedRun, first: FinishedRun) -> str:
     same = np.array_equal(run.scores.classes, first.scores.classes) and np.array_equal(
         run.scores.by_query["query"], first.scores.by_query["query"]
     )
-    if not same or _images(run, first) != _images(first, run):
+    digests = {digest_of_images(run, run.scores), digest_of_images(first, first.scores)}
+    if not same or len(digests - {""}) > 1:
         return f"{run.name} and {first.name} scored other test images, or under other names"
     if len(np.unique(run.scores.classes)) < 2:
         return "all queries are of one class"
     return ""
-
-
-def _images(run: FinishedRun, other: FinishedRun) -> object:
-    """Returns the digest of the images that a run scored, as both of two runs have kept it."""
-    kept = [digest_of_images(one, one.scores) for one in (run, other) if one.scores is not None]
-    return kept[0] if all(kept) else None
 
 
 def digest_of_images(run: FinishedRun, scores: QueryScores) -> str:

@@ -30,7 +30,8 @@ def test_a_page_fetches_nothing_and_runs_its_own_script_alone():
     assert "<title>a &lt;b&gt;</title>" in page and "http" not in page.replace("http-equiv", "")
     script = re.search("<script>(.*)</script>", page, re.DOTALL)[1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in page
+    policy = f"img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
+    assert f"content=\"default-src 'none'; {policy}" in page
 
 
 def a_figure():
