@@ -82,8 +82,8 @@ def write(
         html_page.section(
             "Nearest images",
             f"<p>A query, then the {report_images.NEIGHBOURS} images nearest to it, with their "
-            'class and their cosine similarity: <b class="right">\N{CHECK MARK} green</b> of its '
-            'class, <b class="wrong">\N{BALLOT X} red</b> of another. Queries are the worst, '
+            'class and their cosine similarity: <b class="green">\N{CHECK MARK} green</b> of its '
+            'class, <b class="red">\N{BALLOT X} red</b> of another. Queries are the worst, '
             "typical and best by their average precision. A click enlarges an image.</p>\n",
             report_images.grid(test, embeddings, scores.by_query),
         ),

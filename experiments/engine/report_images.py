@@ -7,7 +7,6 @@ import warnings
 
 import numpy as np
 from PIL import Image
-from sklearn.manifold import TSNE
 import threadpoolctl
 
 from experiments.engine import html_page
@@ -142,6 +141,8 @@ def _map_rows(labels: np.ndarray) -> np.ndarray:
 
 def _places(embeddings: np.ndarray) -> np.ndarray:
     """Returns (N, 2) places by t-SNE."""
+    from sklearn.manifold import TSNE  # a second to import, which other pages do not need
+
     # One thread is 40 times as fast as two on a machine of two cores. The warnings are of
     # embeddings that are all equal.
     with warnings.catch_warnings(), threadpoolctl.threadpool_limits(1):
