@@ -83,7 +83,7 @@ def write(
     else:
         title, about = (
             f"The run {names}",
-            "Its own page, with images, is report.html in its folder.",
+            "Give several runs to compare them with the first.",
         )
     body = [
         f"<header><h1>{html.escape(title)}</h1>\n",

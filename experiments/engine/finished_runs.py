@@ -129,7 +129,11 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
       ValueError: a line is no JSON object with a step; the message names the line.
     """
     lines = []
-    for number, text in enumerate(bad_images.whole_lines(path), start=1):
+    try:
+        texts = bad_images.whole_lines(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    for number, text in enumerate(texts, start=1):
         try:
             line = json.loads(text)
         except ValueError:

@@ -52,6 +52,7 @@ if (images.length) {
     large.src = images[shown].src;
     large.alt = images[shown].alt;
     text.textContent = images[shown].alt;
+    view.replaceChildren(large);
     // What is larger than the page shows it is panned in its full size.
     large.classList.toggle("whole", images[shown].naturalWidth > 600);
   };
@@ -59,7 +60,6 @@ if (images.length) {
     view.scrollTo((view.scrollWidth - view.clientWidth) / 2, (view.scrollHeight - view.clientHeight) / 2));
   view.className = "view";
   view.tabIndex = 0;
-  view.append(large);
   text.id = "enlarged";
   dialog.setAttribute("aria-labelledby", text.id);
   close.type = "button";

@@ -59,6 +59,8 @@ def test_what_is_no_run_is_refused(tmp_path):
         refused("metrics.jsonl, line 3: expected a JSON object of numbers", run)
     (run / "metrics.jsonl").write_text(text.splitlines()[0] + "\n" + text.splitlines()[1])
     refused("without an evaluation", run)  # the last line is cut off
+    (run / "metrics.jsonl").write_bytes(b"\xff\n")
+    refused("metrics.jsonl is damaged", run)
     (run / "metrics.jsonl").unlink()
     refused("without an evaluation", run)
     (run / "flags.txt").write_text("--stepz=1\n")
