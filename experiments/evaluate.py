@@ -149,9 +149,7 @@ def main(_: Any) -> None:
             _, sizes = np.unique(data.groups, return_counts=True)
             print(f"{sizes[sizes > 1].sum()} images are in groups, which are not ranked")
         print(_as_text(table))
-        scores = QueryScores(
-            all_levels := list(by_query.values())[-1], scoring.query_classes(all_levels, data)
-        )
+        scores = query_scores.collect(list(by_query.values())[-1], data)
         print(f"95 % intervals over classes, {list(table)[-1]}:")
         intervals = _print_intervals(scores, ks, baseline, _gain(trained.config, scores))
         with files.atomic_write(out) as temporary:

@@ -6,18 +6,20 @@ Prints them and writes a page of images. The first use embeds the folder and kee
 workdir; later uses embed what changed.
 """
 
-import html
 import pathlib
 import sys
 from typing import Any
 
 from absl import app, flags
 import numpy as np
+from PIL import Image
 
 from experiments.engine import command, embedding_index, html_page, trained_network
 from experiments.engine.embedding_index import Index
 from rll_jax import metrics
-from rll_jax.data import files, images
+from rll_jax.data import images
+
+_TITLE = "Nearest images"
 
 
 def _page(
@@ -27,20 +29,27 @@ def _page(
     rows: np.ndarray,
     similarities: np.ndarray,
 ) -> str:
-    lines = []
+    """Returns the body of the page."""
+    parts = []
     for query, nearest, values in zip(queries, rows, similarities, strict=True):
-        cells = [_thumbnail(query, str(query), "query")]
+        cells = [_thumbnail(query, str(query), "query", query.name)]
         for row, value in zip(nearest, values, strict=True):
-            name = index.files[row]
-            cells.append(_thumbnail(root / name, f"{name} {value:.3f}"))
-        lines.append(html_page.image_row(cells))
-    about = f"A query, then the images of {html.escape(str(root))} nearest to it."
-    body = f"<h1>Nearest images</h1><p>{about}</p>{''.join(lines)}"
-    return html_page.page("Nearest images", body)
+            name = str(index.files[row])
+            caption = f"{pathlib.PurePath(name).name}\n{value:.3f}"
+            cells.append(_thumbnail(root / name, f"{name}, similarity {value:.3f}", "", caption))
+        parts.append(html_page.image_row(cells))
+    about = (
+        f"A query, then the images of {root} nearest to it, with their cosine similarity: "
+        f"{len(queries)} queries among {len(index.files)} images. A click enlarges an image."
+    )
+    return f"<h1>{_TITLE}</h1>{html_page.paragraph(about, 'lead')}{''.join(parts)}"
 
 
-def _thumbnail(path: pathlib.Path, name: str, kind: str = "") -> str:
-    return html_page.thumbnail(images.decode(path.read_bytes(), str(path)), name, kind)
+def _thumbnail(path: pathlib.Path, name: str, kind: str, caption: str) -> str:
+    def load() -> Image.Image:
+        return images.decode(path.read_bytes(), str(path))
+
+    return html_page.thumbnail_or_sentence(load, name, kind, caption)
 
 
 def _query_paths(query: pathlib.Path) -> list[pathlib.Path]:
@@ -74,9 +83,7 @@ def main(_: Any) -> None:
             print(f"{path}")
             for row, value in zip(nearest, values, strict=True):
                 print(f"  {value:.3f}  {root / index.files[row]}")
-        page = _page(root, queries, index, rows, similarities)
-        with files.atomic_write(out) as temporary:
-            temporary.write_text(page, encoding="utf-8", errors="replace")
+        html_page.write(out, _TITLE, _page(root, queries, index, rows, similarities))
     print(
         f"page: {out}  ({len(index.files)} images in the index, {index.num_embedded} of them "
         "embedded now)"

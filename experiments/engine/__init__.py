@@ -9,14 +9,18 @@ checks            all that can be refused before a run begins
 build pretrained run_parts network_inputs
 the state, the weights it starts from, the step and the batches
 train_loop        the run from its last checkpoint to its end
-evaluation step_metrics logs bad_images scoring summary report html_page
-what a run measures, writes and shows
+evaluation step_metrics logs bad_images scoring query_scores zero_shot summary
+what a run measures and writes
+report report_images report_plots html_page
+the page of a run, and what pages are made of
 resume workdir errors environment dry_run
 how a run ends early and resumes, its folder, what ran, what it would take
 trained_network embedding_index
 a checkpoint put to use: evaluate, embed, search, export
 many_runs comparison_table
 sweeps and comparisons
+finished_runs comparison_page
+what runs have left, and a page that compares them
 augmentation measuring phases startup jax_settings
 views by name; what the benchmarks share; what takes long is told; what is settled before JAX starts
 """

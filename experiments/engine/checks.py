@@ -187,10 +187,11 @@ def _has_files(folder: pathlib.Path) -> bool:
 
 def data_digests(splits: Splits) -> dict[str, str]:
     """Returns {split: a digest of its images' paths, classes and roles}, for data.json."""
-    return {split: _data_digest(data) for split, data in splits.items()}
+    return {split: data_digest(data) for split, data in splits.items()}
 
 
-def _data_digest(data: EncodedImageDataset) -> str:
+def data_digest(data: EncodedImageDataset) -> str:
+    """Returns a digest of the paths, classes and roles of a dataset's images."""
     digest = hashlib.sha256("\n".join(data.paths.tolist()).encode(errors="surrogateescape"))
     for column in (data.labels, data.in_gallery, data.groups, data.image_ids):
         if column is not None:

@@ -14,7 +14,6 @@ from experiments.engine.checks import CheckedRun
 from experiments.engine.errors import RunError
 from experiments.engine.logs import MetricsLog
 from experiments.engine.network_inputs import Input
-from experiments.engine.query_scores import QueryScores
 from rll_jax.data.image_dataset import EncodedImageDataset
 from rll_jax.networks import embedding_net
 from rll_jax.training import checkpoint, embedding, steps
@@ -176,6 +175,6 @@ class Evaluator:
                 f"before the first step: {error}; --zero_shot=False trains without their score"
             ) from error
         if processes.is_first():
-            scores = QueryScores(by_query, scoring.query_classes(by_query, data))
+            scores = query_scores.collect(by_query, data)
             query_scores.write(self._checked.workdir, scores, zero_shot.FILE)
         return scoring.make_table({"": by_query}, data, ks)[""]

@@ -7,9 +7,11 @@ import zipfile
 
 import numpy as np
 
+from experiments.engine import checks, scoring
 from experiments.engine.scoring import ByQuery
 from rll_jax import metrics
 from rll_jax.data import files
+from rll_jax.data.image_dataset import EncodedImageDataset
 
 NAME = "scores_by_query.npz"  # in the workdir
 
@@ -20,16 +22,29 @@ class QueryScores(NamedTuple):
     Attributes:
       by_query: as `metrics.scores_by_query` returns them.
       classes: (M,) the class of each of these queries.
+      images: a digest of the scored images and their names; empty where it was not kept, as in
+        earlier versions.
     """
 
     by_query: ByQuery
     classes: np.ndarray
+    images: str = ""
+
+
+def collect(by_query: ByQuery, data: EncodedImageDataset) -> QueryScores:
+    """Returns the scores of a dataset's queries with what tells these queries."""
+    classes = scoring.query_classes(by_query, data)
+    return QueryScores(by_query, classes, checks.data_digest(data))
 
 
 def write(workdir: pathlib.Path, scores: QueryScores, name: str = NAME) -> None:
     """Writes the scores into a file of the workdir."""
     with files.atomic_write(workdir / name) as temporary, temporary.open("wb") as file:
-        columns: dict[str, Any] = {"classes": scores.classes, **scores.by_query}
+        columns: dict[str, Any] = {
+            "classes": scores.classes,
+            "images": np.array(scores.images),
+            **scores.by_query,
+        }
         np.savez_compressed(file, **columns)
 
 
@@ -45,7 +60,8 @@ def read(workdir: pathlib.Path, name: str = NAME) -> QueryScores:
     try:
         with np.load(path, allow_pickle=False) as saved:
             columns = dict(saved)
-        return QueryScores(columns, columns.pop("classes"))
+        images = str(columns.pop("images", ""))
+        return QueryScores(columns, columns.pop("classes"), images)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
@@ -54,7 +70,9 @@ def join(runs: Sequence[QueryScores]) -> QueryScores:
     """Returns the scores of several runs on the same images as one: a class keeps its queries."""
     names = runs[0].by_query
     joined = {name: np.concatenate([run.by_query[name] for run in runs]) for name in names}
-    return QueryScores(joined, np.concatenate([run.classes for run in runs]))
+    digests = {run.images for run in runs}
+    images = digests.pop() if len(digests) == 1 else ""
+    return QueryScores(joined, np.concatenate([run.classes for run in runs]), images)
 
 
 def intervals(
@@ -79,10 +97,20 @@ def intervals(
     )
 
 
+def in_percent(found: metrics.Interval, *, sign: bool = False) -> str:
+    """Returns an interval in percent: 61.9 (60.0 to 63.8)."""
+    plus = "+" if sign else ""
+    value, low, high = (f"{100 * number:{plus}.1f}" for number in found)
+    return f"{value} ({low} to {high})"
+
+
+def doubt(difference: metrics.Interval) -> str:
+    """Returns what is to be said of a difference whose interval holds 0; otherwise nothing."""
+    if difference.low <= 0 <= difference.high:
+        return "; the interval holds 0, so that it may be chance"
+    return ""
+
+
 def as_text(found: Mapping[str, metrics.Interval], *, sign: bool = False) -> str:
     """Returns intervals in percent: recall@1 61.9 (60.0 to 63.8)  ..."""
-    plus = "+" if sign else ""
-    return "  ".join(
-        f"{name} {100 * i.value:{plus}.1f} ({100 * i.low:{plus}.1f} to {100 * i.high:{plus}.1f})"
-        for name, i in found.items()
-    )
+    return "  ".join(f"{name} {in_percent(i, sign=sign)}" for name, i in found.items())

@@ -8,7 +8,6 @@ import numpy as np
 from experiments.engine import query_scores, scoring, zero_shot
 from experiments.engine.checks import CheckedRun
 from experiments.engine.evaluation import Evaluated
-from experiments.engine.query_scores import QueryScores
 from rll_jax.networks import embedding_net
 
 
@@ -24,7 +23,7 @@ def finish(checked: CheckedRun, evaluated: Evaluated) -> None:
     ks = config.data.entry.ks
     table = scoring.make_table(evaluated.by_query, data, ks)
     by_query = list(evaluated.by_query.values())[-1]
-    scores = QueryScores(by_query, scoring.query_classes(by_query, data))
+    scores = query_scores.collect(by_query, data)
     query_scores.write(checked.workdir, scores)
     gain = zero_shot.compare(config, checked.workdir, scores)
     path = checked.workdir / "report.html"

@@ -84,8 +84,7 @@ def in_a_line(gain: Gain) -> str:
     between, doubt = "", ""
     if interval is not None:
         between = f" ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
-        if interval.low <= 0 <= interval.high:
-            doubt = "; the interval holds 0, so that it may be chance"
+        doubt = query_scores.doubt(interval)
     return (
         f"fine-tuning brought Recall@1 {100 * (after - before):+.1f}{between}: {100 * after:.1f} "
         f"against {100 * before:.1f} of {gain.network}{doubt}"

@@ -89,8 +89,9 @@ def test_a_run_ends_with_what_training_brought(finished):
     assert ("it may be chance" in line) == (low <= 0 <= high)
     page = (workdir / "report.html").read_text()
     assert f"<strong>{line}</strong>" in page and page.index(line) < page.index("<h2>")
-    assert f"<td>zero_shot</td><td>{100 * first:.1f}</td>" in page
-    assert "<th>zero_shot</th><th>from</th><th>to</th><th>difference</th>" in page
+    assert f'<th scope="row">zero_shot</th><td class="number">{100 * first:.1f}</td>' in page
+    gained = query_scores.in_percent(interval, sign=True)
+    assert f'<td class="number">{gained}</td>' in page and ">difference</th>" in page
 
 
 def test_evaluate_says_it_too(finished, tmp_path):
