@@ -13,12 +13,13 @@ const AHEAD = 3; // rows above and below what is seen
  * @param {(offset: number, limit: number) => Promise<object[]>} load asks for some of them.
  * @param {(item: object) => HTMLElement} tile shows one; null while it is loaded.
  * @param {(error: Error) => void} failed is told why some cannot be loaded.
- * @returns {() => void} ends it.
+ * @param {number} current the place that Tab leads to.
+ * @returns {{end: () => void, place: () => number}} ends it; tells the place that Tab leads to.
  */
-export function virtualGrid(list, total, load, tile, failed) {
+export function virtualGrid(list, total, load, tile, failed, current) {
   const pages = new Map(); // number of the page: its items, or null while they come
   const shown = new Map(); // place: its <li>
-  let columns = 1, width = 0, height = 1, current = 0, ended = false, waiting = false;
+  let columns = 1, width = 0, height = 1, ended = false, waiting = false, wanted = null;
   list.className = "virtual";
 
   function layout() {
@@ -58,7 +59,8 @@ export function virtualGrid(list, total, load, tile, failed) {
     const link = li.querySelector("a");
     if (!link) return;
     link.tabIndex = place === current ? 0 : -1;
-    if (had) link.focus({ preventScroll: true });
+    if (had || place === wanted) link.focus({ preventScroll: true });
+    if (place === wanted) wanted = null;
   }
 
   function draw() {
@@ -74,12 +76,12 @@ export function virtualGrid(list, total, load, tile, failed) {
         shown.delete(place);
       }
     }
-    const wanted = new Set();
+    const seen = new Set();
     for (let place = first; place < last; place++) {
-      wanted.add(Math.floor(place / PAGE));
+      seen.add(Math.floor(place / PAGE));
       if (!shown.has(place)) show(place);
     }
-    for (const number of wanted) if (!pages.has(number)) fetchPage(number);
+    for (const number of seen) if (!pages.has(number)) fetchPage(number);
   }
 
   function show(place) {
@@ -102,6 +104,7 @@ export function virtualGrid(list, total, load, tile, failed) {
     if (row < 70) window.scrollBy(0, row - 70);
     if (row + height > window.innerHeight) window.scrollBy(0, row + height - window.innerHeight);
     const link = shown.get(place).querySelector("a");
+    wanted = link ? null : place; // it gets the focus when it has come
     if (link) {
       link.tabIndex = 0;
       link.focus({ preventScroll: true });
@@ -129,11 +132,13 @@ export function virtualGrid(list, total, load, tile, failed) {
   list.addEventListener("keydown", onKey);
   list.addEventListener("focusin", onFocus);
   window.addEventListener("scroll", soon, { passive: true });
-  return () => {
+  layout();
+  const end = () => {
     ended = true;
     watcher.disconnect();
     window.removeEventListener("scroll", soon);
   };
+  return { end, place: () => current };
 }
 
 /** Moves the focus among the links of a list that is shown in full, by the arrow keys. */

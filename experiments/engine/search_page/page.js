@@ -16,7 +16,9 @@ const view = byId("view"), notice = byId("notice"), filter = byId("filter");
 let collection = null; // what GET /api/collection said
 let turn = 0; // grows with each view, so that a late answer is dropped
 let endView = () => {};
+let entry = null, hasCome = false; // the entry of the browser's history; whether it is shown
 let trail = []; // the images that were walked over
+const left = new Map(); // entry of the history: where it was left, to come back to
 const sent = []; // pictures that were dropped here; the server does not keep them
 
 // ---- asking the server
@@ -59,12 +61,24 @@ function el(tag, properties = {}, ...children) {
 const many = (count, one, more = `${one}s`) =>
   `${count.toLocaleString("en")} ${count === 1 ? one : more}`;
 
+/** A path that may be broken behind its signs. */
+const breakable = (path) =>
+  path.split(/(?<=[/_.-])/).flatMap((part, at) => (at ? [el("wbr"), part] : [part]));
+
 const sentence = (text) => el("p", { className: "sentence", role: "alert" }, text);
 
 function address(path, parameters = {}) {
   const given = Object.entries(parameters).filter(([, value]) => value !== null);
   const query = new URLSearchParams(given).toString();
   return `#/${path}${query && `?${query}`}`;
+}
+
+/** Marks the image that is pointed at in the list of the other run, too. */
+function markTwins(event) {
+  const href = event.target.closest("a.tile")?.getAttribute("href");
+  for (const other of view.querySelectorAll(".runs.two a.tile")) {
+    other.classList.toggle("twin", other.getAttribute("href") === href);
+  }
 }
 
 /** A picture; a sentence in its place where the server cannot send it. */
@@ -93,7 +107,7 @@ function tile(item, state, ...caption) {
     el("span", { className: "frame" }, thumbnail(item)),
     el("span", { className: "caption" }, ...caption,
       item.class === null ? null : el("span", { className: "class" }, item.class),
-      el("span", { className: "path" }, item.name)));
+      el("span", { className: "path" }, ...breakable(item.name))));
 }
 
 function foundTile(item, state, isCompared) {
@@ -146,8 +160,15 @@ async function showImages(state) {
   const load = async (offset, limit) =>
     (await asked("/api/images", { ...parameters, offset, limit })).images;
   const empty = () => el("span", { className: "tile" }, el("span", { className: "frame" }));
-  endView = virtualGrid(list, first.total, load,
-    (item) => (item ? tile(item, { class: null }) : empty()), (error) => tell(error.message));
+  const grid = virtualGrid(list, first.total, load,
+    (item) => (item ? tile(item, { class: null }) : empty()),
+    (error) => tell(error.message), left.get(entry)?.place ?? 0);
+  const mineEntry = entry;
+  endView = () => {
+    remember({ place: grid.place() }, mineEntry);
+    grid.end();
+  };
+  comeBack();
 }
 
 function imagesTitle(state, total) {
@@ -196,11 +217,12 @@ async function showNearest(state) {
   if (mine !== turn) return;
   notice.textContent = "";
   if (!isSent) walk(found.query);
-  const title = el("h1", { tabIndex: -1 }, isSent ? sent[state.number].name : found.query.name);
+  const name = isSent ? sent[state.number].name : found.query.name;
+  const title = el("h1", { tabIndex: -1 }, ...breakable(name));
   view.replaceChildren(trailList(found.query), queryPanel(state, found, title), results(state, found));
-  document.title = `${title.textContent} – ${collection.folder}`;
+  document.title = `${name} – ${collection.folder}`;
   title.focus({ preventScroll: true });
-  if (!state.isBack) window.scrollTo(0, 0);
+  comeBack();
 }
 
 function askForSent(state, parameters) {
@@ -266,6 +288,8 @@ function results(state, found) {
     const list = el("ul", { className: "results", "aria-label": "Nearest images" },
       ...run.images.map((item) => el("li", {}, foundTile(item, state, isCompared))));
     arrowKeys(list);
+    list.addEventListener("mouseover", markTwins);
+    list.addEventListener("focusin", markTwins);
     const others = classSize(found.query.class) - 1;
     const right = others < 1 ? ""
       : `finds ${run.same_class} of the ${many(others, "other")} of its class`;
@@ -287,8 +311,19 @@ function place() {
     right_only_in: number("right_only_in"), of: given.get("of") };
 }
 
-async function show(isBack = false) {
-  const state = { ...place(), isBack };
+const remember = (what, of = entry) => left.set(of, { ...left.get(of), ...what });
+
+/** Scrolls to where this entry of the history was left. */
+function comeBack() {
+  hasCome = true;
+  window.scrollTo(0, left.get(entry)?.scroll ?? 0);
+}
+
+async function show() {
+  entry = history.state?.entry ?? `${Date.now()} ${turn}`;
+  history.replaceState({ entry }, "");
+  hasCome = false;
+  const state = place();
   drawClasses(state);
   try {
     await (/^(image|sent)\/\d+$/.test(state.path) ? showNearest(state) : showImages(state));
@@ -323,6 +358,8 @@ function drawClasses(state = place()) {
 function chooseClass(name) {
   const state = place();
   byId("classes").classList.remove("open");
+  filter.value = "";
+  byId("main").focus({ preventScroll: true });
   const kept = state.path ? { k: state.k, of: state.of } : { right_only_in: state.right_only_in };
   location.hash = address(state.path, { ...kept, class: name });
 }
@@ -397,8 +434,10 @@ document.addEventListener("keydown", (event) => {
     filter.focus();
   } else if (event.key === "Escape" && place().path) {
     location.hash = address("", { class: place().class });
+  } else if (event.key === "Escape" && place().class !== null) {
+    chooseClass(null);
   } else if (["ArrowLeft", "ArrowRight"].includes(event.key) && !onTile) {
-    view.querySelector("a.tile")?.focus();
+    (view.querySelector("a.tile[tabindex='0']") ?? view.querySelector("a.tile"))?.focus();
   }
 });
 
@@ -437,7 +476,7 @@ async function look() {
   about();
   const state = place();
   if (state.path) drawClasses(state); // what was found stays as it was
-  else await show(true);
+  else await show();
   tell(`The files have changed: ${many(now.count, "image")} now.`);
   return now;
 }
@@ -456,12 +495,15 @@ byId("update").addEventListener("click", async () => {
 });
 
 setInterval(() => document.hidden || look(), 1000 * LOOK_SECONDS);
-window.addEventListener("hashchange", () => show());
+window.addEventListener("hashchange", show);
+window.addEventListener("scroll", () => hasCome && remember({ scroll: window.scrollY }),
+  { passive: true });
+history.scrollRestoration = "manual"; // a view is drawn when the server has answered
 
 try {
   collection = await ask("/api/collection");
   about();
-  await show(true);
+  await show();
 } catch (error) {
   view.replaceChildren(sentence(error.message));
 }
