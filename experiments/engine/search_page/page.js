@@ -291,8 +291,9 @@ function results(state, found) {
     list.addEventListener("mouseover", markTwins);
     list.addEventListener("focusin", markTwins);
     const others = classSize(found.query.class) - 1;
-    const right = others < 1 ? ""
-      : `finds ${run.same_class} of the ${many(others, "other")} of its class`;
+    const isOther = state.class !== null && state.class !== found.query.class;
+    const right = others < 1 || isOther ? ""
+      : `✓ ${run.same_class} of the ${many(others, "other")} of its class`;
     const name = isCompared ? el("h2", {}, collection.runs[run.run].name) : null;
     const none = run.images.length ? null : el("p", { className: "quiet" }, "No other image.");
     return el("section", {},
