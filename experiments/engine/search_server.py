@@ -112,7 +112,8 @@ class _Api:
     def collection(self, request: Request) -> Response:
         service, snapshot = self._service, self._service.snapshot
         known = snapshot.collection
-        tag = f'"{service.id}.{snapshot.version}.{service.is_updating:d}.{hash(service.problem):x}"'
+        state = (snapshot.version, service.looks, service.is_updating, hash(service.problem))
+        tag = f'"{service.id}.{".".join(map(str, state))}"'
         if request.headers.get("if-none-match") == tag:
             return Response(status_code=304, headers={"ETag": tag})
         counts = np.bincount(known.class_of[known.class_of >= 0], minlength=len(known.classes))
@@ -122,6 +123,7 @@ class _Api:
             "folder": _text(str(service.folder)),
             "count": len(known.files),
             "unreadable": snapshot.num_unreadable,
+            "looks": service.looks,
             "updating": service.is_updating,
             "problem": _text(service.problem),
             "classes": [
@@ -215,8 +217,7 @@ class _Api:
         return {"agree": len(common) if len(found) > 1 else None, "runs": runs}
 
     async def update(self, request: Request) -> Response:
-        self._service.look_now()
-        return JSONResponse({"updating": True}, 202)
+        return JSONResponse({"look": self._service.look_now()}, 202)
 
     async def thumbnail(self, request: Request) -> Response:
         def encoded(row: int, snapshot: Snapshot) -> Encoded:

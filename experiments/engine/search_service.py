@@ -66,6 +66,7 @@ class SearchService:
       id: of the numbers: the same when the same files are served again.
       snapshot: the collection.
       is_updating: whether changed files are being embedded.
+      looks: how often `follow` has looked for changed files.
       problem: why the last update failed, or "".
 
     Raises:
@@ -75,6 +76,7 @@ class SearchService:
     def __init__(self, runs: Sequence[SearchedRun], folder: pathlib.Path) -> None:
         self.folder, self.runs = folder, runs
         self.is_updating, self.problem = False, ""
+        self.looks = self._looks_begun = 0
         self._known: dict[str, int] = {}
         self._network_lock, self._differences_lock = threading.Lock(), threading.Lock()
         self._look_now = threading.Event()
@@ -135,13 +137,17 @@ class SearchService:
             if stop.is_set():
                 return
             start = time.monotonic()
+            self._looks_begun += 1
             changed, pause = self.update(), seconds
+            self.looks = self._looks_begun
             if seconds and not changed:
                 pause = max(seconds, _SCAN_SHARE * (time.monotonic() - start))
 
-    def look_now(self) -> None:
-        """Has `follow` look for changed files now."""
+    def look_now(self) -> int:
+        """Has `follow` look for changed files now; returns what `looks` will be after it."""
+        look = self._looks_begun + 1
         self._look_now.set()
+        return look
 
     def embed(self, image: Image.Image | images.EncodedImage) -> list[np.ndarray]:
         """Returns the (D,) float64 embedding of an image, of unit length, by each run.

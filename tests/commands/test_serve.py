@@ -252,18 +252,19 @@ def test_pictures_are_encoded_anew_and_kept_by_the_browser(server):
 
 
 def test_changed_files_are_followed(server, emoji):
-    def now():
-        found = server.json("/api/collection")
-        return found if not found["updating"] else {"count": None, "version": None}
+    def updated():
+        status, _, body = server.ask("/api/update", method="POST")
+        assert status == 202
+        look = json.loads(body)["look"]
+        return waited(lambda: (now := server.json("/api/collection"))["looks"] >= look and now)
 
     before = server.json("/api/images?limit=1000")["images"]
     path = server.images / "a new class" / "<b>&amp;.jpg"
     path.parent.mkdir()
     with Image.open(io.BytesIO(emoji["test"].image_bytes(80))) as image:
         image.convert("RGB").resize((600, 900)).save(path)
-    version = now()["version"]
-    assert server.ask("/api/update", method="POST")[0] == 202
-    waited(lambda: now()["count"] == 62)
+    version = server.json("/api/collection")["version"]
+    assert updated()["count"] == 62
     after = server.json("/api/images?limit=1000")["images"]
     assert after[:61] == before and after[61]["number"] == 61
     assert after[61]["name"] == "a new class/<b>&amp;.jpg"
@@ -275,11 +276,11 @@ def test_changed_files_are_followed(server, emoji):
     assert status == 200  # it is in memory
     status, _, body = server.ask("/images/61")
     assert status == 404 and json.loads(body)["error"] == "The file is gone."
-    server.ask("/api/update", method="POST")
-    waited(lambda: now()["count"] == 61)
+    assert updated()["count"] == 61
     assert server.json("/api/images?limit=1000")["images"] == before
     assert server.ask("/thumbnails/61")[0] == server.ask("/api/nearest/61")[0] == 404
-    assert now()["version"] == version + 2 and not now()["problem"]
+    last = updated()
+    assert last["version"] == version + 2 and not last["problem"] and not last["updating"]
 
 
 def test_a_second_start_embeds_nothing_and_ctrl_c_ends_it(server, runs):

@@ -46,6 +46,8 @@ async function ask(path, parameters = {}, options = {}) {
 const asked = (path, parameters, options) =>
   ask(path, { collection: collection.id, ...parameters }, options);
 
+const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
+
 // ---- elements
 
 function el(tag, properties = {}, ...children) {
@@ -145,7 +147,7 @@ async function showImages(state) {
   while (first.progress !== undefined) {
     if (mine !== turn) return;
     notice.textContent = `Comparing the runs: ${Math.round(100 * first.progress)} %`;
-    await new Promise((done) => setTimeout(done, 400));
+    await pause(400);
     first = await asked("/api/images", { ...parameters, limit: 0 });
   }
   if (mine !== turn) return;
@@ -345,7 +347,7 @@ function drawClasses(state = place()) {
   const shown = [...chosen, ...rest].slice(0, CLASSES_SHOWN);
   const rows = shown.map(({ name, count }) => {
     const button = el("button", { type: "button", title: name, "aria-pressed": name === state.class },
-      el("span", {}, name), el("span", {}, count.toLocaleString("en")));
+      el("span", {}, name), " ", el("span", {}, count.toLocaleString("en")));
     button.addEventListener("click", () => chooseClass(name === state.class ? null : name));
     return el("li", {}, button);
   });
@@ -471,7 +473,7 @@ async function look() {
     return now;
   }
   const hasChanged = now.version !== collection.version;
-  if (now.problem && now.problem !== collection.problem) tell(`The update failed: ${now.problem}`);
+  if (now.problem && now.looks !== collection.looks) tell(`The update failed: ${now.problem}`);
   collection = now;
   if (!hasChanged) return now;
   about();
@@ -485,14 +487,17 @@ async function look() {
 byId("update").addEventListener("click", async () => {
   const { version } = collection;
   tell("Looking for changed files …");
-  await ask("/api/update", {}, { method: "POST" }).catch((error) => tell(error.message));
-  for (let wait = 500; wait < 5000; wait *= 1.6) {
-    await new Promise((done) => setTimeout(done, wait));
-    const now = await look();
-    if (!now || now.problem || now.version !== version) return;
-    if (now.updating) wait = 500;
+  try {
+    const { look: asked } = await ask("/api/update", {}, { method: "POST" });
+    let now;
+    do {
+      await pause(300);
+      now = await look();
+    } while (now && now.looks < asked);
+    if (now && !now.problem && now.version === version) tell("No file has changed.");
+  } catch (error) {
+    tell(error.message);
   }
-  tell("No file has changed.");
 });
 
 setInterval(() => document.hidden || look(), 1000 * LOOK_SECONDS);
