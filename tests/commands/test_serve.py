@@ -18,7 +18,7 @@ pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, pictures):
+def runs(tmp_path_factory):
     return two_runs(tmp_path_factory.mktemp("serve"))
 
 

@@ -31,7 +31,7 @@ FLAGS = [
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory, pictures, emoji):
+def server(tmp_path_factory, emoji):
     """Three hundred images in forty classes and one with a name that is HTML, and two runs."""
     folder = tmp_path_factory.mktemp("page") / "pictures"
     write_images(folder, emoji["test"], range(300))

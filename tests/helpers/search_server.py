@@ -5,13 +5,15 @@ import contextlib
 import http.client
 import json
 import pathlib
-import shutil
 import signal
 import subprocess
 import time
 from urllib.parse import urlsplit
 
-from tests.helpers.commands import FEW, command, run
+from experiments.engine import build
+from experiments.engine import config as config_lib
+from rll_jax.training import checkpoint
+from tests.helpers.commands import command
 
 
 class SearchServer:
@@ -65,13 +67,16 @@ def serving(images: pathlib.Path, *arguments: str, stop=signal.SIGTERM) -> Itera
 
 
 def two_runs(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Trains a run for some steps, and takes its last but one checkpoint for another."""
-    small = [flag for flag in FEW if "steps" not in flag and "eval_every" not in flag]
+    """Writes two runs that are at their start, with different weights, in the time of no step."""
     runs = [folder / "first", folder / "second"]
-    result = run(*small, "--steps=4", "--eval_every=4", f"--workdir={runs[0]}")
-    assert result.returncode == 0, result.stderr
-    shutil.copytree(runs[0], runs[1])
-    shutil.rmtree(runs[1] / "checkpoints/4")
+    for seed, run in enumerate(runs):
+        config = config_lib.from_flat(
+            backbone="resnet_tiny", image_size=16, embedding_dim=16, eval_batch_size=64, seed=seed
+        )
+        run.mkdir()
+        (run / "flags.txt").write_text(config.as_flagfile())
+        with checkpoint.Checkpoints(run / "checkpoints") as saved:
+            saved.save(4 - seed, build.create_state(config))
     return runs
 
 
