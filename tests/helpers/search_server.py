@@ -10,6 +10,9 @@ import subprocess
 import time
 from urllib.parse import urlsplit
 
+import jax
+import numpy as np
+
 from experiments.engine import build
 from experiments.engine import config as config_lib
 from rll_jax.training import checkpoint
@@ -68,15 +71,19 @@ def serving(images: pathlib.Path, *arguments: str, stop=signal.SIGTERM) -> Itera
 
 def two_runs(folder: pathlib.Path) -> list[pathlib.Path]:
     """Writes two runs that are at their start, with different weights, in the time of no step."""
+    config = config_lib.from_flat(
+        backbone="resnet_tiny", image_size=16, embedding_dim=16, eval_batch_size=64
+    )
+    state = jax.jit(lambda: build.create_state(config))()
+    noise = np.random.default_rng(0)
+    other = jax.tree.map(lambda leaf: leaf + noise.normal(0, 0.05, leaf.shape), state.params)
     runs = [folder / "first", folder / "second"]
-    for seed, run in enumerate(runs):
-        config = config_lib.from_flat(
-            backbone="resnet_tiny", image_size=16, embedding_dim=16, eval_batch_size=64, seed=seed
-        )
+    for step, run, params in zip((4, 3), runs, (state.params, other), strict=True):
         run.mkdir()
         (run / "flags.txt").write_text(config.as_flagfile())
+        params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
         with checkpoint.Checkpoints(run / "checkpoints") as saved:
-            saved.save(4 - seed, build.create_state(config))
+            saved.save(step, state.replace(params=params))
     return runs
 
 
