@@ -139,6 +139,14 @@ function start(title) {
   return ++turn;
 }
 
+/** A sentence in the place of what cannot be shown. */
+function showFailure(error) {
+  notice.textContent = "";
+  view.replaceChildren(el("h1", {}, "No result"),
+    el("div", { className: "query" }, sentence(error.message)),
+    el("a", { className: "chip", href: "#/" }, "All images"));
+}
+
 /** The images of the collection, of a class, or where the runs differ. */
 async function showImages(state) {
   const mine = start(state.class ?? "Images");
@@ -211,9 +219,7 @@ async function showNearest(state) {
     else found = await asked(`/api/nearest/${state.number}`, { ...parameters, collection: state.of });
   } catch (error) {
     if (mine !== turn) return;
-    notice.textContent = "";
-    view.replaceChildren(el("div", { className: "query" }, sentence(error.message)),
-      el("a", { className: "chip", href: "#/" }, "All images"));
+    showFailure(error);
     return;
   }
   if (mine !== turn) return;
@@ -331,8 +337,7 @@ async function show() {
   try {
     await (/^(image|sent)\/\d+$/.test(state.path) ? showNearest(state) : showImages(state));
   } catch (error) {
-    view.replaceChildren(sentence(error.message), el("a", { className: "chip", href: "#/" },
-      "All images"));
+    showFailure(error);
   }
 }
 
