@@ -114,20 +114,15 @@ def nearest(
       similarity the lower comes first.
     """
     rows = np.arange(len(embeddings)) if among is None else among
-    similarity = (embeddings if among is None else embeddings[rows]) @ query.astype(np.float32)
+    searched = embeddings if among is None else embeddings[rows]
+    # Unlike a matrix product it sums all rows in one order, so that equal rows are equally near.
+    similarity = np.einsum("nd,d->n", searched, query.astype(np.float32))
     if leave_out is not None:
         kept = rows != leave_out
         rows, similarity = rows[kept], similarity[kept]
     if len(rows) > k:
-        # A float32 sum of D products of unit vectors is off by less than this.
-        error = embeddings.shape[1] * np.finfo(np.float32).eps
-        rows = rows[similarity >= np.partition(similarity, -k)[-k] - error]
-    # Equal rows have equal sums only if these are exact beyond float32.
-    exact = [
-        np.einsum("nd,d->n", embeddings[rows[first : first + _ROWS]].astype(np.float64), query)
-        for first in range(0, len(rows), _ROWS)
-    ]
-    similarity = np.concatenate([*exact, np.empty(0)]).astype(np.float32)
+        near = np.flatnonzero(similarity >= np.partition(similarity, -k)[-k])
+        rows, similarity = rows[near], similarity[near]
     order = np.argsort(-similarity, kind="stable")[:k]
     return rows[order], similarity[order]
 

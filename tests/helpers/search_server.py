@@ -69,10 +69,10 @@ def serving(images: pathlib.Path, *arguments: str, stop=signal.SIGTERM) -> Itera
         process.wait()
 
 
-def two_runs(folder: pathlib.Path) -> list[pathlib.Path]:
+def two_runs(folder: pathlib.Path, dim: int = 16) -> list[pathlib.Path]:
     """Writes two runs that are at their start, with different weights, in the time of no step."""
     config = config_lib.from_flat(
-        backbone="resnet_tiny", image_size=16, embedding_dim=16, eval_batch_size=64
+        backbone="resnet_tiny", image_size=16, embedding_dim=dim, eval_batch_size=64
     )
     state = jax.jit(lambda: build.create_state(config))()
     noise = np.random.default_rng(0)
