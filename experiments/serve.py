@@ -29,6 +29,8 @@ def main(_: Any) -> None:
     options = flags.FLAGS
     with command.user_errors():
         _check_installed()
+        if not 0 <= options.update_seconds <= 86400:
+            raise ValueError(f"--update_seconds={options.update_seconds}: expected 0 to 86400")
         folder = pathlib.Path(options.images)
         if not folder.is_dir():
             raise ValueError(f"--images={folder}: no such folder")
@@ -161,6 +163,5 @@ if __name__ == "__main__":
         "update_seconds",
         10.0,
         "Seconds between two looks for changed files; 0: only when the page asks.",
-        lower_bound=0.0,
     )
     app.run(main, flags_parser=command.parse_flags)

@@ -133,10 +133,13 @@ def right_at_one(collection: Collection, run: int) -> Iterator[np.ndarray]:
     The mean is the run's Recall@1. False for images without a class.
 
     Args:
-      collection: the images, at least two.
+      collection: the images.
       run: whose embeddings.
     """
     embeddings, class_of = collection.embeddings[run], collection.class_of
+    if len(embeddings) == 1:
+        yield np.zeros(1, bool)
+        return
     for first in range(0, len(embeddings), _ROWS):
         rows = np.arange(first, min(first + _ROWS, len(embeddings)))
         found, _ = metrics.nearest(embeddings[rows], embeddings, 1, leave_out=rows)

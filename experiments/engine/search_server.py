@@ -42,7 +42,8 @@ _MAX_K, _MAX_LIMIT = 200, 1000
 _SECONDS = 60  # to send an image
 _UPLOADS = 4  # read and embedded at once
 _PAGE = pathlib.Path(__file__).parent / "search_page"
-_STATIC = {"style.css": "text/css", "page.js": "text/javascript", "grid.js": "text/javascript"}
+_SCRIPTS = ("page.js", "grid.js", "parts.js")
+_STATIC = {"style.css": "text/css", **dict.fromkeys(_SCRIPTS, "text/javascript")}
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'; object-src 'none'",

@@ -101,6 +101,8 @@ def test_right_at_one_is_recall_at_one():
     right = np.concatenate(list(collection_lib.right_at_one(known, 0)))
     expected = metrics.retrieval_metrics(x, labels, ks=(1,))["recall@1"]
     assert 0.1 < expected < 0.9 and right.mean() == pytest.approx(expected, abs=1e-9)
+    (alone,) = collection_lib.right_at_one(collection_lib.make([(["a/1"], np.ones((1, 1)))]), 0)
+    assert alone.tolist() == [False]
     known = collection_lib.make([(["1", "2", "a/3", "a/4"], np.ones((4, 1)))])
     right = np.concatenate(list(collection_lib.right_at_one(known, 0)))
     assert right.tolist() == [False, False, False, False]

@@ -4,6 +4,7 @@
 // Names of files are shown as text alone, never as HTML.
 
 import { arrowKeys, virtualGrid } from "./grid.js";
+import { address, ask, breakable, el, many, pause, picture, sentence } from "./parts.js";
 
 const KS = [10, 20, 50, 100, 200];
 const CLASSES_SHOWN = 200;
@@ -21,80 +22,10 @@ let trail = []; // the images that were walked over
 const left = new Map(); // entry of the history: where it was left, to come back to
 const sent = []; // pictures that were dropped here; the server does not keep them
 
-// ---- asking the server
-
-async function ask(path, parameters = {}, options = {}) {
-  const url = new URL(path, location.origin);
-  for (const [name, value] of Object.entries(parameters)) {
-    if (value !== null && value !== undefined) url.searchParams.set(name, value);
-  }
-  let response, body;
-  try {
-    response = await fetch(url, options);
-  } catch {
-    throw new Error("The server does not answer. Is it still running?");
-  }
-  try {
-    body = await response.json();
-  } catch {
-    throw new Error("The server's answer cannot be read.");
-  }
-  if (!response.ok) throw new Error(body.error ?? "The server failed.");
-  return body;
-}
-
 const asked = (path, parameters, options) =>
   ask(path, { collection: collection.id, ...parameters }, options);
 
-const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
-
-// ---- elements
-
-function el(tag, properties = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(properties)) {
-    if (name in made) made[name] = value;
-    else made.setAttribute(name, value);
-  }
-  made.append(...children.filter((child) => child !== null));
-  return made;
-}
-
-const many = (count, one, more = `${one}s`) =>
-  `${count.toLocaleString("en")} ${count === 1 ? one : more}`;
-
-/** A path that may be broken behind its signs. */
-const breakable = (path) =>
-  path.split(/(?<=[/_.-])/).flatMap((part, at) => (at ? [el("wbr"), part] : [part]));
-
-const sentence = (text) => el("p", { className: "sentence", role: "alert" }, text);
-
-function address(path, parameters = {}) {
-  const given = Object.entries(parameters).filter(([, value]) => value !== null);
-  const query = new URLSearchParams(given).toString();
-  return `#/${path}${query && `?${query}`}`;
-}
-
-/** Marks the image that is pointed at in the list of the other run, too. */
-function markTwins(event) {
-  const href = event.target.closest("a.tile")?.getAttribute("href");
-  for (const other of view.querySelectorAll(".runs.two a.tile")) {
-    other.classList.toggle("twin", other.getAttribute("href") === href);
-  }
-}
-
-/** A picture; a sentence in its place where the server cannot send it. */
-function picture(source, alt, lazy = true) {
-  const image = el("img", { alt, draggable: false, decoding: "async" });
-  if (lazy) image.loading = "lazy";
-  image.addEventListener("error", async () => {
-    const why = await ask(source).catch((error) => error.message);
-    const text = typeof why === "string" ? why : "The picture cannot be shown.";
-    image.replaceWith(el("span", { className: "lost" }, text));
-  });
-  image.src = source;
-  return image;
-}
+// ---- pictures
 
 const thumbnail = (item) =>
   picture(`/thumbnails/${item.number}?v=${encodeURIComponent(item.v)}`, item.name);
@@ -127,6 +58,14 @@ function foundTile(item, state, isCompared) {
     frame.append(el("span", { className: "badge only" }, "only here"));
   }
   return made;
+}
+
+/** Marks the image that is pointed at in the list of the other run, too. */
+function markTwins(event) {
+  const href = event.target.closest("a.tile")?.getAttribute("href");
+  for (const other of view.querySelectorAll(".runs.two a.tile")) {
+    other.classList.toggle("twin", other.getAttribute("href") === href);
+  }
 }
 
 // ---- views
@@ -267,7 +206,7 @@ function queryPanel(state, found, title) {
     : el("a", { className: "frame", href: source, target: "_blank", title: "See it in full" },
       picture(source, item.name, false));
   const kinds = el("select", { id: "k" },
-    ...KS.map((k) => el("option", { value: k, selected: k === state.k }, k)));
+    ...[...new Set([...KS, state.k])].sort((a, b) => a - b).map((k) => el("option", { value: k, selected: k === state.k }, k)));
   kinds.addEventListener("change", () => {
     location.hash = address(state.path, { k: kinds.value, class: state.class, of: state.of });
   });
