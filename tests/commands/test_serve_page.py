@@ -303,6 +303,13 @@ def test_a_narrow_screen(page, server):
 
 
 def test_thumbnails_come_when_they_are_seen(page):
+    edges = """[...document.querySelectorAll(".virtual a.tile")].map((tile) => {
+      const { top, bottom } = tile.getBoundingClientRect();
+      return [top, bottom];
+    })"""
+    boxes = page.evaluate(edges)  # the first names are long
+    second_row = min(top for top, _ in boxes if top > boxes[0][0])
+    assert all(bottom <= second_row for top, bottom in boxes if top == boxes[0][0])
     assert page.locator("a.tile").count() < 100
     page.evaluate("scrollTo(0, document.body.scrollHeight)")
     expect(page.locator("a.tile[href*='image/301?']")).to_be_visible()
