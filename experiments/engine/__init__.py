@@ -17,6 +17,8 @@ resume workdir errors environment dry_run
 how a run ends early and resumes, its folder, what ran, what it would take
 trained_network embedding_index
 a checkpoint put to use: evaluate, embed, search, export
+collection search_service search_pictures search_server search_page/
+a page to search in: what is searched, followed, shown, answered, and the page itself
 many_runs comparison_table
 sweeps and comparisons
 finished_runs comparison_page

@@ -76,7 +76,7 @@ def update(
     """
     root = pathlib.Path(folder)
     with phases.told(f"listing the images of {root}", stream):
-        stamps: Stamps = {name: _stamp(root / name) for name in image_names(root)}
+        stamps = stamps_of(root, image_names(root))
     directory = _index_folder(pathlib.Path(workdir), trained, root)
     known: dict[str, np.ndarray] = {}
     for path in directory.glob("*.npz"):
@@ -187,6 +187,11 @@ def image_names(folder: pathlib.Path) -> list[str]:
     if left_out:
         print(f"{folder}: {left_out}", file=sys.stderr)
     return found.names
+
+
+def stamps_of(folder: pathlib.Path, names: Sequence[str]) -> Stamps:
+    """Returns the sizes and times of files, which tell whether they changed."""
+    return {name: _stamp(folder / name) for name in names}
 
 
 def _stamp(path: pathlib.Path) -> tuple[int, int]:

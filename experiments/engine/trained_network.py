@@ -25,10 +25,11 @@ class Embed(Protocol):
         self,
         data: typing.ImageDataset,
         *,
+        batch_size: int = ...,
         on_bad: Callable[[int], None] | None = None,
         progress: str = "",
     ) -> dict[str, np.ndarray]:
-        """Returns {level: (N, D) float32}."""
+        """Returns {level: (N, D) float32}; `batch_size` is by default the run's own."""
         ...
 
 
@@ -48,9 +49,13 @@ class TrainedNetwork(NamedTuple):
     variables: dict[str, Any]
 
 
-def define_flags() -> None:
-    """Defines the flags of every command that takes a trained network."""
-    flags.DEFINE_string("workdir", None, "The folder of a run.", required=True)
+def define_flags(workdir: str = "The folder of a run.") -> None:
+    """Defines the flags of every command that takes a trained network.
+
+    Args:
+      workdir: the help of --workdir.
+    """
+    flags.DEFINE_string("workdir", None, workdir, required=True)
     flags.DEFINE_integer("step", None, "The step of the checkpoint. By default the last one.")
     flags.DEFINE_bool("best", False, "Take the best checkpoint, by the run's own --best.")
 

@@ -152,7 +152,18 @@ def test_help_shows_what_matters_first_and_helpfull_all_by_section():
     assert re.findall(r"^  --(?:\[no\])?(\w+)$", full, re.M) == list(OPTIONS)
 
 
-@pytest.mark.parametrize("name", ["evaluate", "embed", "search", "export", "prepare", "sweep"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "evaluate",
+        "embed",
+        "search",
+        "serve",
+        "export",
+        "prepare",
+        "sweep",
+    ],
+)
 def test_every_command_has_a_help(name):
     ended = run("--help", name=name)
     assert ended.returncode == 0 and f"python -m experiments.{name}" in ended.stdout
