@@ -4,7 +4,7 @@
 
 serves http://127.0.0.1:8000 until Ctrl-C. --workdir=A,B shows two runs side by side. The index is
 that of `search`: the first use embeds the folder, and changed files are embedded as they change.
-Needs `pip install "rll_jax[serve]"`.
+Needs `pip install starlette uvicorn`.
 """
 
 from collections.abc import Iterator
@@ -48,7 +48,7 @@ def main(_: Any) -> None:
 def _check_installed() -> None:
     missing = [name for name in ("starlette", "uvicorn") if not importlib.util.find_spec(name)]
     if missing:
-        raise ValueError(f'needs {" and ".join(missing)}: pip install "rll_jax[serve]"')
+        raise ValueError(f"needs {' and '.join(missing)}: pip install starlette uvicorn")
 
 
 def _workdirs(text: str) -> list[str]:
