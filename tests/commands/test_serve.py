@@ -316,7 +316,7 @@ def test_mistakes(server, runs, tmp_path, monkeypatch):
     refused("update_seconds", f"--workdir={runs[0]}", given, "--update_seconds=-1", name="serve")
     refused("update_seconds", f"--workdir={runs[0]}", given, "--update_seconds=nan", name="serve")
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r'starlette and uvicorn: pip install "rll_jax\[serve\]"'):
+    with pytest.raises(ValueError, match="starlette and uvicorn: pip install starlette uvicorn"):
         serve._check_installed()
 
 
