@@ -336,9 +336,9 @@ def _print_differences(dataset: str, rows: list[listings.Row]) -> None:
 
 def _rows(splits: Splits) -> list[listings.Row]:
     train, test = splits["train"], splits["test"]
-    roles = [listings.TEST] * len(test)
-    if test.in_gallery is not None:
-        roles = [listings.GALLERY if row else listings.QUERY for row in test.in_gallery]
+    roles = np.full(len(test), listings.TEST)
+    roles[np.setdiff1d(test.query_rows, test.gallery_rows)] = listings.QUERY
+    roles[np.setdiff1d(test.gallery_rows, test.query_rows)] = listings.GALLERY
     train_rows = [
         listings.Row(path, label, listings.TRAIN)
         for path, label in zip(train.paths, train.labels, strict=True)

@@ -202,10 +202,7 @@ def _distances(
 
 def _grid(test: EncodedImageDataset, embeddings: np.ndarray, by_query: ByQuery) -> str:
     """Returns rows of a query and its nearest images, for the worst, typical and best queries."""
-    query_rows = gallery_rows = np.arange(len(test))
-    if test.in_gallery is not None:
-        query_rows = np.flatnonzero(~test.in_gallery)
-        gallery_rows = np.flatnonzero(test.in_gallery)
+    query_rows, gallery_rows = test.query_rows, test.gallery_rows
     jitter = np.random.default_rng(0).random(len(by_query["query"]))  # orders equals by chance
     keys = (jitter, -by_query["first_rank"], by_query["average_precision"])
     order = by_query["query"][np.lexsort(keys)]
@@ -220,10 +217,13 @@ def _grid(test: EncodedImageDataset, embeddings: np.ndarray, by_query: ByQuery) 
         itself = queries if test.in_gallery is None else None
         k = min(_NEIGHBOURS, len(gallery_rows) - (itself is not None))
         groups = {}
-        if test.groups is not None:
+        numbers = test.groups
+        if numbers is None and test.is_query is not None:
+            numbers = np.arange(len(test))  # a query that is in the gallery does not find itself
+        if numbers is not None:
             groups = {
-                "query_groups": test.groups[queries],
-                "gallery_groups": test.groups[gallery_rows],
+                "query_groups": numbers[queries],
+                "gallery_groups": numbers[gallery_rows],
             }
         nearest, similarity = metrics.nearest(
             embeddings[queries], embeddings[gallery_rows], k, leave_out=itself, **groups

@@ -113,16 +113,18 @@ def read_index(
 ) -> list[Row]:
     """Lists the images of a table: a .csv or .parquet file, also one of open-metric-learning.
 
-    Its columns are path and label, and optionally split, super_label, group, image_id, is_query and
-    is_gallery. Other columns are ignored, except x_1, x_2, y_1 and y_2: bounding boxes are refused.
+    Its columns are path and label, and optionally split, super_label, group, image_id, is_query,
+    is_gallery, and x_1, y_1, x_2 and y_2. Other columns are ignored. The last four are a bounding
+    box in pixels of the upright picture, to which it is cropped. A picture may be listed with
+    several boxes.
 
     A path starts from the dataset's root folder, or is absolute and below `root`. A label is any
     text or number, but no word for an empty cell, such as nan, None or NA. Classes are numbered in
     the order of their labels, and numbers by size where all labels are whole numbers from 0; 10.0
     is 10, and 010 is text. A split is train or test, or else train, query or gallery; val, valid,
     validation and dev mean test. Where is_query and is_gallery are given, test rows with both are
-    test, and those with one are query or gallery; category is super_label and sequence is group
-    there.
+    test, and those with one are query or gallery; all three go together. Category is super_label
+    and sequence is group there.
 
     A query is not ranked against images of its own group (any text or number: the same camera,
     sequence or product shot) nor against those of its own image_id (the same image in another
@@ -164,6 +166,7 @@ def read_index(
             super_labels[entry.super_label],
             entry.group,
             entry.image_id,
+            entry.box,
         )
         for entry, split in zip(entries, splits, strict=True)
     ]

@@ -274,15 +274,19 @@ FRAME = """,path,label,split,is_query,is_gallery,category,sequence
         (("True,False", "False,True"), ["query", "gallery"]),
         (("1.0,0.0", "0.0,1.0"), ["query", "gallery"]),
         (("True,True", "1,1"), ["test", "test"]),
+        (("True,True", "1,0"), ["test", "query"]),
+        (("False,True", "True,True"), ["gallery", "test"]),
         ((",", "nan,None"), ["test", "test"]),
     ],
 )
 def test_data_frames_of_open_metric_learning(roles, expected, tmp_path):
     rows = folders.read_index(index(tmp_path, FRAME.format(*roles)))
     assert [row.split for row in rows] == ["train", "train", *expected]
-    gallery = image_dataset.from_rows(tmp_path, rows)["test"].in_gallery
-    assert (gallery is None) == (expected[0] == "test")
-    assert gallery is None or gallery.tolist() == [False, True]
+    test = image_dataset.from_rows(tmp_path, rows)["test"]
+    assert (test.in_gallery is None) == (set(expected) == {"test"})
+    assert (test.is_query is None) == (set(expected) == {"test"} or "test" not in expected)
+    assert test.query_rows.tolist() == [i for i in (0, 1) if expected[i] != "gallery"]
+    assert test.gallery_rows.tolist() == [i for i in (0, 1) if expected[i] != "query"]
 
 
 @pytest.mark.parametrize(
@@ -293,7 +297,11 @@ def test_data_frames_of_open_metric_learning(roles, expected, tmp_path):
             "False,False,y,1\n3",
             "line 4: is_query and is_gallery are both false",
         ),
-        ("True,True,y,1\n3", "True,False,y,1\n3", "line 5 is searched and found, line 4 is query"),
+        (
+            "True,True,y,1\n3,d.jpg,7,validation,True,True",
+            "True,False,y,1\n3,d.jpg,7,validation,,",
+            "line 5 is searched and found, line 4 is query",
+        ),
         ("True,True,y,1\n3", "maybe,True,y,1\n3", "line 4: is_query is 'maybe', expected True"),
         ("train,,,x,\n1", "train,True,,x,\n1", "line 2: is_query or is_gallery is true"),
         (
