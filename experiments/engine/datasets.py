@@ -318,6 +318,7 @@ def list_images(data: DataOptions, data_dir: str) -> listings.Listing:
             rows = folders.class_folders(
                 data_dir, *how, test_classes=data.test_classes, on_left_out=_print_left_out
             )
+            _print_roles(folders.split_folders(data_dir))
         return listings.Listing(paths.to_path(data_dir), rows)
     listing = benchmarks.read_listing(data.dataset, data_dir)
     _print_differences(data.dataset, listing.rows)
@@ -327,6 +328,12 @@ def list_images(data: DataOptions, data_dir: str) -> listings.Listing:
 def _print_left_out(left_out: Counter[str]) -> None:
     if text := image_files.describe(left_out):
         print(text, flush=True)
+
+
+def _print_roles(split_of: dict[str, str]) -> None:
+    """Says what is searched where folders of splits have other names than train and test."""
+    if searched := [name for name, split in split_of.items() if split == listings.TEST != name]:
+        print(f"note: {searched[0]}/ is searched, and nothing of it trains", file=sys.stderr)
 
 
 def _print_differences(dataset: str, rows: list[listings.Row]) -> None:

@@ -27,14 +27,15 @@ _NAMES = ("super_label", "group", "image_id", "category", "sequence")
 _KNOWN = (*_NEEDED, "split", *_NAMES, *_ROLES, *_BOX)
 _HEAD = 1 << 16  # bytes in which a header is looked for
 _EMPTY = {"", "nan", "-nan", "nat", "none", "null", "nil", "na", "n/a", "#na", "#n/a", "<na>"}
-_SPLIT_WORDS = {
+# What people call the splits. The images of one that they validate on are searched.
+SPLIT_WORDS = {
     **{word: TRAIN for word in ("train", "training")},
     **{word: TEST for word in ("test", "testing")},
     **{word: TEST for word in ("val", "valid", "validation", "validate", "dev", "eval")},
     **{word: QUERY for word in ("query", "queries")},
     **{word: GALLERY for word in ("gallery", "galleries")},
 }
-_TEST_WORDS = ("test", "testing")
+TEST_WORDS = ("test", "testing")
 _TRUE, _FALSE = {"true", "t", "yes", "1"}, {"false", "f", "no", "0"}
 _WHOLE_FLOAT = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")
 
@@ -89,8 +90,8 @@ def read_entries(file: epath.Path, root: paths.AnyPath | None = None) -> list[En
         entries[key] = entry
         if entry.split == TEST and all(_is_empty(cells.get(column, "")) for column in _ROLES):
             unsaid = unsaid or place
-        if _SPLIT_WORDS.get(word := cells.get("split", "").lower()) == TEST:
-            words.setdefault("test" if word in _TEST_WORDS else "val", place)
+        if SPLIT_WORDS.get(word := cells.get("split", "").lower()) == TEST:
+            words.setdefault("test" if word in TEST_WORDS else "val", place)
     if len(words) == 2:
         raise ValueError(
             f"{file}: has split test ({words['test']}) and val ({words['val']}), and one split is "
@@ -201,7 +202,7 @@ def _canonical(text: str) -> str:
 def _read_split(cells: dict[str, str], where: str) -> str:
     """Returns the split of a row by its columns split, is_query and is_gallery."""
     text = cells.get("split", "")
-    split = "" if _is_empty(text) else _SPLIT_WORDS.get(text.lower())
+    split = "" if _is_empty(text) else SPLIT_WORDS.get(text.lower())
     if split is None:
         raise ValueError(
             f"{where}: the split is {text!r:.80}, expected one of {', '.join(SPLITS)}; val and "
