@@ -43,7 +43,7 @@ def user_errors() -> Iterator[None]:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files may hold any bytes
-    logging.set_verbosity(logging.ERROR)  # orbax logs all that it does
+    logging.set_verbosity(logging.FATAL)  # orbax logs all that it does, and what it raises
     try:
         with stops():
             yield

@@ -16,6 +16,7 @@ from experiments.engine import (
     checks,
     command,
     dry_run,
+    errors,
     flags,
     logs,
     network_inputs,
@@ -64,7 +65,8 @@ def _run(config: Config) -> None:
 def _run_errors() -> Iterator[None]:
     """Ends the program with one line where a run cannot go on, and with the exit code for it."""
     try:
-        with command.stops("interrupted: the same command resumes from the last checkpoint"):
+        word = "interrupted: the same command resumes from the last checkpoint"
+        with errors.without_echoes(), command.stops(word):
             yield
     except (RunError, images.BadImageError, OSError) as error:
         sys.exit(command.print_error(error))
