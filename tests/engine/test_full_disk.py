@@ -4,6 +4,7 @@ The kernel refuses to let files grow beyond a limit here.
 """
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import sys
 
 import pytest
 
-from experiments.engine import bad_images
+from experiments.engine import bad_images, environment
 from tests.helpers.commands import TINY, command, run
 from tests.helpers.paths import ROOT
 
@@ -140,3 +141,21 @@ def test_commands(pictures, tmp_path):
     assert found.returncode == 0 and "48 images in the index, 48 of them" in found.stdout
     refused("embed", [*images, f"--out={out}.npz"], f"'{out}.npz'", 4096)
     assert not list(tmp_path.glob("*out*")) and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_the_commit_is_found_without_a_write_into_the_repository(tmp_path, monkeypatch):
+    """A lock that git leaves there, on a full disk, would stop the user's next commit."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@x"]
+    monkeypatch.setattr(environment, "_ROOT", tmp_path)
+    assert environment.commit() == ""
+    (tmp_path / "a").write_text("a")
+    for command_of_git in (["init", "-q"], ["add", "a"], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *command_of_git], check=True)
+    index = tmp_path / ".git/index"
+    os.utime(tmp_path / "a", (1, 1))  # git would note that the file is the same all the same
+    before = index.read_bytes(), index.stat().st_mtime_ns
+    commit = environment.commit()
+    assert len(commit) >= 7 and "-dirty" not in commit
+    assert (index.read_bytes(), index.stat().st_mtime_ns) == before
+    (tmp_path / "a").write_text("b")
+    assert environment.commit() == f"{commit}-dirty"
