@@ -12,6 +12,7 @@ from rll_jax.data.listings import GALLERY, QUERY, TEST, TRAIN, Row
 
 TEST_CLASSES = DRAWN, SECOND_HALF = ("drawn", "second_half")
 _SPLIT_LIKE = ("train", "test", "val", "valid", "validation")  # no names of classes
+_PREPARED = "prepared_"  # what the command prepare writes beside the folders of splits
 
 
 class _ClassFolder(NamedTuple):
@@ -98,6 +99,7 @@ def split_folders(directory: paths.AnyPath) -> dict[str, str]:
     """
     directory = paths.to_path(directory)
     names = [folder.name for folder in _subfolders(directory)]
+    names = [name for name in names if not name.startswith(_PREPARED)]
     split_of = {name: _tables.SPLIT_WORDS.get(name.lower(), "") for name in names}
     searched = [name for name, split in split_of.items() if split == TEST]
     if sum(name.lower() in _tables.TEST_WORDS for name in searched) == 1 and all(split_of.values()):

@@ -131,6 +131,15 @@ def test_the_same_classes_in_train_and_val_are_refused(names, tmp_path):
         folders.class_folders(tmp_path)
 
 
+def test_prepared_files_beside_folders_of_splits(tmp_path):
+    for name in ("train", "val"):
+        make_folders(tmp_path / name, [f"{name} a", f"{name} b"])
+    rows = folders.class_folders(tmp_path)
+    (tmp_path / "prepared_folder").mkdir()
+    (tmp_path / "prepared_folder/dataset_info.json").write_text("{}")
+    assert folders.class_folders(tmp_path) == rows
+
+
 def test_classes_may_be_called_as_splits_that_people_rarely_make(tmp_path):
     make_folders(tmp_path, ["dev", "query", "cat"])
     assert len({row.label for row in folders.class_folders(tmp_path)}) == 3
