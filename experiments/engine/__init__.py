@@ -11,8 +11,8 @@ the state, the weights it starts from, the step and the batches
 train_loop        the run from its last checkpoint to its end
 evaluation step_metrics logs bad_images scoring summary report html_page
 what a run measures, writes and shows
-resume workdir errors environment dry_run
-how a run ends early and resumes, its folder, what ran, what it would take
+signals resume workdir errors environment dry_run
+Ctrl-C and SIGTERM; how a run ends early and resumes, its folder, what ran, what it would take
 trained_network embedding_index
 a checkpoint put to use: evaluate, embed, search, export
 many_runs comparison_table
