@@ -86,11 +86,8 @@ def _open(config: Config) -> datasets.Splits:
 
 def _split_names(splits: datasets.Splits) -> np.ndarray:
     """Returns the (N,) split of each image, train first."""
-    train, test = splits["train"], splits["test"]
-    roles = np.full(len(test), listings.TEST, "<U7")
-    if test.in_gallery is not None:
-        roles = np.where(test.in_gallery, listings.GALLERY, listings.QUERY)
-    return np.concatenate([np.full(len(train), listings.TRAIN, "<U7"), roles])
+    train = np.full(len(splits["train"]), listings.TRAIN, "<U7")
+    return np.concatenate([train, datasets.roles(splits["test"])])
 
 
 def _about_images(

@@ -12,15 +12,12 @@ that --data_dir, and prepares unpacked files by itself. A folder of your own nee
 from collections.abc import Iterator
 import os
 import pathlib
-import signal
-import sys
-import types
 from typing import Any
 
 from absl import app
 from absl import flags as absl_flags
 
-from experiments.engine import command, datasets, flags, phases, resume
+from experiments.engine import command, datasets, flags, phases
 from rll_jax.data import archives, benchmarks, image_files, paths
 
 
@@ -77,24 +74,9 @@ def _source(options: absl_flags.FlagValues) -> Any:
     return source
 
 
-def _end(_: int, frame: types.FrameType | None) -> None:
-    """Has SIGTERM remove what is half written."""
-    while frame is not None:
-        # Python drops exceptions of these: the signal is sent again in a moment.
-        if frame.f_code.co_name in ("_xla_gc_callback", "__del__"):
-            signal.signal(signal.SIGALRM, _end)
-            signal.setitimer(signal.ITIMER_REAL, 0.01)
-            return
-        frame = frame.f_back
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    print("told to stop: what is half written is removed; the same command begins again")
-    sys.exit(resume.RUN_AGAIN)
-
-
 def main(_: Any) -> None:
     """Runs the command."""
     options = absl_flags.FLAGS
-    signal.signal(signal.SIGTERM, _end)
     with command.user_errors(), datasets.store_errors(options.source, options.index):
         names = [*benchmarks.BENCHMARKS, "folder"]
         if options.dataset not in names:

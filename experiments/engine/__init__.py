@@ -13,8 +13,8 @@ evaluation step_metrics logs bad_images scoring query_scores zero_shot summary
 what a run measures and writes
 report report_images report_plots html_page
 the page of a run, and what pages are made of
-resume workdir errors environment dry_run
-how a run ends early and resumes, its folder, what ran, what it would take
+signals resume workdir errors environment dry_run
+Ctrl-C and SIGTERM; how a run ends early and resumes, its folder, what ran, what it would take
 trained_network embedding_index
 a checkpoint put to use: evaluate, embed, search, export
 collection search_service search_pictures search_server search_page/

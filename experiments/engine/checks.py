@@ -193,7 +193,8 @@ def data_digests(splits: Splits) -> dict[str, str]:
 def data_digest(data: EncodedImageDataset) -> str:
     """Returns a digest of the paths, classes and roles of a dataset's images."""
     digest = hashlib.sha256("\n".join(data.paths.tolist()).encode(errors="surrogateescape"))
-    for column in (data.labels, data.in_gallery, data.groups, data.image_ids):
+    roles = (data.in_gallery, data.is_query)
+    for column in (data.labels, *roles, data.groups, data.image_ids):
         if column is not None:
             digest.update(np.ascontiguousarray(column).data)
     return digest.hexdigest()[:16]

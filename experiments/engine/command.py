@@ -8,10 +8,9 @@ import sys
 
 from absl import flags, logging
 
-from experiments.engine import help_text
+from experiments.engine import help_text, signals
 
 USER_ERROR = 2  # the exit code of a user's mistake
-INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -39,25 +38,35 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 def user_errors() -> Iterator[None]:
     """Ends the program with one line and exit code 2 where what the user gave is at fault.
 
-    Those are the block's ValueErrors and OSErrors.
+    Those are the block's ValueErrors and OSErrors. Ctrl-C and SIGTERM end it as `stops` says.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files may hold any bytes
-    logging.set_verbosity(logging.ERROR)  # orbax logs all that it does
+    logging.set_verbosity(logging.FATAL)  # orbax logs all that it does, and what it raises
     try:
-        yield
-    except (Exception, KeyboardInterrupt) as error:
-        # An extension that is being imported turns what a signal raises into its own ImportError.
-        stop = error.__cause__ if isinstance(error, ImportError) else error
-        if isinstance(stop, KeyboardInterrupt):
-            print("interrupted", file=sys.stderr)
-            sys.exit(INTERRUPTED)
-        if isinstance(stop, SystemExit):
-            sys.exit(stop.code)
-        if isinstance(error, (ValueError, OSError)):
-            sys.exit(print_error(error))
-        raise
+        with stops():
+            yield
+    except (ValueError, OSError) as error:
+        sys.exit(print_error(error))
+
+
+@contextlib.contextmanager
+def stops(interrupted: str = "interrupted") -> Iterator[None]:
+    """Ends the program with a word and an exit code where Ctrl-C or SIGTERM ends the block.
+
+    Args:
+      interrupted: the word for Ctrl-C.
+    """
+    try:
+        with signals.raised():
+            yield
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        sys.exit(signals.INTERRUPTED)
+    except signals.ToldToStop:
+        print(signals.TOLD_TO_STOP, file=sys.stderr)
+        sys.exit(signals.RUN_AGAIN)
 
 
 def print_error(error: BaseException) -> int:

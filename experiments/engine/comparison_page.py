@@ -220,7 +220,7 @@ def _images(compared: _Compared, test: EncodedImageDataset | None, without_test:
 
 def _gains_and_losses(run: FinishedRun, first: FinishedRun, test: EncodedImageDataset) -> str:
     assert run.scores is not None and first.scores is not None  # they are paired
-    names, rows = report_images.class_names(test), report_images.query_rows(test)
+    names, rows = report_images.class_names(test), test.query_rows
     before, after = first.scores.by_query, run.scores.by_query
     gain = after["average_precision"] - before["average_precision"]
     parts = []

@@ -318,6 +318,7 @@ def list_images(data: DataOptions, data_dir: str) -> listings.Listing:
             rows = folders.class_folders(
                 data_dir, *how, test_classes=data.test_classes, on_left_out=_print_left_out
             )
+            _print_roles(folders.split_folders(data_dir))
         return listings.Listing(paths.to_path(data_dir), rows)
     listing = benchmarks.read_listing(data.dataset, data_dir)
     _print_differences(data.dataset, listing.rows)
@@ -329,23 +330,34 @@ def _print_left_out(left_out: Counter[str]) -> None:
         print(text, flush=True)
 
 
+def _print_roles(split_of: dict[str, str]) -> None:
+    """Says what is searched where folders of splits have other names than train and test."""
+    if searched := [name for name, split in split_of.items() if split == listings.TEST != name]:
+        print(f"note: {searched[0]}/ is searched, and nothing of it trains", file=sys.stderr)
+
+
 def _print_differences(dataset: str, rows: list[listings.Row]) -> None:
     for difference in benchmarks.differences(dataset, rows):
         print(f"note: {difference}", file=sys.stderr)
 
 
+def roles(test: EncodedImageDataset) -> np.ndarray:
+    """Returns the (N,) roles of test images: query, gallery, or test for what is both."""
+    found = np.full(len(test), listings.TEST, "<U7")
+    found[np.setdiff1d(test.query_rows, test.gallery_rows)] = listings.QUERY
+    found[np.setdiff1d(test.gallery_rows, test.query_rows)] = listings.GALLERY
+    return found
+
+
 def _rows(splits: Splits) -> list[listings.Row]:
     train, test = splits["train"], splits["test"]
-    roles = [listings.TEST] * len(test)
-    if test.in_gallery is not None:
-        roles = [listings.GALLERY if row else listings.QUERY for row in test.in_gallery]
     train_rows = [
         listings.Row(path, label, listings.TRAIN)
         for path, label in zip(train.paths, train.labels, strict=True)
     ]
     test_rows = [
         listings.Row(path, label, role)
-        for path, label, role in zip(test.paths, test.labels, roles, strict=True)
+        for path, label, role in zip(test.paths, test.labels, roles(test), strict=True)
     ]
     return train_rows + test_rows
 

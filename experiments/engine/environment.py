@@ -39,13 +39,17 @@ def environment() -> str:
 
 def commit() -> str:
     """Returns the commit of the code, with "-dirty" where it was changed; empty if unknown."""
-    command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty"]
+    # Not `describe --dirty`, which writes into the repository, and may leave a lock there.
+    git = ["git", "--no-optional-locks", "-C", str(_ROOT)]
+    asked = (["describe", "--always"], ["status", "--porcelain", "--untracked-files=no"])
     try:
-        git = subprocess.run(command, capture_output=True, text=True)
+        name, changes = (
+            subprocess.run([*git, *what], capture_output=True, text=True) for what in asked
+        )
     except OSError:  # no git
         return ""
-    known = git.returncode == 0 and (_ROOT / ".git").exists()
-    return git.stdout.strip() if known else ""
+    known = name.returncode == changes.returncode == 0 and (_ROOT / ".git").exists()
+    return f"{name.stdout.strip()}{'-dirty' if changes.stdout else ''}" if known else ""
 
 
 def _versions() -> dict[str, str]:

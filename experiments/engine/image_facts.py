@@ -21,7 +21,7 @@ class Facts(NamedTuple):
     Attributes:
       sizes: (N, 2) width and height, pixels.
       kinds: (N,) str, see `images.EncodedImage`.
-      contents: (N,) integers, equal where two images are the same bytes.
+      contents: (N,) integers, equal where two images are the same bytes, and box.
       hashes: (N, 256) int8, 1 or -1, see `copies.perceptual_hash`. An image of one colour has
         numbers drawn by its bytes: it is near images of the same bytes alone.
       colours: (N, 48) uint8, see `copies.mean_colours`.
@@ -86,11 +86,12 @@ def _read(data: EncodedImageDataset, row: int) -> _Read | str:
     if not data.sizes[row]:
         return f"{data.paths[row]}: missing or empty"
     try:
-        image = data.image(row)
-        shrunk = images.shrink(image.encoded, str(data.paths[row]), _SHORT_SIDE)
+        image, box = data.image(row), data.box(row)
+        shrunk = images.shrink(image.encoded, str(data.paths[row]), _SHORT_SIDE, crop=box)
     except images.BadImageError as error:
         return " ".join(str(error).split())
-    digest = hashlib.blake2b(image.encoded, digest_size=_DIGEST).digest()
+    whole = image.encoded if box is None else image.encoded + repr(box).encode()
+    digest = hashlib.blake2b(whole, digest_size=_DIGEST).digest()
     looks = copies.perceptual_hash(shrunk), copies.mean_colours(shrunk)
     return _Read(image.size, image.kind, digest, *looks)
 

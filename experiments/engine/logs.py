@@ -100,11 +100,18 @@ class MetricsLog:
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._file is None:
+            return
+        try:
+            with files.errors_of(self._file.name):
+                self._file.close()
             if self._board_is_alive():
-                self._board.close()
+                with files.errors_of(self._board.logdir):
+                    self._board.close()
+        except OSError:
+            if kind is None:  # an error that is on its way says more
+                raise
 
     def _board_is_alive(self) -> bool:
         """Whether TensorBoard's thread lives.

@@ -1,8 +1,12 @@
 """The weights that a run starts from: a file, another run, or the Hugging Face hub."""
 
+from collections.abc import Iterator
+import contextlib
 import functools
 import logging
 import pathlib
+import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,8 +17,7 @@ from experiments.engine.network import WEIGHT_ENDINGS
 from rll_jax.networks import backbones, weights
 from rll_jax.typing import Backbone, TokenBackbone
 
-# What the Hugging Face hub's folders of a model have.
-_FILES_OF_MODELS = ("model.safetensors", "pytorch_model.bin")
+_HUB_SCHEME = re.compile(r"^(hf[-_]hub:|hf://|https://(huggingface\.co|hf\.co)/)")
 
 
 def read_starting_weights(config: Config) -> dict[str, np.ndarray] | None:
@@ -88,21 +91,16 @@ def _checked(arrays: dict[str, np.ndarray], config: Config) -> dict[str, np.ndar
 def _read_file(name: str) -> dict[str, np.ndarray]:
     path = pathlib.Path(name)
     if path.is_dir():
-        files = [path / file for file in _FILES_OF_MODELS if (path / file).is_file()]
-        if not files:
-            raise ValueError(
-                f"the folder holds no run and no weights: expected flags.txt, or one of "
-                f"{', '.join(_FILES_OF_MODELS)}"
-            )
-        return weights.read(files[0])
+        return weights.read_folder(path, "the folder holds no run and no weights")
     if path.exists() or path.suffix in WEIGHT_ENDINGS:
         return weights.read(path)
-    return weights.read(_download(name))
+    return _read_from_hub(name)
 
 
-def _download(name: str) -> str:
-    """Returns the file of a hub repository's weights, which is downloaded once."""
-    if name.count("/") != 1:
+def _read_from_hub(name: str) -> dict[str, np.ndarray]:
+    """Returns the weights of a hub repository, whose files are downloaded once."""
+    repository, _, revision = _HUB_SCHEME.sub("", name).partition("@")
+    if repository.count("/") != 1:
         raise ValueError(
             f"expected {weights.KINDS}, a run's workdir or a hub name such as "
             "timm/resnet50.tv_in1k, and there is no such file or folder"
@@ -116,11 +114,46 @@ def _download(name: str) -> str:
         ) from None
     # It logs a line for each of five attempts.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    which: dict[str, Any] = {"revision": revision} if revision else {}
+
+    def fetch(file: str) -> str:
+        with _hub_errors(repository, file):
+            return huggingface_hub.hf_hub_download(repository, file, **which)
+
     try:
-        return huggingface_hub.hf_hub_download(name, "model.safetensors")
+        first = fetch(weights.FIRST)  # asks the hub for one file alone, and only once
+    except _NotThereError as error:
+        if error.is_offline:  # the hub was not asked
+            with _hub_errors(repository, weights.FIRST):
+                folder = huggingface_hub.snapshot_download(
+                    repository, local_files_only=True, **which
+                )
+            return weights.read_folder(folder)
+        with _hub_errors(repository, "a list of the files"):
+            names = huggingface_hub.list_repo_files(repository, **which)
+        return weights.read_model(names, fetch, f"{repository} holds no weights")
+    return weights.read(first)
+
+
+class _NotThereError(ValueError):
+    """A repository of the hub, or what is kept of it here, does not hold a file."""
+
+    is_offline = False
+
+
+@contextlib.contextmanager
+def _hub_errors(repository: str, what: str) -> Iterator[None]:
+    """Turns what the hub's client raises into a ValueError that says what cannot be had."""
+    try:
+        yield
     except Exception as error:  # its many kinds: offline, no such repository, no such file
+        kinds = {kind.__name__ for kind in type(error).__mro__}
         reason = " ".join(str(error).split())[:300] or repr(error)
-        raise ValueError(
-            f"no such folder, and model.safetensors of {name} cannot be had from the hub: "
+        kind = _NotThereError if "EntryNotFoundError" in kinds else ValueError
+        told = kind(
+            f"no such folder, and {what} of {repository} cannot be had from the hub: "
             f"{reason}; a file works without"
-        ) from error
+        )
+        if isinstance(told, _NotThereError):
+            told.is_offline = "LocalEntryNotFoundError" in kinds
+        raise told from error

@@ -35,16 +35,11 @@ def class_names(data: EncodedImageDataset) -> np.ndarray:
     return np.array([f"class {label}" for label in data.labels])
 
 
-def query_rows(data: EncodedImageDataset) -> np.ndarray:
-    """Returns the rows that are searched: all, or those that are not in the gallery."""
-    return np.arange(len(data)) if data.in_gallery is None else np.flatnonzero(~data.in_gallery)
-
-
 def grid(data: EncodedImageDataset, embeddings: np.ndarray, by_query: ByQuery) -> str:
     """Returns rows of a query and its nearest images, for the worst, typical and best queries."""
-    all_queries = gallery = query_rows(data)
-    if data.in_gallery is not None:
-        gallery = np.flatnonzero(data.in_gallery)
+    gallery, groups_of = data.gallery_rows, data.groups
+    if groups_of is None and data.is_query is not None:
+        groups_of = np.arange(len(data))  # a query that is in the gallery does not find itself
     names = class_names(data)
     jitter = np.random.default_rng(0).random(len(by_query["query"]))  # orders equals by chance
     keys = (jitter, -by_query["first_rank"], by_query["average_precision"])
@@ -56,15 +51,12 @@ def grid(data: EncodedImageDataset, embeddings: np.ndarray, by_query: ByQuery) -
             "Typical": max(0, (len(order) - number) // 2),
             "Best": max(0, len(order) - number),
         }[kind]
-        queries = all_queries[order[first : first + number]]
+        queries = data.query_rows[order[first : first + number]]
         itself = queries if data.in_gallery is None else None
         k = min(NEIGHBOURS, len(gallery) - (itself is not None))
         groups = {}
-        if data.groups is not None:
-            groups = {
-                "query_groups": data.groups[queries],
-                "gallery_groups": data.groups[gallery],
-            }
+        if groups_of is not None:
+            groups = {"query_groups": groups_of[queries], "gallery_groups": groups_of[gallery]}
         nearest, similarity = metrics.nearest(
             embeddings[queries], embeddings[gallery], k, leave_out=itself, **groups
         )

@@ -13,12 +13,12 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from experiments.engine import processes
+from experiments.engine import processes, signals
 from experiments.engine.errors import RunError, first_line
 from rll_jax.training import checkpoint, devices, steps
 
-# The exit code of a run that can be resumed by the same command (EX_TEMPFAIL).
-RUN_AGAIN = 75
+# The exit code of a run that can be resumed by the same command.
+RUN_AGAIN = signals.RUN_AGAIN
 
 _WATCH = """
 import signal, sys
@@ -115,19 +115,6 @@ def _move_damaged(workdir: pathlib.Path, step: int, reason: str) -> None:
         file=sys.stderr,
         flush=True,
     )
-
-
-def exit_on_sigterm() -> None:
-    """Has SIGTERM remove half-written files and exit with `RUN_AGAIN`.
-
-    Use it before the first step and after the last save.
-    """
-
-    def end(*_: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        sys.exit(RUN_AGAIN)
-
-    signal.signal(signal.SIGTERM, end)
 
 
 @contextlib.contextmanager

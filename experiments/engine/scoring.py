@@ -115,7 +115,7 @@ def make_table(
     by_query: Mapping[str, ByQuery], data: EncodedImageDataset, ks: Sequence[int]
 ) -> ScoreTable:
     """Returns the scores of the levels that `score_levels` scored."""
-    num_queries = len(data) if data.in_gallery is None else int((~data.in_gallery).sum())
+    num_queries = len(data.query_rows)
     return {name: metrics.mean_scores(part, num_queries, ks=ks) for name, part in by_query.items()}
 
 
@@ -131,8 +131,7 @@ def add_clustering(
 
 def query_classes(by_query: ByQuery, data: EncodedImageDataset) -> np.ndarray:
     """Returns the class of each scored query."""
-    labels = data.labels if data.in_gallery is None else data.labels[~data.in_gallery]
-    return labels[by_query["query"]]
+    return data.labels[data.query_rows[by_query["query"]]]
 
 
 def embed_readable(

@@ -10,7 +10,7 @@ import pathlib
 import re
 import sys
 
-from experiments.engine import jax_settings
+from experiments.engine import jax_settings, signals
 from rll_jax import _jaxlib_fault
 
 _HUGE_PAGES = "glibc.malloc.hugetlb"
@@ -25,23 +25,16 @@ def settle() -> None:
     """
     given = os.environ.get("XLA_FLAGS", "").replace(_jaxlib_fault.FLAG, "").strip()
     os.environ["XLA_FLAGS"] = xla_flags(os.environ, jaxlib_version())
-    if not _is_command(sys.argv[0], sys.orig_argv):
+    if not signals.is_command():
         return
     if _takes_huge_pages():
         tunables = with_huge_pages(os.environ)
         if tunables is not None:
             environment = {**os.environ, "GLIBC_TUNABLES": tunables}
+            signals.hold()
             os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     if not _is_measurement(sys.orig_argv):
         jax_settings.check(given)
-
-
-def _is_command(program: str, arguments: Sequence[str]) -> bool:
-    """Returns whether Python, started as `python -m experiments.NAME`, looks for NAME now."""
-    if program != "-m" or "-m" not in arguments or not sys.executable:
-        return False
-    name = arguments[arguments.index("-m") + 1]
-    return name.startswith("experiments.")
 
 
 def _is_measurement(arguments: Sequence[str]) -> bool:

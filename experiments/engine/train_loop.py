@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 import contextlib
 import functools
+import signal
 import sys
 from typing import Any, NoReturn
 
@@ -15,6 +16,7 @@ from experiments.engine import (
     checks,
     command,
     dry_run,
+    errors,
     flags,
     logs,
     network_inputs,
@@ -47,8 +49,8 @@ def main(_: Any) -> None:
 
 
 def _run(config: Config) -> None:
-    if not config.processes.multihost:  # the other processes would wait for this one
-        resume.exit_on_sigterm()
+    if config.processes.multihost:  # ends at once: the other processes would wait for this one
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with command.user_errors():
         processes.join(config.processes)
         checked = checks.check_run(config)
@@ -63,12 +65,11 @@ def _run(config: Config) -> None:
 def _run_errors() -> Iterator[None]:
     """Ends the program with one line where a run cannot go on, and with the exit code for it."""
     try:
-        yield
+        word = "interrupted: the same command resumes from the last checkpoint"
+        with errors.without_echoes(), command.stops(word):
+            yield
     except (RunError, images.BadImageError, OSError) as error:
         sys.exit(command.print_error(error))
-    except KeyboardInterrupt:
-        print("interrupted: the same command resumes from the last checkpoint", file=sys.stderr)
-        sys.exit(command.INTERRUPTED)
     except jax.errors.JaxRuntimeError as error:
         lost = ("UNAVAILABLE", "DEADLINE", "ABORTED", "Gloo", "Connection", "coordination")
         if jax.process_count() == 1 or not any(word in str(error) for word in lost):

@@ -2,12 +2,13 @@
 
 A cell becomes a text: what pandas writes into a .csv for it. Words that pandas reads as empty are
 empty here too. The columns are those of `folders.read_index`, and those of the data frames of
-open-metric-learning: is_query and is_gallery are understood, bounding boxes are refused.
+open-metric-learning: is_query, is_gallery and bounding boxes.
 """
 
 from collections.abc import Iterator
 import csv
 import decimal
+import math
 import os
 import pathlib
 import re
@@ -21,19 +22,20 @@ from rll_jax.data.listings import GALLERY, QUERY, SPLITS, TEST, TRAIN
 
 _NEEDED = {"path", "label"}
 _ROLES = ("is_query", "is_gallery")
-_BOX = ("x_1", "x_2", "y_1", "y_2")
+_BOX = ("x_1", "y_1", "x_2", "y_2")
 _NAMES = ("super_label", "group", "image_id", "category", "sequence")
 _KNOWN = (*_NEEDED, "split", *_NAMES, *_ROLES, *_BOX)
 _HEAD = 1 << 16  # bytes in which a header is looked for
 _EMPTY = {"", "nan", "-nan", "nat", "none", "null", "nil", "na", "n/a", "#na", "#n/a", "<na>"}
-_SPLIT_WORDS = {
+# What people call the splits. The images of one that they validate on are searched.
+SPLIT_WORDS = {
     **{word: TRAIN for word in ("train", "training")},
     **{word: TEST for word in ("test", "testing")},
     **{word: TEST for word in ("val", "valid", "validation", "validate", "dev", "eval")},
     **{word: QUERY for word in ("query", "queries")},
     **{word: GALLERY for word in ("gallery", "galleries")},
 }
-_TEST_WORDS = ("test", "testing")
+TEST_WORDS = ("test", "testing")
 _TRUE, _FALSE = {"true", "t", "yes", "1"}, {"false", "f", "no", "0"}
 _WHOLE_FLOAT = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")
 
@@ -48,6 +50,7 @@ class Entry(NamedTuple):
       super_label: the super class, as text; "" where the table has none.
       group: images that do not answer each other, as text; "" where the table has none.
       image_id: the image of which this is a file, as text; "" where the table has none.
+      box: what of the image is read, see `listings.Row`; None: all of it.
       place: where the row is: "line 4" or "row 3".
     """
 
@@ -57,6 +60,7 @@ class Entry(NamedTuple):
     super_label: str
     group: str
     image_id: str
+    box: tuple[int, int, int, int] | None
     place: str
 
 
@@ -72,24 +76,28 @@ def read_entries(file: epath.Path, root: paths.AnyPath | None = None) -> list[En
       ValueError: a row is wrong, or an image is listed twice, or two of test and val and query go
         together (which row, and why); the file does not exist, or is no table.
     """
-    entries: dict[str, Entry] = {}
+    entries: dict[tuple[str, tuple[int, ...] | None], Entry] = {}
+    unsaid = ""  # the first test row of which no column says whether it is query or gallery
     words: dict[str, str] = {}  # where each kind of split is first
     starts, name = _starts_of_paths(root), str(file)
     for place, cells in _read_cells(file):
         entry = _read_entry(cells, place, f"{name}, {place}", starts)
-        if entry.path in entries:
+        key = entry.path, entry.box
+        if key in entries:
             raise ValueError(
-                f"{file}, {place}: {entry.path} was listed in {entries[entry.path].place} already"
+                f"{file}, {place}: {entry.path} was listed in {entries[key].place} already"
             )
-        entries[entry.path] = entry
-        if _SPLIT_WORDS.get(word := cells.get("split", "").lower()) == TEST:
-            words.setdefault("test" if word in _TEST_WORDS else "val", place)
+        entries[key] = entry
+        if entry.split == TEST and all(_is_empty(cells.get(column, "")) for column in _ROLES):
+            unsaid = unsaid or place
+        if SPLIT_WORDS.get(word := cells.get("split", "").lower()) == TEST:
+            words.setdefault("test" if word in TEST_WORDS else "val", place)
     if len(words) == 2:
         raise ValueError(
             f"{file}: has split test ({words['test']}) and val ({words['val']}), and one split is "
             "searched: remove the rows of the other, or let them train"
         )
-    _check_splits(file, list(entries.values()))
+    _check_splits(file, list(entries.values()), unsaid)
     return list(entries.values())
 
 
@@ -120,11 +128,6 @@ def _read_entry(cells: dict[str, str], place: str, where: str, starts: list[str]
             f"{where}: expected text or a whole number as the label, found {label!r}, which "
             "stands for no label"
         )
-    if boxed := [column for column in _BOX if not _is_empty(cells.get(column, ""))]:
-        raise ValueError(
-            f"{where}: has a bounding box ({', '.join(boxed)}), and images are read whole: crop "
-            "them and list the crops, or remove these columns"
-        )
     split = _read_split(cells, where)
     # open-metric-learning calls them category and sequence.
     others = cells if set(_ROLES) <= cells.keys() else {}
@@ -137,8 +140,36 @@ def _read_entry(cells: dict[str, str], place: str, where: str, starts: list[str]
         _canonical_or_empty(super_label),
         _canonical_or_empty(group),
         _canonical_or_empty(cells.get("image_id", "")),
+        _read_box(cells, where),
         place,
     )
+
+
+def _read_box(cells: dict[str, str], where: str) -> tuple[int, int, int, int] | None:
+    """Returns the bounding box of a row, to the nearest pixels; None where it has none."""
+    texts = {column: cells.get(column, "") for column in _BOX}
+    boxed = [column for column, text in texts.items() if not _is_empty(text)]
+    if not boxed:
+        return None
+    if len(boxed) < len(_BOX):
+        raise ValueError(
+            f"{where}: has a bounding box ({', '.join(boxed)}), and images are read whole unless "
+            f"{', '.join(_BOX)} all are given"
+        )
+    try:
+        numbers = [float(text) for text in texts.values()]
+    except ValueError:
+        numbers = [math.nan]
+    shown = ", ".join(f"{column}={text:.20}" for column, text in texts.items())
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{where}: the bounding box is {shown}, expected numbers of pixels")
+    left, top, right, bottom = map(round, numbers)
+    if right <= max(left, 0) or bottom <= max(top, 0):
+        raise ValueError(
+            f"{where}: the bounding box {shown} has no pixels: expected x_1 < x_2 and y_1 < y_2, "
+            "counted from the left upper corner"
+        )
+    return left, top, right, bottom
 
 
 def _canonical_or_empty(cell: str) -> str:
@@ -171,7 +202,7 @@ def _canonical(text: str) -> str:
 def _read_split(cells: dict[str, str], where: str) -> str:
     """Returns the split of a row by its columns split, is_query and is_gallery."""
     text = cells.get("split", "")
-    split = "" if _is_empty(text) else _SPLIT_WORDS.get(text.lower())
+    split = "" if _is_empty(text) else SPLIT_WORDS.get(text.lower())
     if split is None:
         raise ValueError(
             f"{where}: the split is {text!r:.80}, expected one of {', '.join(SPLITS)}; val and "
@@ -212,8 +243,16 @@ def _truth(text: str, column: str, where: str) -> bool | None:
     return word in _TRUE
 
 
-def _check_splits(file: epath.Path, entries: list[Entry]) -> None:
-    """Raises ValueError unless all or no rows have a split, and no class is in train and not."""
+def _check_splits(file: epath.Path, entries: list[Entry], unsaid: str) -> None:
+    """Raises ValueError unless all or no rows have a split, and no class is in train and not.
+
+    Also where test rows go with queries or galleries, and no columns say that they are both.
+
+    Args:
+      file: the table.
+      entries: its rows.
+      unsaid: the first test row without such columns, or "".
+    """
     places: dict[str, str] = {}
     for entry in entries:
         places.setdefault(entry.split, entry.place)
@@ -221,9 +260,9 @@ def _check_splits(file: epath.Path, entries: list[Entry]) -> None:
         raise ValueError(
             f"{file}, {places['']}: some rows have a split and some have none, this one among them"
         )
-    if TEST in places and (apart := sorted({QUERY, GALLERY} & places.keys())):
+    if unsaid and (apart := sorted({QUERY, GALLERY} & places.keys())):
         raise ValueError(
-            f"{file}: has splits test and query or gallery: {places[TEST]} is searched and found, "
+            f"{file}: has splits test and query or gallery: {unsaid} is searched and found, "
             f"{places[apart[0]]} is {apart[0]} alone: expected train and test, or train, query and "
             "gallery"
         )

@@ -21,6 +21,18 @@ _DAMAGED = (
     RuntimeError,  # an encrypted .zip
     NotImplementedError,  # an unknown compression
 )
+# How files begin that are none of these archives, or not whole.
+_OTHERS = {
+    b"PK": "it is a .zip that is damaged, or of which a part is missing",
+    b"\x1f\x8b": "it is compressed by gzip, and there is no .tar in it",
+    b"BZh": "it is compressed by bzip2, and there is no .tar in it",
+    b"\xfd7zXZ": "it is compressed by xz, and there is no .tar in it",
+    b"(\xb5/\xfd": "it is compressed by zstd: unpack it by `tar --zstd -xf`",
+    b"7z\xbc\xaf": "it is a .7z: unpack it by 7-Zip",
+    b"Rar!": "it is a .rar: unpack it by unrar",
+    b"<": "it is a web page or XML: download the archive itself",
+    b"version https://git-lfs": "it is a pointer of Git LFS: run `git lfs pull`",
+}
 
 
 def unpack(archive: paths.AnyPath, target: paths.AnyPath) -> list[pathlib.Path]:
@@ -46,7 +58,11 @@ def unpack(archive: paths.AnyPath, target: paths.AnyPath) -> list[pathlib.Path]:
         raise ValueError(f"{archive}: cannot be unpacked: {error}") from error
     except OSError as error:  # errors of gzip and zlib are OSErrors too
         raise ValueError(f"{archive}: cannot be unpacked into {target}: {error}") from error
-    raise ValueError(f"{archive}: expected a .zip or .tar archive")
+    with archive.open("rb") as file:
+        start = file.read(64)
+    known = [what for beginning, what in _OTHERS.items() if start.lstrip().startswith(beginning)]
+    reasons = known if start else ["it is empty"]
+    raise ValueError("; ".join([f"{archive}: expected a .zip or .tar archive", *reasons]))
 
 
 def reason_to_skip(archive: paths.AnyPath, target: paths.AnyPath) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import tqdm
 
 from rll_jax.data import files, listings, paths
-from rll_jax.data.image_dataset import EncodedImageDataset, number_names, split_dataset
+from rll_jax.data.image_dataset import EncodedImageDataset, boxes_of, number_names, split_dataset
 
 if TYPE_CHECKING:  # takes seconds to import
     import tensorflow_datasets as tfds
@@ -28,8 +28,9 @@ _WITH_TENSORFLOW = (
     "tfds.builder('{name}', data_dir='{data_dir}', file_format='array_record')"
     '.download_and_prepare()"'
 )
+# Of our own datasets, where their rows have such texts; each with what `listings.Row` calls it.
+_TEXTS = {"group": "group", "image_id": "image_id", "box": "box_text"}
 # What tensorflow-datasets' own datasets call a class and its super class.
-_NAME_KEYS = ("group", "image_id")  # of our own datasets, where their rows have such names
 _LABEL_KEYS, _SUPER_LABEL_KEYS = ("label", "class_id"), ("super_label", "super_class_id")
 
 
@@ -55,7 +56,7 @@ def write_dataset(root: paths.AnyPath, rows: list[listings.Row], directory: path
 
     paths.check_utf8(directory)
     root = paths.to_path(root)
-    names = [name for name in _NAME_KEYS if any(getattr(row, name) for row in rows)]
+    names = [name for name, of_row in _TEXTS.items() if any(getattr(row, of_row) for row in rows)]
     features = tfds.features.FeaturesDict(
         {
             "image": tfds.features.Image(),
@@ -188,8 +189,8 @@ def _write_split(
             "image": io.BytesIO(file.read_bytes() if paths.file_size(file) else b""),
             "label": row.label,
             "super_label": row.super_label,
-            "path": os.fsencode(row.path),
-            **{name: getattr(row, name) for name in _NAME_KEYS if name in features},
+            "path": os.fsencode(row.name),
+            **{name: getattr(row, at) for name, at in _TEXTS.items() if name in features},
         }
         shards.write(serializer.serialize_example(features.encode_example(example)))
     shards.close()
@@ -308,6 +309,7 @@ def _read_splits(
         super_labels=super_labels if np.ptp(super_labels) else None,
         groups=number_names(columns["group"]) if "group" in columns else None,
         image_ids=number_names(columns["image_id"]) if "image_id" in columns else None,
+        boxes=boxes_of(columns["box"]) if "box" in columns else None,
     )
     return dataset, np.repeat(names, [len(source) for source in sources])
 
@@ -337,7 +339,7 @@ def _read_index(
     if not np.issubdtype(dtype, np.integer):
         raise ValueError(f"{builder.name}: {label_key} is of {dtype}, expected whole numbers")
     # Other people's datasets may call anything a group.
-    names = [key for key in _NAME_KEYS if builder.name == _NAME and key in features]
+    names = [key for key in _TEXTS if builder.name == _NAME and key in features]
     columns = _index_records(source, split, image_key, label_key, names)
     if keep:
         _keep_index(file, columns)

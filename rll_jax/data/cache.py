@@ -67,7 +67,8 @@ def in_memory(
       short_side: the shorter side that larger images are shrunk to, pixels.
       interpolation: how images are shrunk, see `images.shrink`.
     """
-    return dataclasses.replace(data, read=_MemoryReader(data, short_side, interpolation))
+    reader = _MemoryReader(data, short_side, interpolation)
+    return dataclasses.replace(data, read=reader, boxes=None)
 
 
 def on_disk(
@@ -105,7 +106,9 @@ def on_disk(
         except RuntimeError as error:  # raised by array_record
             raise OSError(f"cannot write the cache {path}: {str(error).splitlines()[0]}") from error
     records = array_record_data_source.ArrayRecordDataSource(str(path))
-    return dataclasses.replace(data, read=_RecordReader(records), positions=np.arange(len(data)))
+    return dataclasses.replace(
+        data, read=_RecordReader(records), positions=np.arange(len(data)), boxes=None
+    )
 
 
 def digest(data: EncodedImageDataset) -> str:
@@ -154,22 +157,26 @@ def _write(
         writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
         rows = tqdm.tqdm(range(len(data)), desc=f"writing {path.name}", unit="image", mininterval=1)
         for row in rows:
-            encoded = data.image_bytes(row)
-            writer.write(_shrunk(encoded, str(data.paths[row]), short_side, interpolation))
+            name, encoded = str(data.paths[row]), data.image_bytes(row)
+            writer.write(_shrunk(encoded, name, data.box(row), short_side, interpolation))
         writer.close()
 
 
 def _shrunk(
-    encoded: bytes, name: str, short_side: int, interpolation: images.Interpolation
+    encoded: bytes,
+    name: str,
+    box: images.Box | None,
+    short_side: int,
+    interpolation: images.Interpolation,
 ) -> bytes:
     """Returns the shrunk image as uncompressed PPM, which is read as fast as memory.
 
-    An image that does not decode is returned as it is.
+    An image that does not decode is returned as it is; of a box, as an empty one.
     """
     try:
-        image = images.shrink(encoded, name, short_side, interpolation)
+        image = images.shrink(encoded, name, short_side, interpolation, box)
     except images.BadImageError:
-        return encoded
+        return encoded if box is None else b""  # the box is not kept beside it
     out = io.BytesIO()
     image.save(out, "PPM")
     return out.getvalue()
@@ -183,14 +190,20 @@ class _MemoryReader:
     ) -> None:
         self._read, self._short_side = data.read, short_side
         self._interpolation: images.Interpolation = interpolation
-        names = zip(data.positions.tolist(), data.paths.tolist(), strict=True)
-        self._name_at: dict[int, str] = dict(names)
+        self._row_at = {position: row for row, position in enumerate(data.positions.tolist())}
+        self._name_of, self._box_of = data.paths.tolist(), data.box
         self._cached: dict[int, bytes] = {}
 
     def __call__(self, position: int) -> bytes:
         if position not in self._cached:
-            encoded, name = self._read(position), self._name_at[position]
-            self._cached[position] = _shrunk(encoded, name, self._short_side, self._interpolation)
+            encoded, row = self._read(position), self._row_at[position]
+            self._cached[position] = _shrunk(
+                encoded,
+                self._name_of[row],
+                self._box_of(row),
+                self._short_side,
+                self._interpolation,
+            )
         return self._cached[position]
 
 

@@ -22,7 +22,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with errors_of(path):
+        with errors_of(path, temporary):
             yield temporary
         temporary.replace(path)
     finally:
@@ -30,12 +30,14 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def errors_of(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Names the path in an OSError that names none, as that of a full disk."""
+def errors_of(
+    path: str | os.PathLike[str], temporary: pathlib.Path | None = None
+) -> Iterator[None]:
+    """Names the path in an OSError that names none, as that of a full disk, or `temporary`."""
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename is not None:
+        if error.errno is None or error.filename not in (None, temporary, str(temporary)):
             raise
         raise OSError(error.errno, os.strerror(error.errno), os.fspath(path)) from error
 

@@ -21,7 +21,7 @@ from PIL import Image
 import tqdm
 
 from rll_jax.data import images, paths
-from rll_jax.data.listings import GALLERY, TEST, TRAIN, Row
+from rll_jax.data.listings import GALLERY, QUERY, TEST, TRAIN, Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +35,21 @@ class EncodedImageDataset:
       read: returns the encoded image at a position.
       positions: (N,) integers, the positions of the rows.
       labels: (N,) int64 classes.
-      paths: (N,) str, the path of each image from its root, or another name of it.
+      paths: (N,) str, the path of each image from its root, or another name of it. Where a picture
+        has boxes, the box is part of the name.
       sizes: (N,) int64 bytes of each encoded image, 0 where it is missing or empty.
       changed: (N,) int64, when each file was last changed (ns for local files), or None where that
         is not known.
       super_labels: (N,) int64 super classes, or None.
-      in_gallery: (N,) bool, whether a row belongs to the gallery in which the other rows are
+      in_gallery: (N,) bool, whether a row belongs to the gallery in which the queries are
         searched, or None where each image is searched among all others.
+      is_query: (N,) bool, whether a row is a query; None: those outside the gallery are. With it,
+        a row may be both. It goes with `in_gallery`.
       groups: (N,) int64; a row is not ranked against rows of its own group. None: no groups.
       image_ids: (N,) int64; a row is not ranked against rows of its own id. None: each row has its
         own.
+      boxes: (N, 4) int64, the pixels left, top, right and bottom of what an image is of its upright
+        picture; a row of zeros: all of it. None: no boxes.
     """
 
     read: Callable[[int], bytes]
@@ -57,6 +62,8 @@ class EncodedImageDataset:
     in_gallery: np.ndarray | None = None
     groups: np.ndarray | None = None
     image_ids: np.ndarray | None = None
+    is_query: np.ndarray | None = None
+    boxes: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -82,11 +89,29 @@ class EncodedImageDataset:
             raise images.BadImageError(
                 f"cannot read the image {path!r}: {str(error)[:300]}"
             ) from error
-        return images.EncodedImage(encoded, path)
+        return images.EncodedImage(encoded, path, self.box(row))
 
     def image_bytes(self, row: int) -> bytes:
-        """Returns the encoded image of a row; raises what `read` raises."""
+        """Returns the encoded picture of a row; raises what `read` raises."""
         return self.read(int(self.positions[row]))
+
+    def box(self, row: int) -> images.Box | None:
+        """Returns what the image of a row is of its picture; None: all of it."""
+        if self.boxes is None or not self.boxes[row].any():
+            return None
+        return tuple(self.boxes[row].tolist())
+
+    @property
+    def query_rows(self) -> np.ndarray:
+        """The rows that are queries, in order."""
+        if self.in_gallery is None:
+            return np.arange(len(self))
+        return np.flatnonzero(~self.in_gallery if self.is_query is None else self.is_query)
+
+    @property
+    def gallery_rows(self) -> np.ndarray:
+        """The rows that are found, in order."""
+        return np.arange(len(self)) if self.in_gallery is None else np.flatnonzero(self.in_gallery)
 
     def take(self, rows: np.ndarray | Sequence[int]) -> "EncodedImageDataset":
         """Returns the dataset of some rows, in the order of `rows`."""
@@ -116,7 +141,15 @@ def check_splits(train: EncodedImageDataset, test: EncodedImageDataset) -> None:
             f"{len(common)} classes are in train and in test, such as {common[:5].tolist()}"
         )
     if test.in_gallery is not None:
-        if not np.isin(test.labels[~test.in_gallery], test.labels[test.in_gallery]).any():
+        of_gallery = test.labels[test.gallery_rows]
+        both = np.intersect1d(test.query_rows, test.gallery_rows)
+        labels, counts = np.unique(of_gallery, return_counts=True)
+        # A query does not find itself.
+        alone = np.setdiff1d(test.query_rows, both)
+        if (
+            not np.isin(test.labels[alone], labels).any()
+            and not np.isin(test.labels[both], labels[counts > 1]).any()
+        ):
             raise ValueError(
                 "no query has an image of its class in the gallery: there is nothing to retrieve"
             )
@@ -131,7 +164,8 @@ def find_bad(data: EncodedImageDataset, *, full: bool, threads: int = 2) -> dict
 
     Args:
       data: the dataset.
-      full: decode every image. Otherwise only missing and empty images are found, by their sizes.
+      full: decode every image. Otherwise only missing and empty images are found, by their sizes,
+        and boxes that lie outside of their pictures.
       threads: the number of threads that decode.
 
     Returns:
@@ -140,21 +174,33 @@ def find_bad(data: EncodedImageDataset, *, full: bool, threads: int = 2) -> dict
     bad = {
         int(row): f"{data.paths[row]}: missing or empty" for row in np.flatnonzero(data.sizes == 0)
     }
-    if not full:
+    boxed = data.boxes is not None
+    if not full and not boxed:
         return bad
-    rows = [row for row in range(len(data)) if row not in bad]
+    rows = [row for row in range(len(data)) if row not in bad and (full or data.box(row))]
+    error = _decoding_error if full else _box_error
     with futures.ThreadPoolExecutor(threads) as pool:
         reasons = tqdm.tqdm(
-            pool.map(functools.partial(_decoding_error, data), rows),
+            pool.map(functools.partial(error, data), rows),
             total=len(rows),
-            desc="verifying",
+            desc="verifying" if full else "looking at boxes",
             unit="image",
             mininterval=1,
+            delay=0 if full else 2,
         )
         for row, reason in zip(rows, reasons, strict=True):
             if reason is not None:
                 bad[row] = reason
     return bad
+
+
+def _box_error(data: EncodedImageDataset, row: int) -> str | None:
+    """Returns what is wrong with a row's box; other faults show when the image is used."""
+    try:
+        data.image(row)
+    except images.BadImageError as error:
+        return str(error) if "bounding box" in str(error) else None
+    return None
 
 
 def _decoding_error(data: EncodedImageDataset, row: int) -> str | None:
@@ -222,7 +268,10 @@ def all_as_test(splits: dict[str, EncodedImageDataset]) -> dict[str, EncodedImag
     Args:
       splits: {"train": ..., "test": ...} of one dataset, which read from the same source.
     """
-    train, test = (dataclasses.replace(splits[name], in_gallery=None) for name in ("train", "test"))
+    train, test = (
+        dataclasses.replace(splits[name], in_gallery=None, is_query=None)
+        for name in ("train", "test")
+    )
     pairs = zip(train.columns().items(), test.columns().values(), strict=True)
     joined = {
         name: None if of_train is None or of_test is None else np.concatenate([of_train, of_test])
@@ -251,12 +300,13 @@ def from_rows(root: paths.AnyPath, rows: list[Row]) -> dict[str, EncodedImageDat
         read=_FileReader(root, [row.path for row in rows]),
         positions=np.arange(len(rows)),
         labels=np.array([row.label for row in rows], np.int64),
-        paths=np.array([row.path for row in rows]),
+        paths=np.array([row.name for row in rows]),
         sizes=sizes,
         changed=changed,
         super_labels=super_labels if np.ptp(super_labels) else None,
         groups=number_names([row.group for row in rows]),
         image_ids=number_names([row.image_id for row in rows]),
+        boxes=boxes_of([row.box_text for row in rows]),
     )
     return split_dataset(dataset, np.array([row.split for row in rows]))
 
@@ -273,6 +323,14 @@ def number_names(names: Sequence[str] | np.ndarray) -> np.ndarray | None:
     return np.where(named, numbers, len(found) + np.arange(len(named)))
 
 
+def boxes_of(texts: Sequence[str] | np.ndarray) -> np.ndarray | None:
+    """Returns the boxes of the (N,) `Row.box_text`: (N, 4) int64; None where all are ""."""
+    if not any(texts):
+        return None
+    boxes = [[int(number) for number in (text or "0,0,0,0").split(",")] for text in texts]
+    return np.array(boxes, np.int64)
+
+
 def split_dataset(
     dataset: EncodedImageDataset, splits: np.ndarray
 ) -> dict[str, EncodedImageDataset]:
@@ -280,17 +338,18 @@ def split_dataset(
 
     Args:
       dataset: all rows.
-      splits: (N,) str: train and test, or train, query and gallery.
+      splits: (N,) str, of `listings.SPLITS`.
 
     Returns:
-      {"train": ..., "test": ...}; where there are queries, `in_gallery` of "test" tells which rows
-      are gallery.
+      {"train": ..., "test": ...}; where there are query or gallery rows, `in_gallery` of "test"
+      tells which rows are gallery, and `is_query` which are queries if some are both.
     """
     is_train = splits == TRAIN
     train, test = dataset.take(np.flatnonzero(is_train)), dataset.take(np.flatnonzero(~is_train))
     roles = splits[~is_train]
     if (roles != TEST).any():
-        test = dataclasses.replace(test, in_gallery=roles == GALLERY)
+        is_query = roles != GALLERY if (roles == TEST).any() else None
+        test = dataclasses.replace(test, in_gallery=roles != QUERY, is_query=is_query)
     return {"train": train, "test": test}
 
 

@@ -37,6 +37,8 @@ class EncodedImage:
     Args:
       data: the encoded image.
       name: what errors call the image.
+      crop: take this box of the upright picture for the image, in whole pixels; what lies outside
+        of the picture is cut off. None: all of it.
 
     Attributes:
       encoded: the encoded image.
@@ -44,11 +46,12 @@ class EncodedImage:
       kind: its format and Pillow's mode of its pixels: "JPEG RGB".
 
     Raises:
-      BadImageError: the image is empty, truncated, broken, too large to be safe, or not an image.
-        The methods raise it too, as most damage shows only in decoding.
+      BadImageError: the image is empty, truncated, broken, too large to be safe, or not an image;
+        or the box lies outside of it. The methods raise it too, as most damage shows only in
+        decoding.
     """
 
-    def __init__(self, data: bytes, name: str) -> None:
+    def __init__(self, data: bytes, name: str, crop: Box | None = None) -> None:
         self.encoded, self._name = data, name
         with self._errors_named():
             image = self._open()
@@ -66,6 +69,9 @@ class EncodedImage:
             width, height = image.size
             is_swapped = self._orientation in _SIDES_SWAPPED
             self.size = (height, width) if is_swapped else (width, height)
+            self._crop = None if crop is None else self._inside(crop)
+            if self._crop is not None:
+                self.size = self._crop[2] - self._crop[0], self._crop[3] - self._crop[1]
 
     @property
     def width(self) -> int:
@@ -77,8 +83,24 @@ class EncodedImage:
         """The upright height, pixels."""
         return self.size[1]
 
+    def _inside(self, crop: Box) -> tuple[int, int, int, int]:
+        """Returns a box without what is outside of the picture."""
+        left, top, right, bottom = map(round, crop)
+        inside = max(left, 0), max(top, 0), min(right, self.width), min(bottom, self.height)
+        if inside[0] >= inside[2] or inside[1] >= inside[3]:
+            raise ValueError(
+                f"its bounding box {left, top, right, bottom} has none of its {self.width} x "
+                f"{self.height} pixels"
+            )
+        return inside
+
     def rgb(self) -> Image.Image:
         """Returns the full image."""
+        picture = self._picture()
+        return picture if self._crop is None else picture.crop(self._crop)
+
+    def _picture(self) -> Image.Image:
+        """Returns the picture of which the image may be a box."""
         with self._errors_named():
             pixels = self._decode_jpeg(1)
             if pixels is not None:
@@ -151,7 +173,7 @@ class EncodedImage:
         edges = np.array(box or (0, 0, *self.size), float)
         across, down = (edges[2:] - edges[:2]) / size
         shrink = next((s for s in (8, 4, 2) if s * 7 / 8 <= min(across, down)), 1)
-        pixels = self._decode_jpeg(shrink)
+        pixels = self._decode_jpeg(shrink) if self._crop is None else None
         if pixels is None and not nearest:
             return np.asarray(self.rgb().resize(size, resample, box=box, reducing_gap=reducing_gap))
         if pixels is None:
@@ -243,7 +265,11 @@ def decode(data: bytes, name: str) -> Image.Image:
 
 
 def shrink(
-    data: bytes, name: str, short_side: int, interpolation: Interpolation = "bilinear"
+    data: bytes,
+    name: str,
+    short_side: int,
+    interpolation: Interpolation = "bilinear",
+    crop: Box | None = None,
 ) -> Image.Image:
     """Returns the full image in `data`, shrunk where its shorter side is longer than `short_side`.
 
@@ -252,11 +278,12 @@ def shrink(
       name: what errors call the image.
       short_side: pixels.
       interpolation: "bilinear" or "bicubic"; both are antialiased.
+      crop: as `EncodedImage`.
 
     Raises:
       BadImageError: as `EncodedImage`.
     """
-    image = EncodedImage(data, name)
+    image = EncodedImage(data, name, crop)
     scale = short_side / min(image.size)
     if scale >= 1:
         return image.rgb()

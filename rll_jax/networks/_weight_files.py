@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 import os
 import pathlib
 import pickle
+import re
 import types
 from typing import Any
 import warnings
@@ -62,12 +63,22 @@ def write_safetensors(path: str | os.PathLike[str], weights: Mapping[str, np.nda
     """Writes {name: array} to a .safetensors file, in place.
 
     A caller that must not leave half a file writes to a temporary path and renames it.
-    """
-    from safetensors import numpy as safetensors
 
-    safetensors.save_file(
-        {name: np.ascontiguousarray(array) for name, array in weights.items()}, path
-    )
+    Raises:
+      OSError: the file cannot be written, such as on a full disk.
+    """
+    import safetensors
+    from safetensors import numpy as of_arrays
+
+    arrays = {name: np.ascontiguousarray(array) for name, array in weights.items()}
+    try:
+        of_arrays.save_file(arrays, path)
+    except safetensors.SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise OSError(f"cannot write {os.fspath(path)}: {error}") from error
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), os.fspath(path)) from error
 
 
 def _read(path: pathlib.Path) -> dict[str, np.ndarray]:

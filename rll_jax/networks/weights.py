@@ -16,6 +16,9 @@ from rll_jax.networks import embedding_net, vit
 from rll_jax.networks._weight_files import KINDS as KINDS
 from rll_jax.networks._weight_files import read as read
 from rll_jax.networks._weight_files import write_safetensors as write_safetensors
+from rll_jax.networks._weight_folders import FIRST as FIRST
+from rll_jax.networks._weight_folders import read_folder as read_folder
+from rll_jax.networks._weight_folders import read_model as read_model
 from rll_jax.typing import Backbone, TokenBackbone
 
 HEAD_PREFIXES = embedding_net.HEAD_PREFIXES  # names of the heads' modules and arrays begin so

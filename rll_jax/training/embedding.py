@@ -136,7 +136,17 @@ class SearchDataset(Protocol):
 
     @property
     def in_gallery(self) -> np.ndarray | None:
-        """(N,) bool: True in the gallery, False for a query; None: each image is both."""
+        """(N,) bool: whether a row is in the gallery; None: each image is query and gallery."""
+        ...
+
+    @property
+    def query_rows(self) -> np.ndarray:
+        """(Q,) integers, the rows that are queries."""
+        ...
+
+    @property
+    def gallery_rows(self) -> np.ndarray:
+        """(G,) integers, the rows in the gallery. A row may be both."""
         ...
 
 
@@ -162,7 +172,8 @@ def left_out(data: GroupedDataset) -> dict[str, Any]:
 
     Returns:
       Keyword arguments that go with what `queries_and_gallery` returns. Rows are images of their
-      own where there are no ids: a query with a copy in the gallery does not answer itself.
+      own where there are no ids: a query that is in the gallery does not answer itself, and a copy
+      of it in another file does.
     """
     ids = data.image_ids
     if ids is None and data.in_gallery is not None:
@@ -175,8 +186,8 @@ def left_out(data: GroupedDataset) -> dict[str, Any]:
         if data.in_gallery is None:
             arguments[f"query_{name}"] = values
         else:
-            arguments[f"query_{name}"] = values[~data.in_gallery]
-            arguments[f"gallery_{name}"] = values[data.in_gallery]
+            arguments[f"query_{name}"] = values[data.query_rows]
+            arguments[f"gallery_{name}"] = values[data.gallery_rows]
     return arguments
 
 
@@ -193,5 +204,5 @@ def queries_and_gallery(embeddings: np.ndarray, data: SearchDataset) -> tuple[np
     """
     if data.in_gallery is None:
         return embeddings, data.labels
-    queries, gallery = ~data.in_gallery, data.in_gallery
+    queries, gallery = data.query_rows, data.gallery_rows
     return embeddings[queries], data.labels[queries], embeddings[gallery], data.labels[gallery]

@@ -1,6 +1,7 @@
 """The benchmarks' published layouts: read, or refused by file and line. Archives stay inside."""
 
 import functools
+import gzip
 import io
 import os
 import tarfile
@@ -367,3 +368,20 @@ def test_unpack_damaged(kind, tmp_path):
         with pytest.raises(ValueError, match=kind):
             archives.unpack(archive, tmp_path)
         assert sorted(p.name for p in tmp_path.iterdir()) == [kind]
+
+
+@pytest.mark.parametrize(
+    "data, told",
+    [
+        (b"PK\x03\x04" + b"0" * 99, "it is a .zip that is damaged"),
+        (gzip.compress(b"path,label"), "it is compressed by gzip, and there is no .tar in it"),
+        (b"7z\xbc\xaf\x27\x1c" + b"0" * 99, "it is a .7z"),
+        (b"(\xb5/\xfd" + b"0" * 99, "it is compressed by zstd"),
+        (b"\n<!DOCTYPE html><html>Quota exceeded", "it is a web page"),
+        (b"", "it is empty"),
+    ],
+)
+def test_what_is_no_archive_says_what_it_is(data, told, tmp_path):
+    (tmp_path / "x.tgz").write_bytes(data)
+    with pytest.raises(ValueError, match=rf"x.tgz: expected a .zip or .tar archive.*{told}"):
+        archives.unpack(tmp_path / "x.tgz", tmp_path)

@@ -75,7 +75,15 @@ def test_the_second_half_of_the_classes(tmp_path):
 
 @pytest.mark.parametrize(
     "names",
-    [["train", "val"], ["train", "test", "val"], ["Train", "Test"], ["train", "test", "class"]],
+    [
+        ["train", "val", "valid"],
+        ["train", "test", "query"],
+        ["train", "query"],
+        ["train", "test", "class"],
+        ["Val", "class"],
+        ["train", "training", "test"],
+        ["train"],
+    ],
 )
 def test_splits_by_other_names_are_not_classes(names, tmp_path):
     make_folders(tmp_path, [f"{name}/{name}_{c}" for name in names for c in range(2)])
@@ -83,6 +91,58 @@ def test_splits_by_other_names_are_not_classes(names, tmp_path):
         ValueError, match="expected train and test with the classes in them, or the classes alone"
     ):
         folders.class_folders(tmp_path)
+
+
+SPLIT_FOLDERS = {
+    "val": {"train": "train", "val": "test"},
+    "VALID": {"Train": "train", "VALID": "test"},
+    "validation": {"training": "train", "validation": "test"},
+    "val and test": {"train": "train", "test": "test", "val": ""},
+    "val alone": {"val": "test"},
+    "query": {"train": "train", "query": "query", "gallery": "gallery"},
+    "query alone": {"query": "query", "gallery": "gallery"},
+}
+
+
+@pytest.mark.parametrize("kind", SPLIT_FOLDERS)
+def test_folders_of_splits_as_people_call_them(kind, tmp_path):
+    expected = SPLIT_FOLDERS[kind]
+    for name, split in expected.items():
+        first = {"train": 0, "test": 2, "query": 2, "gallery": 2}.get(split, 4)
+        make_folders(tmp_path / name, [f"class {c}" for c in (first, first + 1)])
+    left_out = []
+    rows = folders.class_folders(tmp_path, on_left_out=left_out.append)
+    assert {(row.path.split("/")[0], row.split) for row in rows} == {
+        (name, split) for name, split in expected.items() if split
+    }
+    classes = {row.path.split("/")[1]: row.label for row in rows}
+    assert sorted(classes.values()) == list(range(len(classes)))
+    assert all(row.label == classes[row.path.split("/")[1]] for row in rows)
+    left = left_out[0]["images of val/, as test/ is searched"]
+    assert left == (6 if "" in expected.values() else 0)
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("train", "query", "gallery")])
+def test_the_same_classes_in_train_and_val_are_refused(names, tmp_path):
+    for name in names:
+        make_folders(tmp_path / name, ["a", "b"])
+    text = rf"2 classes are in train/ and in .*{names[-1] if 'val' in names else 'query'}/, such as"
+    with pytest.raises(ValueError, match=rf"{text} \['a', 'b'\].*/train alone is split by class"):
+        folders.class_folders(tmp_path)
+
+
+def test_prepared_files_beside_folders_of_splits(tmp_path):
+    for name in ("train", "val"):
+        make_folders(tmp_path / name, [f"{name} a", f"{name} b"])
+    rows = folders.class_folders(tmp_path)
+    (tmp_path / "prepared_folder").mkdir()
+    (tmp_path / "prepared_folder/dataset_info.json").write_text("{}")
+    assert folders.class_folders(tmp_path) == rows
+
+
+def test_classes_may_be_called_as_splits_that_people_rarely_make(tmp_path):
+    make_folders(tmp_path, ["dev", "query", "cat"])
+    assert len({row.label for row in folders.class_folders(tmp_path)}) == 3
 
 
 def test_labels_that_read_alike_are_numbered_alike(tmp_path):
@@ -274,15 +334,19 @@ FRAME = """,path,label,split,is_query,is_gallery,category,sequence
         (("True,False", "False,True"), ["query", "gallery"]),
         (("1.0,0.0", "0.0,1.0"), ["query", "gallery"]),
         (("True,True", "1,1"), ["test", "test"]),
+        (("True,True", "1,0"), ["test", "query"]),
+        (("False,True", "True,True"), ["gallery", "test"]),
         ((",", "nan,None"), ["test", "test"]),
     ],
 )
 def test_data_frames_of_open_metric_learning(roles, expected, tmp_path):
     rows = folders.read_index(index(tmp_path, FRAME.format(*roles)))
     assert [row.split for row in rows] == ["train", "train", *expected]
-    gallery = image_dataset.from_rows(tmp_path, rows)["test"].in_gallery
-    assert (gallery is None) == (expected[0] == "test")
-    assert gallery is None or gallery.tolist() == [False, True]
+    test = image_dataset.from_rows(tmp_path, rows)["test"]
+    assert (test.in_gallery is None) == (set(expected) == {"test"})
+    assert (test.is_query is None) == (set(expected) == {"test"} or "test" not in expected)
+    assert test.query_rows.tolist() == [i for i in (0, 1) if expected[i] != "gallery"]
+    assert test.gallery_rows.tolist() == [i for i in (0, 1) if expected[i] != "query"]
 
 
 @pytest.mark.parametrize(
@@ -293,7 +357,11 @@ def test_data_frames_of_open_metric_learning(roles, expected, tmp_path):
             "False,False,y,1\n3",
             "line 4: is_query and is_gallery are both false",
         ),
-        ("True,True,y,1\n3", "True,False,y,1\n3", "line 5 is searched and found, line 4 is query"),
+        (
+            "True,True,y,1\n3,d.jpg,7,validation,True,True",
+            "True,False,y,1\n3,d.jpg,7,validation,,",
+            "line 5 is searched and found, line 4 is query",
+        ),
         ("True,True,y,1\n3", "maybe,True,y,1\n3", "line 4: is_query is 'maybe', expected True"),
         ("train,,,x,\n1", "train,True,,x,\n1", "line 2: is_query or is_gallery is true"),
         (

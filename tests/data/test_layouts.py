@@ -307,16 +307,15 @@ def test_another_dataset_beside_is_not_taken(tmp_path):
         benchmarks.read_listing("inshop", tmp_path)
 
 
-def test_boxes_of_open_metric_learning_are_refused(tmp_path):
+def test_boxes_of_open_metric_learning(tmp_path):
     make_cub(tmp_path)
     frame("cub", "df.csv")(tmp_path)
     text = (tmp_path / "df.csv").read_text().splitlines()
     boxed = [f"{text[0]},x_1,x_2,y_1,y_2", *(f"{line},1,2,3,4" for line in text[1:])]
     (tmp_path / "df_with_bboxes.csv").write_text("\n".join(boxed))
-    assert len(benchmarks.read_listing("cub", tmp_path).rows) == 40
+    assert {row.box for row in benchmarks.read_listing("cub", tmp_path).rows} == {None}
     (tmp_path / "df.csv").unlink()
-    with pytest.raises(ValueError, match="df_with_bboxes.csv, line 2: has a bounding box"):
-        benchmarks.read_listing("cub", tmp_path)
+    assert {row.box for row in benchmarks.read_listing("cub", tmp_path).rows} == {(1, 3, 2, 4)}
 
 
 def test_a_benchmark_in_an_object_store(tmp_path, monkeypatch):
