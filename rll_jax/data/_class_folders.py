@@ -15,7 +15,6 @@ from rll_jax.data import folders
 from rll_jax.data._layouts import FolderTree
 from rll_jax.data.listings import TEST, TRAIN, Listing, Row
 
-_SPLITS = {"train", "test", "val", "valid", "validation"}
 _NO_IMAGES = ("segmentation", "mask", "prepared_")  # labels of pixels by class
 _NUMBER = re.compile(r"0*([1-9][0-9]{0,2})(?![0-9])")
 
@@ -49,7 +48,7 @@ def find(
             continue
         if any(other == folder or other in folder.parents for other in without):
             continue
-        parts = [name for name in tree.folders(folder) if name.lower() in _SPLITS]
+        parts = [name for name in tree.folders(folder) if name.lower() in folders.SPLIT_LIKE]
         tops = [folder / part for part in parts] or [folder]
         names = {name for top in tops for name in tree.folders(top)}
         named = tree.is_named(folder, words)

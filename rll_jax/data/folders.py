@@ -8,10 +8,11 @@ from etils import epath
 import numpy as np
 
 from rll_jax.data import _tables, image_files, paths
+from rll_jax.data._layouts import FolderTree
 from rll_jax.data.listings import GALLERY, QUERY, TEST, TRAIN, Row
 
 TEST_CLASSES = DRAWN, SECOND_HALF = ("drawn", "second_half")
-_SPLIT_LIKE = ("train", "test", "val", "valid", "validation")  # no names of classes
+SPLIT_LIKE = ("train", "test", "val", "valid", "validation")  # no names of classes
 _PREPARED = "prepared_"  # what the command prepare writes beside the folders of splits
 
 
@@ -98,8 +99,9 @@ def split_folders(directory: paths.AnyPath) -> dict[str, str]:
       ValueError: names of splits do not go together, or there are names of splits and others.
     """
     directory = paths.to_path(directory)
-    names = [folder.name for folder in _subfolders(directory)]
-    names = [name for name in names if not name.startswith(_PREPARED)]
+    names = [
+        name for name in FolderTree(directory).folders(directory) if not name.startswith(_PREPARED)
+    ]
     split_of = {name: _tables.SPLIT_WORDS.get(name.lower(), "") for name in names}
     searched = [name for name, split in split_of.items() if split == TEST]
     if sum(name.lower() in _tables.TEST_WORDS for name in searched) == 1 and all(split_of.values()):
@@ -109,7 +111,7 @@ def split_folders(directory: paths.AnyPath) -> dict[str, str]:
     splits = [split for name, split in split_of.items() if split or name not in searched]
     if {*splits} - {TRAIN} in ({TEST}, {QUERY, GALLERY}) and len({*splits}) == len(splits):
         return dict(sorted(split_of.items(), key=lambda item: item[1] != TRAIN))
-    if like := sorted(name for name in names if name.lower() in _SPLIT_LIKE):
+    if like := sorted(name for name in names if name.lower() in SPLIT_LIKE):
         others = " and others" if len(like) < len(names) else ""
         raise ValueError(
             f"{directory}: holds {', '.join(like)}{others}: expected train and test with the "
@@ -258,17 +260,6 @@ def _check_class_names(directory: epath.Path, classes: list[_ClassFolder]) -> No
             f"{common[:5]}: a class belongs to one of them. {directory / top} alone is split by "
             "class; so is a folder with the images of both"
         )
-
-
-def _subfolders(directory: epath.Path) -> list[epath.Path]:
-    """Returns the folders in a folder, sorted by name, but those that are hidden."""
-    folders = [
-        path
-        for path in directory.iterdir()
-        # An object store may list the folder itself.
-        if path != directory and not image_files.is_hidden(path.name) and path.is_dir()
-    ]
-    return sorted(folders, key=lambda folder: folder.name)
 
 
 def _numbered(names: set[str]) -> dict[str, int]:
