@@ -3,6 +3,7 @@
     python -m experiments.benchmarks.model                               # 10 minutes on 2 cores
     python -m experiments.benchmarks.model --models=resnet18 --sizes=96  # 3 minutes
     python -m experiments.benchmarks.model --models=googlenet_v2 --sizes=224 --batch=32
+    python -m experiments.benchmarks.model --models=vit_small_16 --sizes=224 --batch=16
     python -m experiments.benchmarks.model --models=resnet_small --sizes=32 --batch=160
     python -m experiments.benchmarks.model --models=resnet50 --sizes=224 --batch=256 \
         --dtype=bfloat16                                                 # on a GPU

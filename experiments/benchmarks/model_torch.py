@@ -12,7 +12,7 @@ import torch  # pyright: ignore[reportMissingImports] (optional)
 from torch import nn  # pyright: ignore[reportMissingImports] (optional)
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports] (optional)
 
-from experiments.benchmarks import googlenet_torch
+from experiments.benchmarks import googlenet_torch, vit_torch
 from rll_jax.networks import backbones
 from rll_jax.typing import Backbone
 
@@ -92,6 +92,9 @@ class EmbeddingResNet(nn.Module):
         return F.normalize(self.embedding(x.mean((2, 3))).float())
 
 
+_Network = EmbeddingResNet | googlenet_torch.EmbeddingGoogLeNet | vit_torch.EmbeddingViT
+
+
 def ranked_list_loss(
     x: torch.Tensor,
     labels: torch.Tensor,
@@ -119,7 +122,7 @@ class _Measured:
 
     def __init__(
         self,
-        network: EmbeddingResNet | googlenet_torch.EmbeddingGoogLeNet,
+        network: _Network,
         images: torch.Tensor,
         labels: torch.Tensor,
         dtype: str,
@@ -220,14 +223,15 @@ def calls(
     return functions, _peak_device_mib if device == "cuda" else None
 
 
-def embedding_network(
-    config: Backbone, dim: int
-) -> EmbeddingResNet | googlenet_torch.EmbeddingGoogLeNet:
+def embedding_network(config: Backbone, dim: int) -> _Network:
     """Returns the network of a backbone with level H and embeddings of `dim` dimensions.
 
     Raises:
       ValueError: the backbone is of another family.
+      ModuleNotFoundError: transformers is not installed, and the backbone is a vision transformer.
     """
+    if isinstance(config, backbones.ViTConfig):
+        return vit_torch.EmbeddingViT(config, dim)
     if isinstance(config, backbones.ResNetConfig):
         network = EmbeddingResNet(config, dim)
     elif isinstance(config, backbones.GoogLeNetV2Config):

@@ -50,21 +50,22 @@ def test_both_tables_hold_finite_positive_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet_small", "resnet18", "resnet50", "resnet50_v1", "googlenet_v2"]
+    "name", ["resnet_small", "resnet18", "resnet50", "resnet50_v1", "googlenet_v2", "vit_test"]
 )
 def test_pytorchs_side_is_the_same_network(name):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     from experiments.benchmarks import model_torch
 
     config = backbones.BACKBONES[name]
-    narrow = 0.125 if name == "googlenet_v2" else 8
+    narrow = {"googlenet_v2": 0.125, "vit_test": 24}.get(name, 8)
     config = dataclasses.replace(config, width=narrow)
+    if name == "vit_test":
+        pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
     theirs = model_torch.embedding_network(config, 16)
-    published = {
-        key.replace("embedding.", "H_embedding."): value.numpy()
-        for key, value in theirs.state_dict().items()
-    }
+    arrays = {key: value.numpy() for key, value in theirs.state_dict().items()}
+    head = {"H_embedding.weight": arrays.pop("embedding.weight")}
+    published = config.from_published(arrays) | head
     pixels = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), np.uint8)
     channels = pixels[..., ::-1] if config.bgr else pixels
     x = (channels.astype(np.float32) - np.float32(config.mean)) / np.float32(config.std)
