@@ -3,7 +3,7 @@
 Private to `rll_jax.loss`. Imports jax and numpy alone.
 """
 
-# jax's stubs leave some parameters of asarray without a type.
+# jax's stubs leave some parameters of asarray, psum and pmin without a type.
 # pyright: reportUnknownMemberType=false
 
 from collections.abc import Callable, Hashable
@@ -392,9 +392,9 @@ def _of_first_device(first: jax.Array, valid: jax.Array | None, axis_name: Hasha
     else:
         none = jnp.asarray(lax.axis_size(axis_name), number.dtype)
         source = lax.pmin(jnp.where(jnp.any(valid), number, none), axis_name)
-    return lax.psum(jnp.where(number == source, first, 0), axis_name)
+    return cast("jax.Array", lax.psum(jnp.where(number == source, first, 0), axis_name))
 
 
 def _sum_over(x: jax.Array, axis_name: Hashable | None) -> jax.Array:
     """Returns the sum over the devices of an axis, or `x` itself without one."""
-    return x if axis_name is None else lax.psum(x, axis_name)
+    return x if axis_name is None else cast("jax.Array", lax.psum(x, axis_name))

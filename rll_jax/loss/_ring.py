@@ -7,7 +7,7 @@ Private to `rll_jax.loss`. Imports jax and numpy alone.
 # pyright: reportUnknownMemberType=false
 
 from collections.abc import Callable, Hashable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import jax
 from jax import lax
@@ -55,7 +55,11 @@ def over_shards(
 
     def send(tree: Tree) -> Tree:
         to_next = [(k, (k + 1) % devices) for k in range(devices)]
-        return jax.tree.map(lambda x: lax.ppermute(x, axis_name, to_next), tree)
+
+        def send_array(x: jax.Array) -> jax.Array:
+            return cast("jax.Array", lax.ppermute(x, axis_name, to_next))
+
+        return jax.tree.map(send_array, tree)
 
     def step(
         state: tuple[_Shard, jax.Array | None, Result], _: None
@@ -76,7 +80,10 @@ def over_shards(
 
 
 def _own_shard(arrays: Arrays) -> _Shard:
-    """Returns this device's shard. Under shard_map's check_vma all of it varies, as what arrives."""
+    """Returns this device's shard.
+
+    Under shard_map's check_vma all of it varies over the devices, as what arrives does.
+    """
     columns = arrays.columns
     zero = jnp.zeros_like(columns.number[:, :1])
     return _Shard(

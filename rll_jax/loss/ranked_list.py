@@ -175,8 +175,8 @@ def ranked_list_loss(
         pairs are computed in float32 in any case.
       gather: how the gallery of several devices, of `axis_name` or of a mesh, reaches each of them.
         "all": in whole. "ring": one device's shard at a time, so that a device needs memory for its
-        own rows and a block alone; the shards go round twice for a gradient, and distances are
-        computed twice. The README says when that pays. On one device both are the same.
+        own rows and a block alone. The shards go round twice for a gradient. The README says when
+        that pays. On one device both are the same.
 
     Returns:
       A scalar; 0 where all rows are padding. The term of an empty list is 0. An example exactly on
