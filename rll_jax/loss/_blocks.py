@@ -13,6 +13,7 @@ from typing import Any, TypeVar, TypeVarTuple, cast
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from rll_jax.loss._pairs import Arrays, Spec, make_pairs
 from rll_jax.loss._ring import over_shards
@@ -53,10 +54,12 @@ def loss(spec: Spec, arrays: Arrays, valid: jax.Array | None) -> jax.Array:
 def list_terms(spec: Spec, arrays: Arrays) -> Terms:
     """Computes the `Terms` of every query.
 
-    The first three are differentiable by the queries, and by the gallery where
-    `spec.gallery_gradient`: once, in reverse.
+    The first three are differentiable once: by the queries, forward and in reverse, where the
+    gallery is a constant, and otherwise by the queries and the gallery, in reverse. Where the
+    gallery is a constant, `log_mass` is one too unless the loss differentiates it.
     """
-    return cast("Terms", _compiled_list_terms(spec, *arrays))
+    compiled = _compiled_terms_of_both_ends if spec.gallery_gradient else _compiled_list_terms
+    return cast("Terms", compiled(spec, *arrays))
 
 
 def query_weights(spec: Spec, log_mass: jax.Array, valid: jax.Array | None) -> jax.Array:
@@ -312,6 +315,41 @@ def _terms_value(spec: Spec, *args: Any) -> Terms:
     return terms_of(arrays.constants, _sums(spec, arrays))
 
 
+def _terms_and_slopes(spec: Spec, *args: Any) -> tuple[Terms, tuple[jax.Array, ...]]:
+    """Computes the terms, and the derivative of each of the first ones by its query, (N, D) each.
+
+    Two of them, or three where the mass is differentiated.
+    """
+    arrays = Arrays(*args)
+    one, zero = jnp.ones_like(arrays.rows.size), jnp.zeros_like(arrays.rows.size)
+    by_term = [Cotangents(one, zero, None), Cotangents(zero, one, None)]
+    if spec.mass and spec.weight_gradient:
+        by_term.append(Cotangents(zero, zero, one))
+    if spec.ring:
+        sums = _sums(spec, arrays)
+        slopes = tuple(_gradient(spec, arrays, by, sums).queries for by in by_term)
+        return terms_of(arrays.constants, sums), slopes
+
+    def body(block: Arrays, by_term: list[Cotangents]) -> tuple[Terms, tuple[jax.Array, ...]]:
+        pairs = make_pairs(spec, block)
+        terms = terms_of(block.constants, block_sums(spec, block.constants, pairs))
+        slopes = (block_gradient(spec, block, pairs, terms, by).queries for by in by_term)
+        return terms, tuple(slopes)
+
+    return _map_blocks(spec, body, arrays, by_term)
+
+
+def _terms_tangent(
+    spec: Spec, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Terms, Terms]:
+    """Returns the terms and their tangents, where the gallery is a constant."""
+    terms, slopes = cast("Any", _differentiable_once)(_terms_and_slopes, spec, *primals)
+    along = [jnp.sum(slope * tangents[0], axis=1, keepdims=True) for slope in slopes]
+    log_mass = along[2] if len(along) > 2 else jnp.zeros_like(terms.log_mass)
+    count: Any = np.zeros(terms.num_positives.shape, jax.dtypes.float0)
+    return terms, Terms(along[0], along[1], log_mass, count, count)
+
+
 def _terms_forward(spec: Spec, *args: Any) -> tuple[Terms, tuple[Any, ...]]:
     """Computes the value, and keeps the arrays for the derivative."""
     return cast("Any", _differentiable_once)(_terms_value, spec, *args), args
@@ -351,6 +389,11 @@ _loss = jax.custom_jvp(_loss_value, nondiff_argnums=(0,))
 _loss.defjvp(_loss_tangent)
 _compiled_loss = jax.jit(_loss, static_argnums=0)
 
-_list_terms = cast("Any", jax.custom_vjp(_terms_value, nondiff_argnums=(0,)))
-_list_terms.defvjp(_terms_forward, _terms_backward)
+_list_terms = jax.custom_jvp(_terms_value, nondiff_argnums=(0,))
+_list_terms.defjvp(_terms_tangent)
 _compiled_list_terms = jax.jit(_list_terms, static_argnums=0)
+
+# A tangent by the gallery would keep a matrix of all pairs for its transpose.
+_terms_of_both_ends = cast("Any", jax.custom_vjp(_terms_value, nondiff_argnums=(0,)))
+_terms_of_both_ends.defvjp(_terms_forward, _terms_backward)
+_compiled_terms_of_both_ends = jax.jit(_terms_of_both_ends, static_argnums=0)

@@ -26,6 +26,9 @@ scalar. All of them share this behaviour:
 This module imports jax and numpy alone.
 """
 
+# jax's stubs leave a parameter of arange without a type.
+# pyright: reportUnknownMemberType=false
+
 from collections.abc import Hashable
 import functools
 from typing import Any, Literal, cast
