@@ -13,7 +13,6 @@ from typing import Any, TypeVar, TypeVarTuple, cast
 import jax
 from jax import lax
 import jax.numpy as jnp
-import numpy as np
 
 from rll_jax.loss._pairs import Arrays, Spec, make_pairs
 from rll_jax.loss._ring import over_shards
@@ -58,8 +57,9 @@ def list_terms(spec: Spec, arrays: Arrays) -> Terms:
     gallery is a constant, and otherwise by the queries and the gallery, in reverse. Where the
     gallery is a constant, `log_mass` is one too unless the loss differentiates it.
     """
-    compiled = _compiled_terms_of_both_ends if spec.gallery_gradient else _compiled_list_terms
-    return cast("Terms", compiled(spec, *arrays))
+    if spec.gallery_gradient:
+        return cast("Terms", _compiled_terms_of_both_ends(spec, *arrays))
+    return _with_counts_as(jnp.int32, cast("Terms", _compiled_list_terms(spec, *arrays)))
 
 
 def query_weights(spec: Spec, log_mass: jax.Array, valid: jax.Array | None) -> jax.Array:
@@ -339,6 +339,22 @@ def _terms_and_slopes(spec: Spec, *args: Any) -> tuple[Terms, tuple[jax.Array, .
     return _map_blocks(spec, body, arrays, by_term)
 
 
+def _terms_in_floats(spec: Spec, *args: Any) -> Terms:
+    """Computes the terms with the bits of their counts as float32."""
+    return _with_counts_as(jnp.float32, _terms_value(spec, *args))
+
+
+def _with_counts_as(dtype: Any, terms: Terms) -> Terms:
+    """Returns the terms with the bits of their counts as another dtype.
+
+    A tangent of integers is a NumPy array, which has no symbolic shape, and no axes over which it
+    varies under shard_map.
+    """
+    counts = terms.num_positives, terms.num_negatives
+    positives, negatives = (lax.bitcast_convert_type(count, dtype) for count in counts)
+    return terms._replace(num_positives=positives, num_negatives=negatives)
+
+
 def _terms_tangent(
     spec: Spec, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Terms, Terms]:
@@ -346,7 +362,8 @@ def _terms_tangent(
     terms, slopes = cast("Any", _differentiable_once)(_terms_and_slopes, spec, *primals)
     along = [jnp.sum(slope * tangents[0], axis=1, keepdims=True) for slope in slopes]
     log_mass = along[2] if len(along) > 2 else jnp.zeros_like(terms.log_mass)
-    count: Any = np.zeros(terms.num_positives.shape, jax.dtypes.float0)
+    terms = _with_counts_as(jnp.float32, terms)
+    count = jnp.zeros_like(terms.num_positives)
     return terms, Terms(along[0], along[1], log_mass, count, count)
 
 
@@ -389,7 +406,7 @@ _loss = jax.custom_jvp(_loss_value, nondiff_argnums=(0,))
 _loss.defjvp(_loss_tangent)
 _compiled_loss = jax.jit(_loss, static_argnums=0)
 
-_list_terms = jax.custom_jvp(_terms_value, nondiff_argnums=(0,))
+_list_terms = jax.custom_jvp(_terms_in_floats, nondiff_argnums=(0,))
 _list_terms.defjvp(_terms_tangent)
 _compiled_list_terms = jax.jit(_list_terms, static_argnums=0)
 
