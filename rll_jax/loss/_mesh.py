@@ -36,12 +36,17 @@ def mesh_of(x: jax.Array | np.ndarray) -> Any:
 def on_own_device(x: jax.Array) -> jax.Array:
     """Returns an array of `shard_map` in whole, if explicit axes beside its own ones divide it."""
     sharding: Any = jax.typeof(x).sharding
-    kinds = set(sharding.mesh.axis_types)
     is_divided = any(part is not None for part in sharding.spec)
-    if not is_divided or not {AxisType.Manual, AxisType.Explicit} <= kinds:
+    if not is_divided or not has_explicit_axes_beside(x):
         return x
     whole = NamedSharding(sharding.mesh, PartitionSpec())
     return cast("jax.Array", jax.sharding.reshard(x, whole))
+
+
+def has_explicit_axes_beside(x: jax.Array) -> bool:
+    """Returns whether an array lies within `shard_map` over some axes of an explicit mesh."""
+    kinds: Any = jax.typeof(x).sharding.mesh.axis_types
+    return {AxisType.Manual, AxisType.Explicit} <= set(kinds)
 
 
 def pad_rows(x: jax.Array | np.ndarray, mesh: Any) -> jax.Array:

@@ -140,8 +140,10 @@ def make_problem(arguments: Arguments, options: Options, axis_name: Hashable | N
     if axis_name is not None:
         check_varying(batch.embeddings, axis_name)
         query_side = _numbered(query_side, axis_name)
-        of_all = _numbered if ring else _gathered
-        gallery_side = of_all(gallery_side, axis_name)
+        if ring:
+            gallery_side = _numbered(gallery_side, axis_name)
+        else:
+            gallery_side = _gathered(gallery_side, axis_name, not variant.gallery_gradient)
     arrays = _centred_arrays(
         query_side, gallery_side, label_dtype, constants, axis_name if ring else None
     )
@@ -269,9 +271,9 @@ def _numbered(side: _Side, axis_name: Hashable) -> _Side:
     return side._replace(number=side.number + offset)
 
 
-def _gathered(gallery: _Side, axis_name: Hashable) -> _Side:
+def _gathered(gallery: _Side, axis_name: Hashable, constant: bool) -> _Side:
     """Returns the gallery of all devices together."""
-    embeddings = gather(gallery.embeddings, axis_name)
+    embeddings = gather(gallery.embeddings, axis_name, constant)
     return _Side(
         embeddings,
         gather(gallery.labels, axis_name),

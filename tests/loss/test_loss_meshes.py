@@ -230,15 +230,23 @@ def test_losses_of_triplets_take_rows_that_do_not_divide():
     check(step(on_mesh("explicit", "replicated", x)[1]), step(x))
 
 
-@pytest.mark.parametrize("spec", [P("b"), P("b", "a"), P(("b", "a"))], ids=str)
-def test_within_shard_map_over_one_of_two_axes(spec):
+@pytest.mark.parametrize(
+    "spec, batch_loss",
+    [
+        *((spec, loss.ranked_list_loss) for spec in (P("b"), P("b", "a"), P(("b", "a")))),
+        (P("b", "a"), functools.partial(loss.ranked_list_loss, gallery_gradient=True)),
+        (P("b", "a"), loss.contrastive_loss),
+    ],
+    ids=str,
+)
+def test_within_shard_map_over_one_of_two_axes(spec, batch_loss):
     x, labels = data()
     mesh, row_labels = on_mesh("explicit", "one of two axes", labels)
     rows = jax.device_put(x, NamedSharding(mesh, spec))
 
     def value(x):
         def of_device(x, labels):
-            return jax.lax.pmean(loss.ranked_list_loss(x, labels, axis_name="b"), "b")
+            return jax.lax.pmean(batch_loss(x, labels, axis_name="b"), "b")
 
         mapped = jax.shard_map(
             of_device, mesh=mesh, in_specs=(P("b"), P("b")), out_specs=P(), axis_names={"b"}
@@ -246,7 +254,7 @@ def test_within_shard_map_over_one_of_two_axes(spec):
         return mapped(x, row_labels)
 
     actual = jax.jit(jax.value_and_grad(value))(rows)
-    check(actual, jax.value_and_grad(loss.ranked_list_loss)(x, labels))
+    check(actual, jax.jit(jax.value_and_grad(batch_loss))(x, labels))
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
