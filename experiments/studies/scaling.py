@@ -59,6 +59,7 @@ class Options(TypedDict):
 
 
 Part = Literal["network", "loss", "gather", "reduce"]
+Gather = Literal["all", "ring"]
 
 TPU_PASSES = 6  # bfloat16 passes of a HIGHEST product: docstring of jax.lax.Precision
 # The sources are in experiments/studies/SCALING.md. Links are half of the published
@@ -68,6 +69,7 @@ CHIPS = (
     Chip("TPU v5p", 459e12, 459e12 / TPU_PASSES, 95e9, 2765e9, 1200e9 / 2, 6144, 50e9 / 8),
     Chip("H200", 989e12, 67e12, 141e9, 4.8e12, 900e9 / 2, 8, 400e9 / 8),
 )
+GATHERS: tuple[Gather, Gather] = ("all", "ring")
 COUNTS = (8, 64, 512, 4096)  # chips
 BATCHES = (1024, 8192, 32_768, 131_072)  # images
 FLOAT = 4  # bytes
@@ -76,6 +78,9 @@ LEAST_BLOCK = 64  # rll_jax/loss/_problem.py
 # Temporaries of XLA on a CPU, by gallery_gradient: matrices of a block, copies of the gallery.
 BLOCK_MATRICES = {False: 11, True: 11}
 GALLERY_COPIES = {False: 3, True: 4}
+# The same of a ring: matrices of a block, copies of a shard of the gallery.
+RING_MATRICES = 2
+RING_COPIES = {False: 8, True: 10}
 # Products of N/C x N x D each, by gallery_gradient: rll_jax/loss/_blocks.py
 PRODUCTS = {False: 2, True: 3}
 PAIR_TRANSITS = 10  # assumed: times that one float of a pair passes through memory
@@ -87,7 +92,9 @@ ACTIVATION_BYTES = 45e6
 CPU_MS = {512: (1.65, 2.42), 2048: (25.8, 37.5), 8192: (470, 643)}
 
 
-def gather_bytes(n: int, chips: int, dim: int, gallery_gradient: bool = False) -> int:
+def gather_bytes(
+    n: int, chips: int, dim: int, gallery_gradient: bool = False, gather: Gather = "all"
+) -> int:
     """Returns the bytes that one chip receives for one level.
 
     Args:
@@ -96,7 +103,11 @@ def gather_bytes(n: int, chips: int, dim: int, gallery_gradient: bool = False) -
       dim: embedding dimension.
       gallery_gradient: adds the reduce-scatter of the gallery's gradient, which moves as many
         bytes as the gather.
+      gather: "ring": the shards go round once for the lists and once for the gradient, and the
+        gallery's gradient goes with them once. The last step of a round leads home.
     """
+    if gather == "ring":
+        return (2 + gallery_gradient) * chips * (n // chips) * dim * FLOAT
     return (1 + gallery_gradient) * (chips - 1) * (n // chips) * dim * FLOAT
 
 
@@ -120,13 +131,19 @@ def reduce_seconds(chip: Chip, chips: int, params: float) -> float:
     return 2 * collective_seconds(chip, chips, params * FLOAT * (chips - 1) / chips)
 
 
-def block_size(n: int, chips: int) -> int:
+def block_size(n: int, chips: int, gather: Gather = "all") -> int:
     """Returns the number of queries in one block of the loss on one chip."""
-    return min(max(LEAST_BLOCK, BLOCK_PAIRS // n), n // chips)
+    gallery = n if gather == "all" else n // chips
+    return min(max(LEAST_BLOCK, BLOCK_PAIRS // gallery), n // chips)
 
 
-def loss_bytes(n: int, chips: int, dim: int, gallery_gradient: bool = False) -> int:
+def loss_bytes(
+    n: int, chips: int, dim: int, gallery_gradient: bool = False, gather: Gather = "all"
+) -> int:
     """Returns the temporary memory of one level's loss on one chip."""
+    if gather == "ring":
+        floats = RING_COPIES[gallery_gradient] * dim + RING_MATRICES * block_size(n, chips, gather)
+        return FLOAT * (n // chips) * floats
     copies, matrices = GALLERY_COPIES[gallery_gradient], BLOCK_MATRICES[gallery_gradient]
     return FLOAT * n * (copies * dim + matrices * block_size(n, chips))
 
@@ -251,6 +268,41 @@ def _memory_table(dim: int, chips: int) -> str:
     return _table(head, rows)
 
 
+def _ring_table(dim: int) -> str:
+    rows = []
+    for chips in (2, *COUNTS):
+        for n in (131_072, 1_048_576):
+            row = [f"{chips:,}", f"{n:,}"]
+            for gather in GATHERS:
+                memory = loss_bytes(n, chips, dim, gather=gather)
+                received = gather_bytes(n, chips, dim, gather=gather)
+                row += [f"{size / 2**20:,.0f}" for size in (memory, received)]
+            rows.append(row)
+    head = ["chips", "N", "whole: memory", "received", "ring: memory", "received"]
+    return _table(head, rows)
+
+
+def first_batch_of_memory(
+    limit: float, chip: Chip, chips: int, dim: int, gather: Gather
+) -> int | None:
+    """Returns the smallest batch whose loss takes a share of `limit` or more of a chip's memory.
+
+    The batches tried are N = chips * 2^k up to 2^30. None: the share is smaller in all of them.
+    """
+    sizes = (chips << k for k in range(30) if chips << k <= 1 << 30)
+    fits = limit * chip.hbm
+    return next((n for n in sizes if loss_bytes(n, chips, dim, gather=gather) >= fits), None)
+
+
+def _ring_threshold_table(dim: int) -> str:
+    rows = []
+    for chip in CHIPS:
+        for chips in COUNTS:
+            found = [first_batch_of_memory(0.1, chip, chips, dim, gather) for gather in GATHERS]
+            rows.append([chip.name, chips, *("-" if n is None else f"{n:,}" for n in found)])
+    return _table(["", "chips", "whole", "ring"], rows)
+
+
 def _measured_table(dim: int) -> str:
     rows = []
     for n, (products, ours) in CPU_MS.items():
@@ -284,6 +336,12 @@ def tables(
         _threshold_table(options),
         "Temporary memory of one level's loss on each of 8 chips:",
         _memory_table(dim, chips=8),
+        "The whole gallery on each chip beside a ring, one level: temporary memory of the loss and "
+        "what a chip receives, MiB:",
+        _ring_table(dim),
+        "The smallest N (chips x a power of two) at which one level's loss takes a tenth of a "
+        "chip's memory or more:",
+        _ring_threshold_table(dim),
         "Measured by `experiments.benchmarks.loss` on one device, 2 CPU cores, D = 512:",
         _measured_table(512),
     ]

@@ -135,5 +135,5 @@ def log_one_plus_sum_exp(x: jax.Array | np.ndarray, chosen: jax.Array, axis: int
 def check_positive(**values: Any) -> None:
     """Checks that options are above 0. Traced ones are not checked."""
     for name, value in values.items():
-        if not isinstance(value, Tracer) and not value > 0:
+        if not isinstance(value, Tracer) and not float(value) > 0:
             raise ValueError(f"{name} out of range: found {value}, expected {name} > 0")

@@ -8,63 +8,31 @@ Private to `rll_jax.loss`. Imports jax and numpy alone.
 # pyright: reportUnknownMemberType=false
 
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, TypeVar, TypeVarTuple, cast
+from typing import Any, TypeVar, TypeVarTuple, cast
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
-from rll_jax.loss._differences import weighted_sums, weighted_sums_of_columns
-from rll_jax.loss._pairs import (
-    Arrays,
-    Constants,
-    Pairs,
-    Spec,
-    dot,
-    exact_where_near,
-    make_pairs,
-    precision_of,
-    row_sum,
+from rll_jax.loss._pairs import Arrays, Spec, make_pairs
+from rll_jax.loss._ring import over_shards
+from rll_jax.loss._terms import (
+    Cotangents,
+    Gradient,
+    Sums,
+    Terms,
+    block_gradient,
+    block_sums,
+    joined,
+    log_mass_of,
+    no_sums,
+    sum_of_lists,
+    terms_of,
 )
 
 Tree = TypeVar("Tree")
 Result = TypeVar("Result")
 Parts = TypeVarTuple("Parts")
-
-
-class Terms(NamedTuple):
-    """Numbers of each query, (n, 1)."""
-
-    positive: jax.Array  # L_P, 0 for an empty list
-    negative: jax.Array  # L_N, 0 for an empty list
-    log_mass: jax.Array  # log of the sum of both lists' weights, -inf where both are empty
-    num_positives: jax.Array  # |P*|, int32
-    num_negatives: jax.Array  # |N*|, int32
-
-
-class _Cotangents(NamedTuple):
-    """The derivative of the loss by each query's terms, (n, 1)."""
-
-    positive: jax.Array
-    negative: jax.Array
-    log_mass: jax.Array | None  # None where the mass is a constant
-
-
-class _Factors(NamedTuple):
-    """What turns a pair's weight into its coefficient, (B, 1) each."""
-
-    scale_pos: jax.Array  # derivative by L_P over the sum of its weights
-    scale_neg: jax.Array  # derivative by L_N over the sum of its weights
-    terms: Terms | None  # needed where weights are differentiated
-    mass_pos: jax.Array | None  # derivative by the log of the mass, through a positive's weight
-    mass_neg: jax.Array | None  # the same through a negative's; None where mass is a constant
-
-
-class _Gradient(NamedTuple):
-    """The derivative by the queries of a block, or of all, and by the gallery."""
-
-    queries: jax.Array  # (B, D)
-    gallery: jax.Array | None  # (M, D), or None where the gallery is a constant
 
 
 def loss(spec: Spec, arrays: Arrays, valid: jax.Array | None) -> jax.Array:
@@ -75,7 +43,8 @@ def loss(spec: Spec, arrays: Arrays, valid: jax.Array | None) -> jax.Array:
 
     Args:
       spec: the variant.
-      arrays: this device's queries, and the gallery of all devices.
+      arrays: this device's queries, and the gallery of all devices, or this device's shard of it
+        where `spec.ring`.
       valid: (N, 1) bool, False for a query that is padding; None where every query is valid.
     """
     return cast("jax.Array", _compiled_loss(spec, *arrays, valid))
@@ -84,10 +53,13 @@ def loss(spec: Spec, arrays: Arrays, valid: jax.Array | None) -> jax.Array:
 def list_terms(spec: Spec, arrays: Arrays) -> Terms:
     """Computes the `Terms` of every query.
 
-    The first three are differentiable by the queries, and by the gallery where
-    `spec.gallery_gradient`: once, in reverse.
+    The first three are differentiable once: by the queries, forward and in reverse, where the
+    gallery is a constant, and otherwise by the queries and the gallery, in reverse. Where the
+    gallery is a constant, `log_mass` is one too unless the loss differentiates it.
     """
-    return cast("Terms", _compiled_list_terms(spec, *arrays))
+    if spec.gallery_gradient:
+        return cast("Terms", _compiled_terms_of_both_ends(spec, *arrays))
+    return _with_counts_as(jnp.int32, cast("Terms", _compiled_list_terms(spec, *arrays)))
 
 
 def query_weights(spec: Spec, log_mass: jax.Array, valid: jax.Array | None) -> jax.Array:
@@ -125,102 +97,6 @@ def _sum_over_devices(x: jax.Array, axis_name: Hashable | None) -> jax.Array:
 def _balanced(balance: jax.Array, terms: Terms) -> jax.Array:
     """Returns L_i = (1 - balance) L_P + balance L_N of every query."""
     return (1 - balance) * terms.positive + balance * terms.negative
-
-
-def _ratio(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Returns x / y, and x where y is 0.
-
-    That x is the 0 of an empty list, or a NaN that a maximum dropped, as XLA's on the CPU does.
-    """
-    return jnp.where(y == 0, x, x / jnp.where(y == 0, 1, y))
-
-
-def _hinge(spec: Spec, constants: Constants, excess: jax.Array) -> jax.Array:
-    """Returns the pair term h with the sign of the excess."""
-    if not spec.squared:
-        return excess
-    return excess * (excess / 2 + jnp.where(excess > 0, constants.alpha_pos, constants.alpha))
-
-
-def _log_mass(pairs: Pairs) -> jax.Array:
-    """Returns the log of the sum of both lists' weights. An empty list has log(0) = -inf."""
-    return jnp.logaddexp(
-        jnp.log(pairs.sum_pos) + pairs.log_scale_pos, jnp.log(pairs.sum_neg) + pairs.log_scale_neg
-    )
-
-
-def _block_terms(spec: Spec, constants: Constants, pairs: Pairs) -> Terms:
-    """Returns the terms of one block's queries."""
-
-    def hinge(excess: jax.Array) -> jax.Array:
-        return _hinge(spec, constants, excess)
-
-    def count(is_listed: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        counts = row_sum(lambda excess: is_listed(excess).astype(jnp.int32), pairs.excess)
-        return counts.astype(jnp.int32)
-
-    positive = row_sum(lambda w, e: w * jnp.maximum(hinge(e), 0), pairs.weight, pairs.excess)
-    negative = row_sum(lambda w, e: w * jnp.minimum(hinge(e), 0), pairs.weight, pairs.excess)
-    return Terms(
-        _ratio(positive, pairs.sum_pos),
-        _ratio(negative, pairs.sum_neg),
-        _log_mass(pairs),
-        count(lambda excess: excess > 0),
-        count(lambda excess: excess < 0),
-    )
-
-
-def _mass_factor(
-    cotangent: jax.Array, total: jax.Array, log_scale: jax.Array, log_mass: jax.Array
-) -> jax.Array:
-    """Returns the derivative by the log of the mass through one list, 0 for an empty list."""
-    return cotangent * jnp.where(total == 0, 0, jnp.exp(log_scale - log_mass))
-
-
-def _coefficients(spec: Spec, constants: Constants, factors: _Factors, pairs: Pairs) -> jax.Array:
-    """Returns the derivative by each pair's distance, over that distance, (B, M)."""
-    positive, distance = pairs.weight > 0, pairs.distance
-    by_distance = jnp.where(positive, factors.scale_pos, factors.scale_neg)
-    slope = distance if spec.squared else 1
-    if spec.weight_gradient and factors.terms is not None:
-        temperature = jnp.where(positive, constants.temperature_pos, constants.temperature_neg)
-        term = jnp.where(positive, factors.terms.positive, factors.terms.negative)
-        slope = slope + temperature * (jnp.abs(_hinge(spec, constants, pairs.excess)) - term)
-    by_distance = by_distance * slope
-    if factors.mass_pos is not None and factors.mass_neg is not None:
-        by_distance += jnp.where(
-            positive,
-            constants.temperature_pos * factors.mass_pos,
-            constants.temperature_neg * factors.mass_neg,
-        )
-    # A pair at distance 0 has no direction.
-    apart = distance != 0
-    return jnp.where(apart, pairs.weight * by_distance / jnp.where(apart, distance, 1), 0)
-
-
-def _pull(spec: Spec, arrays: Arrays, pairs: Pairs, coefficients: jax.Array) -> _Gradient:
-    """Returns a block's gradient: by products, or by differences where a pair is near."""
-    rows, columns = arrays.rows, arrays.columns
-    queries, gallery = arrays.queries, arrays.gallery
-    total = row_sum(lambda c: c, coefficients)
-    precision = precision_of(spec)
-    pulled = dot(coefficients, columns.centred, ((1,), (0,)), precision)
-    on_queries = total * rows.centred - pulled
-    on_gallery = None
-    if spec.gallery_gradient:
-        total = jnp.sum(coefficients, axis=0)[:, None]
-        pulled = dot(coefficients, rows.centred, ((0,), (0,)), precision)
-        on_gallery = total * columns.centred - pulled
-
-    def exact() -> _Gradient:
-        return _Gradient(
-            weighted_sums(coefficients, queries, gallery),
-            weighted_sums_of_columns(coefficients, queries, gallery)
-            if spec.gallery_gradient
-            else None,
-        )
-
-    return exact_where_near(pairs.any_near, _Gradient(on_queries, on_gallery), exact)
 
 
 def _split(
@@ -276,10 +152,10 @@ def _map_blocks(
 
 def _sum_blocks(
     spec: Spec,
-    body: Callable[[Arrays, *Parts], tuple[Result, _Gradient]],
+    body: Callable[[Arrays, *Parts], tuple[Result, Gradient]],
     arrays: Arrays,
     *args: *Parts,
-) -> tuple[Result, _Gradient]:
+) -> tuple[Result, Gradient]:
     """Returns the same for a body with a gradient, summed over the blocks for the gallery."""
     n = arrays.queries.shape[0]
     if spec.block_size >= n:
@@ -297,7 +173,7 @@ def _sum_blocks(
     zero = jnp.zeros_like(arrays.gallery) if spec.gallery_gradient else None
     on_gallery, blocks = lax.scan(step, zero, jnp.arange(count))
     result, on_queries = _join(n, blocks)
-    return result, _Gradient(on_queries, on_gallery)
+    return result, Gradient(on_queries, on_gallery)
 
 
 def _losses(spec: Spec, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
@@ -306,48 +182,52 @@ def _losses(spec: Spec, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
     return _balanced(arrays.constants.balance, terms), terms.log_mass
 
 
-def _gradient(spec: Spec, arrays: Arrays, cotangents: _Cotangents) -> _Gradient:
-    """Returns the gradient for given derivatives by every query's terms."""
+def _sums(spec: Spec, arrays: Arrays) -> Sums:
+    """Returns the sums over both lists of every query."""
 
-    def body(block: Arrays, cotangents: _Cotangents) -> tuple[None, _Gradient]:
-        pairs = make_pairs(spec, block)
-        terms = _block_terms(spec, block.constants, pairs)
-        return None, _block_gradient(spec, block, pairs, terms, cotangents)
+    def body(block: Arrays) -> Sums:
+        return block_sums(spec, block.constants, make_pairs(spec, block))
 
-    _, gradient = _sum_blocks(spec, body, arrays, cotangents)
-    return gradient
+    def visit(visited: Arrays, sums: Sums) -> tuple[Sums, None]:
+        return joined(arrays.constants, sums, _map_blocks(spec, body, visited)), None
+
+    if not spec.ring:
+        return _map_blocks(spec, body, arrays)
+    sums, _ = over_shards(spec.axis_name, arrays, visit, no_sums(arrays.rows.size), None)
+    return sums
 
 
-def _block_gradient(
-    spec: Spec, block: Arrays, pairs: Pairs, terms: Terms | None, cotangents: _Cotangents
-) -> _Gradient:
-    """Returns the gradient of one block whose pairs are known.
+def _gradient(
+    spec: Spec, arrays: Arrays, cotangents: Cotangents, sums: Sums | None = None
+) -> Gradient:
+    """Returns the gradient for given derivatives by every query's terms.
 
-    Its terms are needed where the weights are differentiated, or the mass.
+    A ring takes the sums over the lists of every query, or computes them.
     """
-    mass_pos = mass_neg = None
-    if cotangents.log_mass is not None and terms is not None:
-        mass_pos, mass_neg = (
-            _mass_factor(cotangents.log_mass, total, log_scale, terms.log_mass)
-            for total, log_scale in (
-                (pairs.sum_pos, pairs.log_scale_pos),
-                (pairs.sum_neg, pairs.log_scale_neg),
-            )
-        )
-    factors = _Factors(
-        _ratio(cotangents.positive, pairs.sum_pos),
-        _ratio(cotangents.negative, pairs.sum_neg),
-        terms,
-        mass_pos,
-        mass_neg,
+    if spec.ring and sums is None:
+        sums = _sums(spec, arrays)
+
+    def body(block: Arrays, cotangents: Cotangents, sums: Sums | None) -> tuple[None, Gradient]:
+        pairs = make_pairs(spec, block, None if sums is None else sums.lists)
+        sums = block_sums(spec, block.constants, pairs) if sums is None else sums
+        terms = terms_of(block.constants, sums)
+        return None, block_gradient(spec, block, pairs, terms, cotangents)
+
+    def visit(visited: Arrays, on_queries: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        _, gradient = _sum_blocks(spec, body, visited, cotangents, sums)
+        return on_queries + gradient.queries, gradient.gallery
+
+    if not spec.ring:
+        return _sum_blocks(spec, body, arrays, cotangents, None)[1]
+    none = jnp.zeros_like(arrays.gallery) if spec.gallery_gradient else None
+    return Gradient(
+        *over_shards(spec.axis_name, arrays, visit, jnp.zeros_like(arrays.queries), none)
     )
-    coefficients = _coefficients(spec, block.constants, factors, pairs)
-    return _pull(spec, block, pairs, coefficients)
 
 
 def _weighted_losses(
     spec: Spec, arrays: Arrays, weight: jax.Array
-) -> tuple[tuple[jax.Array, jax.Array], _Gradient]:
+) -> tuple[tuple[jax.Array, jax.Array], Gradient]:
     """Returns weight_i L_i, the log of the mass, and the gradient of their sum, in one pass.
 
     The gradient of L_i needs nothing but the pairs of query i. So no pair is kept or computed
@@ -355,32 +235,18 @@ def _weighted_losses(
     """
     balance = arrays.constants.balance
 
-    def body(block: Arrays, weight: jax.Array) -> tuple[tuple[jax.Array, jax.Array], _Gradient]:
+    def body(block: Arrays, weight: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Gradient]:
         pairs = make_pairs(spec, block)
-        cotangents = _Cotangents((1 - balance) * weight, balance * weight, None)
+        cotangents = Cotangents((1 - balance) * weight, balance * weight, None)
         if spec.weight_gradient:
-            terms = _block_terms(spec, block.constants, pairs)
+            terms = terms_of(block.constants, block_sums(spec, block.constants, pairs))
             losses = weight * _balanced(balance, terms)
         else:
-            terms, losses = None, _sum_of_lists(spec, block.constants, pairs, cotangents)
-        gradient = _block_gradient(spec, block, pairs, terms, cotangents)
-        return (losses, _log_mass(pairs)), gradient
+            terms, losses = None, sum_of_lists(spec, block.constants, pairs, cotangents)
+        gradient = block_gradient(spec, block, pairs, terms, cotangents)
+        return (losses, log_mass_of(block.constants, pairs.lists)), gradient
 
     return _sum_blocks(spec, body, arrays, weight)
-
-
-def _sum_of_lists(
-    spec: Spec, constants: Constants, pairs: Pairs, by_terms: _Cotangents
-) -> jax.Array:
-    """Returns what the terms give by their factors, (B, 1): one sum over the pairs for both."""
-    scale_pos = _ratio(by_terms.positive, pairs.sum_pos)
-    scale_neg = _ratio(by_terms.negative, pairs.sum_neg)
-
-    def pair_loss(weight: jax.Array, excess: jax.Array) -> jax.Array:
-        scale = jnp.where(weight > 0, scale_pos, scale_neg)
-        return weight * scale * _hinge(spec, constants, excess)
-
-    return row_sum(pair_loss, pairs.weight, pairs.excess)
 
 
 def _loss_value(spec: Spec, *args: Any) -> jax.Array:
@@ -390,42 +256,45 @@ def _loss_value(spec: Spec, *args: Any) -> jax.Array:
     return jnp.sum(query_weights(spec, log_mass, valid) * losses)
 
 
-def _loss_and_gradient(spec: Spec, *args: Any) -> tuple[jax.Array, _Gradient]:
+def _loss_and_gradient(spec: Spec, *args: Any) -> tuple[jax.Array, Gradient]:
     """Computes `loss` and its derivative by the queries and the gallery."""
     arrays, valid = Arrays(*args[:-1]), args[-1]
+    if spec.ring or (spec.mass and (spec.weight_gradient or spec.gallery_gradient)):
+        return _loss_and_gradient_in_two_passes(spec, arrays, valid)
     ones = jnp.ones_like(arrays.rows.size)
     if not spec.mass:
         weight = _uniform_weights(spec.axis_name, ones, valid)
         (losses, _), gradient = _weighted_losses(spec, arrays, weight)
         return jnp.sum(losses), gradient
-    if not (spec.weight_gradient or spec.gallery_gradient):
-        (losses, log_mass), gradient = _weighted_losses(spec, arrays, ones)
-        weight = query_weights(spec, log_mass, valid)
-        return jnp.sum(weight * losses), _Gradient(weight * gradient.queries, None)
-    return _loss_and_gradient_by_mass(spec, arrays, valid)
-
-
-def _loss_and_gradient_by_mass(
-    spec: Spec, arrays: Arrays, valid: jax.Array | None
-) -> tuple[jax.Array, _Gradient]:
-    """Computes the same where the gradient needs the weights, which are known after all masses."""
-    balance = arrays.constants.balance
-    pairs = terms = None
-    if spec.block_size >= arrays.queries.shape[0]:
-        pairs = make_pairs(spec, arrays)
-        terms = _block_terms(spec, arrays.constants, pairs)
-        losses, log_mass = _balanced(balance, terms), terms.log_mass
-    else:
-        losses, log_mass = _losses(spec, arrays)
+    (losses, log_mass), gradient = _weighted_losses(spec, arrays, ones)
     weight = query_weights(spec, log_mass, valid)
+    return jnp.sum(weight * losses), Gradient(weight * gradient.queries, None)
+
+
+def _loss_and_gradient_in_two_passes(
+    spec: Spec, arrays: Arrays, valid: jax.Array | None
+) -> tuple[jax.Array, Gradient]:
+    """Computes the same where the gradient needs what is known after all pairs.
+
+    That is the weights of queries by mass, or in a ring the sums over the lists.
+    """
+    balance, pairs = arrays.constants.balance, None
+    if spec.ring or spec.block_size < arrays.queries.shape[0]:
+        sums = _sums(spec, arrays)
+    else:
+        pairs = make_pairs(spec, arrays)
+        sums = block_sums(spec, arrays.constants, pairs)
+    terms = terms_of(arrays.constants, sums)
+    losses = _balanced(balance, terms)
+    weight = query_weights(spec, terms.log_mass, valid)
     share = jnp.sum(weight * losses)
     by_mass = None
-    if spec.weight_gradient:
+    if spec.mass and spec.weight_gradient:
         by_mass = weight * (losses - _sum_over_devices(share, spec.axis_name))
-    cotangents = _Cotangents((1 - balance) * weight, balance * weight, by_mass)
-    if pairs is None or terms is None:
-        return share, _gradient(spec, arrays, cotangents)
-    return share, _block_gradient(spec, arrays, pairs, terms, cotangents)
+    cotangents = Cotangents((1 - balance) * weight, balance * weight, by_mass)
+    if pairs is None:
+        return share, _gradient(spec, arrays, cotangents, sums if spec.ring else None)
+    return share, block_gradient(spec, arrays, pairs, terms, cotangents)
 
 
 def _loss_tangent(
@@ -442,11 +311,60 @@ def _loss_tangent(
 
 def _terms_value(spec: Spec, *args: Any) -> Terms:
     """Computes `list_terms` of `Arrays(*args)`."""
+    arrays = Arrays(*args)
+    return terms_of(arrays.constants, _sums(spec, arrays))
 
-    def body(block: Arrays) -> Terms:
-        return _block_terms(spec, block.constants, make_pairs(spec, block))
 
-    return _map_blocks(spec, body, Arrays(*args))
+def _terms_and_slopes(spec: Spec, *args: Any) -> tuple[Terms, tuple[jax.Array, ...]]:
+    """Computes the terms, and the derivative of each of the first ones by its query, (N, D) each.
+
+    Two of them, or three where the mass is differentiated.
+    """
+    arrays = Arrays(*args)
+    one, zero = jnp.ones_like(arrays.rows.size), jnp.zeros_like(arrays.rows.size)
+    by_term = [Cotangents(one, zero, None), Cotangents(zero, one, None)]
+    if spec.mass and spec.weight_gradient:
+        by_term.append(Cotangents(zero, zero, one))
+    if spec.ring:
+        sums = _sums(spec, arrays)
+        slopes = tuple(_gradient(spec, arrays, by, sums).queries for by in by_term)
+        return terms_of(arrays.constants, sums), slopes
+
+    def body(block: Arrays, by_term: list[Cotangents]) -> tuple[Terms, tuple[jax.Array, ...]]:
+        pairs = make_pairs(spec, block)
+        terms = terms_of(block.constants, block_sums(spec, block.constants, pairs))
+        slopes = (block_gradient(spec, block, pairs, terms, by).queries for by in by_term)
+        return terms, tuple(slopes)
+
+    return _map_blocks(spec, body, arrays, by_term)
+
+
+def _terms_in_floats(spec: Spec, *args: Any) -> Terms:
+    """Computes the terms with the bits of their counts as float32."""
+    return _with_counts_as(jnp.float32, _terms_value(spec, *args))
+
+
+def _with_counts_as(dtype: Any, terms: Terms) -> Terms:
+    """Returns the terms with the bits of their counts as another dtype.
+
+    A tangent of integers is a NumPy array, which has no symbolic shape, and no axes over which it
+    varies under shard_map.
+    """
+    counts = terms.num_positives, terms.num_negatives
+    positives, negatives = (lax.bitcast_convert_type(count, dtype) for count in counts)
+    return terms._replace(num_positives=positives, num_negatives=negatives)
+
+
+def _terms_tangent(
+    spec: Spec, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Terms, Terms]:
+    """Returns the terms and their tangents, where the gallery is a constant."""
+    terms, slopes = cast("Any", _differentiable_once)(_terms_and_slopes, spec, *primals)
+    along = [jnp.sum(slope * tangents[0], axis=1, keepdims=True) for slope in slopes]
+    log_mass = along[2] if len(along) > 2 else jnp.zeros_like(terms.log_mass)
+    terms = _with_counts_as(jnp.float32, terms)
+    count = jnp.zeros_like(terms.num_positives)
+    return terms, Terms(along[0], along[1], log_mass, count, count)
 
 
 def _terms_forward(spec: Spec, *args: Any) -> tuple[Terms, tuple[Any, ...]]:
@@ -454,18 +372,18 @@ def _terms_forward(spec: Spec, *args: Any) -> tuple[Terms, tuple[Any, ...]]:
     return cast("Any", _differentiable_once)(_terms_value, spec, *args), args
 
 
-def _terms_gradient(spec: Spec, cotangents: Terms, *args: Any) -> _Gradient:
+def _terms_gradient(spec: Spec, cotangents: Terms, *args: Any) -> Gradient:
     """Computes the derivative by the queries and the gallery for a derivative by the terms."""
-    by_terms = _Cotangents(cotangents.positive, cotangents.negative, cotangents.log_mass)
+    by_terms = Cotangents(cotangents.positive, cotangents.negative, cotangents.log_mass)
     return _gradient(spec, Arrays(*args), by_terms)
 
 
 def _terms_backward(
     spec: Spec, args: tuple[Any, ...], cotangents: Terms
-) -> tuple[jax.Array, None, jax.Array | None, None, None]:
+) -> tuple[jax.Array, None, jax.Array | None, None, None, None]:
     """Returns the gradients of the queries and of the gallery, and None for the other arrays."""
     gradient = cast("Any", _differentiable_once)(_terms_gradient, spec, cotangents, *args)
-    return gradient.queries, None, gradient.gallery, None, None
+    return gradient.queries, None, gradient.gallery, None, None, None
 
 
 def _once(function: Callable[..., Tree], spec: Spec, *args: Any) -> Tree:
@@ -488,6 +406,11 @@ _loss = jax.custom_jvp(_loss_value, nondiff_argnums=(0,))
 _loss.defjvp(_loss_tangent)
 _compiled_loss = jax.jit(_loss, static_argnums=0)
 
-_list_terms = cast("Any", jax.custom_vjp(_terms_value, nondiff_argnums=(0,)))
-_list_terms.defvjp(_terms_forward, _terms_backward)
+_list_terms = jax.custom_jvp(_terms_in_floats, nondiff_argnums=(0,))
+_list_terms.defjvp(_terms_tangent)
 _compiled_list_terms = jax.jit(_list_terms, static_argnums=0)
+
+# A tangent by the gallery would keep a matrix of all pairs for its transpose.
+_terms_of_both_ends = cast("Any", jax.custom_vjp(_terms_value, nondiff_argnums=(0,)))
+_terms_of_both_ends.defvjp(_terms_forward, _terms_backward)
+_compiled_terms_of_both_ends = jax.jit(_terms_of_both_ends, static_argnums=0)

@@ -18,6 +18,7 @@ import numpy as np
 
 Options = ParamSpec("Options")
 Tree = TypeVar("Tree")
+Rows = TypeVar("Rows")
 
 
 def mesh_of(x: jax.Array | np.ndarray) -> Any:
@@ -35,12 +36,17 @@ def mesh_of(x: jax.Array | np.ndarray) -> Any:
 def on_own_device(x: jax.Array) -> jax.Array:
     """Returns an array of `shard_map` in whole, if explicit axes beside its own ones divide it."""
     sharding: Any = jax.typeof(x).sharding
-    kinds = set(sharding.mesh.axis_types)
     is_divided = any(part is not None for part in sharding.spec)
-    if not is_divided or not {AxisType.Manual, AxisType.Explicit} <= kinds:
+    if not is_divided or not has_explicit_axes_beside(x):
         return x
     whole = NamedSharding(sharding.mesh, PartitionSpec())
     return cast("jax.Array", jax.sharding.reshard(x, whole))
+
+
+def has_explicit_axes_beside(x: jax.Array) -> bool:
+    """Returns whether an array lies within `shard_map` over some axes of an explicit mesh."""
+    kinds: Any = jax.typeof(x).sharding.mesh.axis_types
+    return {AxisType.Manual, AxisType.Explicit} <= set(kinds)
 
 
 def pad_rows(x: jax.Array | np.ndarray, mesh: Any) -> jax.Array:
@@ -88,6 +94,33 @@ def over_rows(function: Callable[..., Tree], mesh: Any, rows: Any, replicated: A
         rows, replicated = reshard(rows, PartitionSpec(explicit)), reshard(replicated, whole)
     mapped = jax.shard_map(function, mesh=mesh, in_specs=(divided, whole), out_specs=divided)
     return mapped(rows, replicated)
+
+
+def map_rows(function: Callable[[Rows], Tree], rows: Rows) -> Tree:
+    """Returns `function` of each row, in the memory of one: the gradient computes it again.
+
+    Within `on_meshes` each device takes its own rows, one at a time.
+
+    Args:
+      function: from one row of each array to a tree of arrays.
+      rows: a tree of arrays of as many rows.
+    """
+
+    def one_by_one(rows: Rows, _: None = None) -> Tree:
+        return cast("Tree", jax.lax.map(cast("Any", jax.checkpoint(function)), rows))
+
+    first = cast("list[jax.Array]", jax.tree.leaves(rows))[0]
+    mesh = mesh_of(first)
+    if mesh is None or AxisType.Explicit in mesh.axis_types:
+        return one_by_one(rows)
+
+    def pad(x: jax.Array) -> jax.Array:
+        return pad_rows(x, mesh)
+
+    def unpad(x: jax.Array) -> jax.Array:
+        return x[: first.shape[0]]
+
+    return jax.tree.map(unpad, over_rows(one_by_one, mesh, jax.tree.map(pad, rows), None))
 
 
 def on_meshes(loss: Callable[Options, jax.Array]) -> Callable[Options, jax.Array]:

@@ -16,6 +16,7 @@ import numpy as np
 PairTerm = Literal["distance", "squared"]
 QueryWeighting = Literal["uniform", "mass"]
 Precision = Literal["highest", "high"]
+Gather = Literal["all", "ring"]
 
 # The defaults of every signature: the settings of the CVPR 2019 paper.
 ALPHA: Final = 1.2
@@ -29,6 +30,7 @@ GALLERY_GRADIENT: Final = False
 WEIGHT_GRADIENT: Final = False
 NORMALIZE: Final = True
 PRECISION: Final = "highest"
+GATHER: Final = "all"
 
 
 _NUMBER_TYPES: tuple[type, ...] = (int, float, np.number, np.ndarray, jax.Array)
@@ -72,6 +74,7 @@ class OverridesExceptMargin(TypedDict, total=False):
     axis_name: Hashable | None
     block_size: int | None
     precision: Precision
+    gather: Gather
 
 
 class Overrides(OverridesExceptMargin, total=False):
@@ -86,7 +89,11 @@ def positive_boundary(alpha: Any, margin: Any) -> Any:
 
 
 def check_options(
-    hyper: HyperParameters, variant: Variant, block_size: int | None, precision: Precision
+    hyper: HyperParameters,
+    variant: Variant,
+    block_size: int | None,
+    precision: Precision,
+    gather: Gather,
 ) -> None:
     """Checks all options but the arrays. Traced numbers have no value yet and are not checked.
 
@@ -106,6 +113,8 @@ def check_options(
     _check_block_size(block_size)
     if precision not in ("highest", "high"):
         raise ValueError(f"precision: found {precision!r}, expected 'highest' or 'high'")
+    if gather not in ("all", "ring"):
+        raise ValueError(f"gather: found {gather!r}, expected 'all' or 'ring'")
 
 
 def _check_hyper_parameters(hyper: HyperParameters) -> None:

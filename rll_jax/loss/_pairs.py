@@ -36,6 +36,7 @@ class Spec(NamedTuple):
     own_gallery: bool  # the gallery holds the queries; a query is not paired with itself
     mass: bool  # queries are weighted by their mass, not alike
     axis_name: Hashable | None  # of the devices whose queries count together
+    ring: bool  # the gallery is one device's shard, and the shards go round
     block_size: int  # queries in one block
     high_precision: bool  # products of tensor cores (Precision.HIGH) instead of HIGHEST
 
@@ -74,21 +75,28 @@ class Arrays(NamedTuple):
 
     queries: jax.Array  # (n, D), this device's
     rows: Rows
-    gallery: jax.Array  # (M, D), all devices'
+    gallery: jax.Array  # (M, D), all devices', or a shard
     columns: Columns
+    origin: jax.Array  # (1, D), a constant: what centred rows are less
     constants: Constants
 
 
+class Lists(NamedTuple):
+    """What the weights of a query's two lists are relative to, and their sums, (B, 1) each."""
+
+    farthest: jax.Array  # the excess of the pair in P* with |weight| = 1; 0 for an empty list
+    nearest: jax.Array  # the excess of the pair in N* with |weight| = 1; 0 for an empty list
+    sum_pos: jax.Array  # sum of |weight| over P*: 0 for an empty list, otherwise at least 1
+    sum_neg: jax.Array  # the same over N*
+
+
 class Pairs(NamedTuple):
-    """The pairs of one block: matrices (B, M), and columns (B, 1) with a number for each query."""
+    """The pairs of one block: matrices (B, M), and a number for each query."""
 
     distance: jax.Array  # d, 0 for a pair left out
     excess: jax.Array  # d - alpha_pos > 0 in P*, d - alpha < 0 in N*, 0 for a pair on neither list
     weight: jax.Array  # sign(excess) w / the largest w in the list; 0 for a pair on neither list
-    sum_pos: jax.Array  # (B, 1) sum of |weight| over P*: 0 for an empty list, otherwise at least 1
-    sum_neg: jax.Array  # (B, 1) the same over N*
-    log_scale_pos: jax.Array  # (B, 1) log of the true weight w of a pair in P* with |weight| = 1
-    log_scale_neg: jax.Array  # (B, 1) the same in N*
+    lists: Lists  # of the whole gallery
     any_near: jax.Array  # scalar bool: whether distances are those of differences, not of products
 
 
@@ -153,35 +161,61 @@ def _reduce_rows(
     return cast("jax.Array", lax.platform_dependent(*arrays, cpu=folded, default=plain))
 
 
-def make_pairs(spec: Spec, arrays: Arrays) -> Pairs:
-    """Returns the pairs of a block of queries with the gallery."""
+def make_rows(queries: jax.Array, label: jax.Array, number: jax.Array, origin: jax.Array) -> Rows:
+    """Returns the constants of queries (n, D), of labels and numbers (n, 1)."""
+    centred = lax.stop_gradient(queries) - origin
+    return Rows(centred, label, number, size=jnp.sum(centred * centred, axis=1)[:, None])
+
+
+def make_columns(
+    gallery: jax.Array,
+    label: jax.Array,
+    number: jax.Array,
+    valid: jax.Array | None,
+    origin: jax.Array,
+) -> Columns:
+    """Returns the constants of a gallery (M, D), of labels, numbers and a mask (1, M)."""
+    centred = lax.stop_gradient(gallery) - origin
+    size = jnp.sum(centred * centred, axis=1)[None, :]
+    return Columns(centred, label, number, size, valid)
+
+
+def make_pairs(spec: Spec, arrays: Arrays, whole: Lists | None = None) -> Pairs:
+    """Returns the pairs of a block of queries with the gallery.
+
+    Args:
+      spec: the variant.
+      arrays: the block's.
+      whole: the lists over the whole gallery, where `arrays` has a shard of it and they are known.
+        None: those of this gallery.
+    """
     constants = arrays.constants
     distance, any_near = _distances_by_product(spec, arrays)
     distance = exact_where_near(any_near, distance, lambda: _distances_by_difference(spec, arrays))
     excess = _excess(arrays, distance)
-    farthest = _reduce_rows(jnp.maximum, jnp.max, lambda e: jnp.maximum(e, 0), excess)
-    nearest = _reduce_rows(jnp.minimum, jnp.min, lambda e: jnp.minimum(e, 0), excess)
+    if whole is None:
+        farthest = _reduce_rows(jnp.maximum, jnp.max, lambda e: jnp.maximum(e, 0), excess)
+        nearest = _reduce_rows(jnp.minimum, jnp.min, lambda e: jnp.minimum(e, 0), excess)
+    else:
+        farthest, nearest = whole.farthest, whole.nearest
 
     positive = excess > 0
-    weight = jnp.exp(
-        jnp.where(
-            positive,
-            constants.temperature_pos * (excess - farthest),
-            constants.temperature_neg * (nearest - excess),
-        )
+    exponent = jnp.where(
+        positive,
+        constants.temperature_pos * (excess - farthest),
+        constants.temperature_neg * (nearest - excess),
     )
+    if whole is not None:
+        # It is above 0 in the rows that fill a block, and must not overflow there.
+        exponent = jnp.where(exponent > 0, 0, exponent)
+    weight = jnp.exp(exponent)
     # A NaN in excess is not 0, so it remains visible.
     weight = jnp.where(excess == 0, 0, jnp.where(positive, weight, -weight))
-    return Pairs(
-        distance,
-        excess,
-        weight,
-        sum_pos=row_sum(lambda w: jnp.maximum(w, 0), weight),
-        sum_neg=row_sum(lambda w: jnp.maximum(-w, 0), weight),
-        log_scale_pos=constants.temperature_pos * farthest,
-        log_scale_neg=-constants.temperature_neg * nearest,
-        any_near=any_near,
-    )
+    if whole is None:
+        sum_pos = row_sum(lambda w: jnp.maximum(w, 0), weight)
+        sum_neg = row_sum(lambda w: jnp.maximum(-w, 0), weight)
+        whole = Lists(farthest, nearest, sum_pos, sum_neg)
+    return Pairs(distance, excess, weight, whole, any_near)
 
 
 def exact_where_near(any_near: jax.Array, value: Tree, exact: Callable[[], Tree]) -> Tree:
@@ -204,7 +238,7 @@ def exact_where_near(any_near: jax.Array, value: Tree, exact: Callable[[], Tree]
 
 def _distances_by_product(spec: Spec, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
     """Returns distances by a matrix product, and whether a pair is too near for that."""
-    _, rows, _, columns, constants = arrays
+    rows, columns, constants = arrays.rows, arrays.columns, arrays.constants
     size = rows.size + columns.size
     product = dot(rows.centred, columns.centred, ((1,), (1,)), precision_of(spec))
     squared = jnp.maximum(size - 2 * product, 0)

@@ -3,7 +3,7 @@
 Private to `rll_jax.loss`. Imports jax and numpy alone.
 """
 
-# jax's stubs leave some parameters of asarray without a type.
+# jax's stubs leave some parameters of asarray, psum and pmin without a type.
 # pyright: reportUnknownMemberType=false
 
 from collections.abc import Callable, Hashable
@@ -20,6 +20,7 @@ import numpy as np
 from rll_jax.loss._differences import is_symbolic
 from rll_jax.loss._mesh import mesh_of, over_rows, pad_rows
 from rll_jax.loss._options import (
+    Gather,
     HyperParameters,
     Precision,
     Variant,
@@ -27,7 +28,7 @@ from rll_jax.loss._options import (
     check_options,
     positive_boundary,
 )
-from rll_jax.loss._pairs import Arrays, Columns, Constants, Rows, Spec, dot
+from rll_jax.loss._pairs import Arrays, Constants, Spec, dot, make_columns, make_rows
 from rll_jax.loss.rows import (
     GALLERY_NAMES,
     LabelledRows,
@@ -81,6 +82,7 @@ class Options(NamedTuple):
     normalize: bool
     block_size: int | None
     precision: Precision
+    gather: Gather
 
 
 class Arguments(NamedTuple):
@@ -121,7 +123,7 @@ def check_arguments(
     """
     batch = checked_rows(queries.embeddings, queries.labels, queries.where)
     hyper = HyperParameters(*(as_number(number) for number in hyper))
-    check_options(hyper, options.variant, options.block_size, options.precision)
+    check_options(hyper, options.variant, options.block_size, options.precision, options.gather)
     bank = checked_gallery(gallery, batch.embeddings.shape[1])
     dtype = computing_dtype(batch.embeddings.dtype)
     return Arguments(batch, bank, _make_constants(hyper, dtype))
@@ -130,14 +132,21 @@ def check_arguments(
 def make_problem(arguments: Arguments, options: Options, axis_name: Hashable | None) -> Problem:
     """Masks, normalises, gathers and centres checked arguments."""
     batch, bank, constants = arguments
-    variant, normalize, block_size, precision = options
+    variant, normalize, block_size, precision = options[:4]
+    ring = axis_name is not None and options.gather == "ring"
     dtype = computing_dtype(batch.embeddings.dtype)
     query_side, gallery_side = _make_sides(batch, bank, normalize, dtype, variant.gallery_gradient)
     label_dtype = common_label_dtype(query_side.labels.dtype, gallery_side.labels.dtype)
     if axis_name is not None:
         check_varying(batch.embeddings, axis_name)
-        query_side, gallery_side = _gathered(query_side, gallery_side, axis_name)
-    arrays = _centred_arrays(query_side, gallery_side, label_dtype, constants)
+        query_side = _numbered(query_side, axis_name)
+        if ring:
+            gallery_side = _numbered(gallery_side, axis_name)
+        else:
+            gallery_side = _gathered(gallery_side, axis_name, not variant.gallery_gradient)
+    arrays = _centred_arrays(
+        query_side, gallery_side, label_dtype, constants, axis_name if ring else None
+    )
 
     num_queries, num_gallery = arrays.queries.shape[0], arrays.gallery.shape[0]
     spec = Spec(
@@ -147,6 +156,7 @@ def make_problem(arguments: Arguments, options: Options, axis_name: Hashable | N
         own_gallery=bank is None,
         mass=variant.query_weighting == "mass",
         axis_name=axis_name,
+        ring=ring,
         block_size=_block_size(block_size, num_queries, num_gallery),
         high_precision=precision == "high",
     )
@@ -255,12 +265,16 @@ def _make_sides(
     return queries, _Side(g, bank.labels, jnp.arange(g.shape[0], dtype=jnp.int32), bank.where)
 
 
-def _gathered(queries: _Side, gallery: _Side, axis_name: Hashable) -> tuple[_Side, _Side]:
-    """Returns the queries numbered over all devices, and the gallery of all devices together."""
-    offset = lax.axis_index(axis_name) * queries.embeddings.shape[0]
-    queries = queries._replace(number=queries.number + offset)
-    embeddings = gather(gallery.embeddings, axis_name)
-    return queries, _Side(
+def _numbered(side: _Side, axis_name: Hashable) -> _Side:
+    """Returns the rows of one device, numbered over all devices."""
+    offset = lax.axis_index(axis_name) * side.embeddings.shape[0]
+    return side._replace(number=side.number + offset)
+
+
+def _gathered(gallery: _Side, axis_name: Hashable, constant: bool) -> _Side:
+    """Returns the gallery of all devices together."""
+    embeddings = gather(gallery.embeddings, axis_name, constant)
+    return _Side(
         embeddings,
         gather(gallery.labels, axis_name),
         jnp.arange(embeddings.shape[0], dtype=jnp.int32),
@@ -269,32 +283,34 @@ def _gathered(queries: _Side, gallery: _Side, axis_name: Hashable) -> tuple[_Sid
 
 
 def _centred_arrays(
-    queries: _Side, gallery: _Side, label_dtype: np.dtype, constants: Constants
+    queries: _Side,
+    gallery: _Side,
+    label_dtype: np.dtype,
+    constants: Constants,
+    ring: Hashable | None,
 ) -> Arrays:
-    """Returns the arrays of a problem: rows around a common origin, and their squared norms."""
+    """Returns the arrays of a problem: rows around a common origin, and their squared norms.
+
+    The gallery is whole, or a device's shard where `ring` names the devices' axis.
+    """
     q, g = queries.embeddings, gallery.embeddings
     # Under shard_map's check_vma a derivative varies over the axes of its argument. Adding zeros of
     # both arrays makes both vary over all axes.
     zero = jnp.zeros_like(q[:1, :1]) + jnp.zeros_like(g[:1, :1])
     q, g = q + zero, g + zero
-    shift = _centre(g, gallery.valid)
-    q_centred, g_centred = lax.stop_gradient(q) - shift, lax.stop_gradient(g) - shift
-    q_size, g_size = jnp.sum(q_centred * q_centred, axis=1), jnp.sum(g_centred * g_centred, axis=1)
-    rows = Rows(
-        q_centred,
-        label=queries.labels.astype(label_dtype)[:, None],
-        number=queries.number[:, None],
-        size=q_size[:, None],
+    origin = _centre(g, gallery.valid, ring)
+    rows = make_rows(
+        q, queries.labels.astype(label_dtype)[:, None], queries.number[:, None], origin
     )
-    columns = Columns(
-        g_centred,
-        label=gallery.labels.astype(label_dtype)[None, :],
+    columns = make_columns(
+        g,
+        gallery.labels.astype(label_dtype)[None, :],
         # It varies too, because jax.vmap cannot batch a lax.cond that makes its arguments vary.
-        number=gallery.number[None, :] + zero.astype(jnp.int32),
-        size=g_size[None, :],
-        valid=None if gallery.valid is None else gallery.valid[None, :],
+        gallery.number[None, :] + zero.astype(jnp.int32),
+        None if gallery.valid is None else gallery.valid[None, :],
+        origin,
     )
-    return Arrays(q, rows, g, columns, constants)
+    return Arrays(q, rows, g, columns, origin, constants)
 
 
 def _make_constants(hyper: HyperParameters, dtype: DTypeLike) -> Constants:
@@ -349,7 +365,7 @@ def _block_size(block_size: int | None, num_queries: int, num_gallery: int) -> i
     return min(int(block_size), num_queries)
 
 
-def _centre(gallery: jax.Array, valid: jax.Array | None) -> jax.Array:
+def _centre(gallery: jax.Array, valid: jax.Array | None, ring: Hashable | None) -> jax.Array:
     """Returns (1, D), the origin that is subtracted from all rows.
 
     No distance changes, but the distances of a batch far from the origin keep their digits.
@@ -357,13 +373,30 @@ def _centre(gallery: jax.Array, valid: jax.Array | None) -> jax.Array:
     gallery = lax.stop_gradient(gallery)
     first_valid = 0 if valid is None else jnp.argmax(valid)
     first = jnp.take(gallery, first_valid, axis=0)[None, :]
+    first = first if ring is None else _of_first_device(first, valid, ring)
     # The mean of the differences is exact where all rows are equal.
     difference = gallery - first
     if valid is None:
-        count = gallery.shape[0]
+        count = gallery.shape[0] if ring is None else gallery.shape[0] * lax.axis_size(ring)
     else:
         difference = jnp.where(valid[:, None], difference, 0)
-        count = jnp.maximum(jnp.sum(valid, dtype=jnp.int32), 1)
+        count = jnp.maximum(_sum_over(jnp.sum(valid, dtype=jnp.int32), ring), 1)
     # A sum over the rows; as a product it takes less time on a CPU.
     total = dot(jnp.ones((1, gallery.shape[0]), gallery.dtype), difference, ((1,), (0,)))
-    return first + total / jnp.asarray(count, gallery.dtype)
+    return first + _sum_over(total, ring) / jnp.asarray(count, gallery.dtype)
+
+
+def _of_first_device(first: jax.Array, valid: jax.Array | None, axis_name: Hashable) -> jax.Array:
+    """Returns the first row of the first device that has a valid one."""
+    number = lax.axis_index(axis_name)
+    if valid is None:
+        source = 0
+    else:
+        none = jnp.asarray(lax.axis_size(axis_name), number.dtype)
+        source = lax.pmin(jnp.where(jnp.any(valid), number, none), axis_name)
+    return cast("jax.Array", lax.psum(jnp.where(number == source, first, 0), axis_name))
+
+
+def _sum_over(x: jax.Array, axis_name: Hashable | None) -> jax.Array:
+    """Returns the sum over the devices of an axis, or `x` itself without one."""
+    return x if axis_name is None else cast("jax.Array", lax.psum(x, axis_name))

@@ -19,13 +19,14 @@ scalar. All of them share this behaviour:
 - `axis_name`: of `pmap`, `shard_map` or `vmap`, or None. The batch is that of all devices together,
   and each device passes its own rows (of the gallery too). Each device returns the loss of the
   whole batch. `lax.pmean` of values and gradients gives those of one device, as in the recipe of
-  this folder's README. Every device computes all pairs, so the largest batches do not fit.
+  this folder's README. Every device computes all pairs, so the largest batches do not fit. In plain
+  `jax.jit` on a mesh the pairs, and the triplets, are divided over the devices.
 - TypeError and ValueError for arrays of a wrong dtype or shape, as `ranked_list_loss` raises them.
 
 This module imports jax and numpy alone.
 """
 
-# jax's stubs leave some parameters of checkpoint without a type.
+# jax's stubs leave a parameter of arange without a type.
 # pyright: reportUnknownMemberType=false
 
 from collections.abc import Hashable
@@ -33,7 +34,6 @@ import functools
 from typing import Any, Literal, cast
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
@@ -46,7 +46,7 @@ from rll_jax.loss._batches import (
     mean_above_zero,
     own_pairs,
 )
-from rll_jax.loss._mesh import on_meshes
+from rll_jax.loss._mesh import map_rows, on_meshes
 from rll_jax.loss._options import (
     ALPHA,
     BALANCE,
@@ -180,11 +180,8 @@ def triplet_loss(
         hinge = farthest - nearest + margin
         usable = batch.positive.any(axis=1) & batch.negative.any(axis=1)
         return batch.one * mean_above_zero(hinge, usable)
-    # One (N, N) matrix at a time, computed again for the gradient.
-    sum_triplets = functools.partial(_sum_triplets, margin, mining)
-    sum_triplets = cast("Any", jax.checkpoint(sum_triplets))
     anchors = (distance, batch.positive, batch.negative)
-    total, count = cast("tuple[jax.Array, jax.Array]", lax.map(sum_triplets, anchors))
+    total, count = map_rows(functools.partial(_sum_triplets, margin, mining), anchors)
     return batch.one * jnp.sum(total) / jnp.maximum(jnp.sum(count.astype(distance.dtype)), 1)
 
 

@@ -97,7 +97,7 @@ def arcface_loss(
     """
     check_positive(scale=scale)
     m = cast("Any", margin)
-    if not isinstance(margin, Tracer) and not 0 <= m <= math.pi:
+    if not isinstance(margin, Tracer) and not 0 <= float(m) <= math.pi:
         raise ValueError(f"margin out of range: found {m}, expected 0 to pi, in radians")
     batch = make_batch(embeddings, labels, where, axis_name)
     x, unit = batch.embeddings, _unit_proxies(proxies, batch)

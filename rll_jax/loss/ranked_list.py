@@ -33,6 +33,7 @@ from rll_jax.loss._options import (
     ALPHA,
     BALANCE,
     GALLERY_GRADIENT,
+    GATHER,
     MARGIN,
     NORMALIZE,
     PAIR_TERM,
@@ -41,6 +42,7 @@ from rll_jax.loss._options import (
     TEMPERATURE_NEG,
     TEMPERATURE_POS,
     WEIGHT_GRADIENT,
+    Gather,
     HyperParameters,
     Overrides,
     OverridesExceptMargin,
@@ -86,6 +88,7 @@ STATIC_ARGUMENTS = (
     "axis_name",
     "block_size",
     "precision",
+    "gather",
 )
 
 
@@ -120,6 +123,7 @@ def ranked_list_loss(
     axis_name: Hashable | None = None,
     block_size: int | None = None,
     precision: Precision = PRECISION,
+    gather: Gather = GATHER,
 ) -> jax.Array:
     """Computes sum_i weight_i L_i over the queries of a batch, with L_i as at the top of this file.
 
@@ -169,6 +173,10 @@ def ranked_list_loss(
       precision: of the matrix products. "highest" is float32. "high" uses the tensor cores: TF32 on
         GPUs, bfloat16 in three passes on TPUs, float32 on CPUs. The README has its errors. Near
         pairs are computed in float32 in any case.
+      gather: how the gallery of several devices, of `axis_name` or of a mesh, reaches each of them.
+        "all": in whole. "ring": one device's shard at a time, so that a device needs memory for its
+        own rows and a block alone. The shards go round twice for a gradient. The README says when
+        that pays. On one device both are the same.
 
     Returns:
       A scalar; 0 where all rows are padding. The term of an empty list is 0. An example exactly on
@@ -183,7 +191,7 @@ def ranked_list_loss(
         or the reverse. Traced numbers are not checked.
     """
     variant = Variant(pair_term, query_weighting, gallery_gradient, weight_gradient)
-    options = Options(variant, normalize, block_size, precision)
+    options = Options(variant, normalize, block_size, precision, gather)
     arguments = check_arguments(
         QueryArguments(embeddings, labels, where),
         GalleryArguments(gallery, gallery_labels, gallery_where),
@@ -215,6 +223,7 @@ def ranked_list_loss_terms(
     axis_name: Hashable | None = None,
     block_size: int | None = None,
     precision: Precision = PRECISION,
+    gather: Gather = GATHER,
 ) -> RankedListLossTerms:
     """Computes for each query what `ranked_list_loss` sums, for logs, tests and other reductions.
 
@@ -229,7 +238,7 @@ def ranked_list_loss_terms(
       with query_weighting="mass".
     """
     variant = Variant(pair_term, query_weighting, gallery_gradient, weight_gradient)
-    options = Options(variant, normalize, block_size, precision)
+    options = Options(variant, normalize, block_size, precision, gather)
     arguments = check_arguments(
         QueryArguments(embeddings, labels, where),
         GalleryArguments(gallery, gallery_labels, gallery_where),

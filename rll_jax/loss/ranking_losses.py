@@ -5,21 +5,19 @@ one query at a time, and compute its N x N comparisons again for the gradient: t
 the memory that of N x N matrices. This module imports jax and numpy alone.
 """
 
-# jax's stubs leave some parameters of asarray and checkpoint without a type.
+# jax's stubs leave some parameters of asarray without a type.
 # pyright: reportUnknownMemberType=false
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 import functools
-from typing import Any, cast
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
 
 from rll_jax.loss._batches import check_positive, make_batch, mean, own_pairs, similarities
-from rll_jax.loss._mesh import on_meshes
+from rll_jax.loss._mesh import map_rows, on_meshes
 
 __all__ = ["recall_at_k_loss", "smooth_ap_loss"]
 
@@ -58,7 +56,7 @@ def smooth_ap_loss(
     batch = make_batch(embeddings, labels, where, axis_name)
     relevant = batch.positive | (own_pairs(batch.embeddings) & batch.valid[:, None])
     precision = functools.partial(_average_precision, temperature, batch.valid)
-    found = _query_by_query(precision, (similarities(batch), relevant))
+    found = map_rows(lambda query: precision(*query), (similarities(batch), relevant))
     return batch.one * mean(1 - found, batch.valid)
 
 
@@ -110,7 +108,8 @@ def recall_at_k_loss(
     counted = jnp.broadcast_to(batch.valid[None, :], batch.positive.shape)
     counted = counted if rank_query else counted & ~own_pairs(batch.embeddings)
     recall = functools.partial(_mean_recall, temperature, lengths, jnp.asarray(widths, dtype))
-    found = _query_by_query(recall, (similarities(batch), batch.positive, counted))
+    queries = (similarities(batch), batch.positive, counted)
+    found = map_rows(lambda query: recall(*query), queries)
     return batch.one * mean(1 - found, batch.positive.any(axis=1))
 
 
@@ -123,15 +122,6 @@ def _check_lists(ks: Sequence[int], widths: Sequence[float]) -> None:
             f"k_temperatures must be {len(ks)} numbers above 0, one for each of ks: "
             f"found {tuple(widths)}"
         )
-
-
-def _query_by_query(function: Callable[..., jax.Array], rows: tuple[jax.Array, ...]) -> jax.Array:
-    """Returns function(row of each matrix) for all rows, (N,), in the memory of one."""
-
-    def of_query(query: tuple[jax.Array, ...]) -> jax.Array:
-        return function(*query)
-
-    return cast("jax.Array", lax.map(cast("Any", jax.checkpoint(of_query)), rows))
 
 
 def _average_precision(

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 import numpy as np
 
 from rll_jax._jaxlib_fault import warn_of_wrong_sums
-from rll_jax.loss._mesh import on_own_device
+from rll_jax.loss._mesh import has_explicit_axes_beside, on_own_device
 
 
 class LabelledRows(NamedTuple):
@@ -163,11 +163,21 @@ def _varying_axes(x: jax.Array) -> frozenset[Hashable]:
     return frozenset(getattr(kind, "varying", ()))
 
 
-def gather(x: jax.Array, axis_name: Hashable | None) -> jax.Array:
-    """Returns the rows of all devices of the axis, or `x` itself without an axis."""
+def gather(x: jax.Array, axis_name: Hashable | None, constant: bool = False) -> jax.Array:
+    """Returns the rows of all devices of the axis, or `x` itself without an axis.
+
+    A `constant` is not differentiated.
+    """
     if axis_name is None:
         return x
-    return cast("jax.Array", lax.all_gather(x, axis_name, tiled=True))
+    constant = constant or not jnp.issubdtype(x.dtype, jnp.floating)
+    if constant or not has_explicit_axes_beside(x):
+        return cast("jax.Array", lax.all_gather(x, axis_name, tiled=True))
+    # jax 0.12 cannot compile the transpose of all_gather there.
+    count, first = x.shape[0], lax.axis_index(axis_name) * x.shape[0]
+    every = jnp.zeros((lax.axis_size(axis_name) * count, *x.shape[1:]), x.dtype)
+    own = lax.dynamic_update_slice_in_dim(every, x, first, axis=0)
+    return cast("jax.Array", lax.psum(own, axis_name))
 
 
 @jax.custom_jvp

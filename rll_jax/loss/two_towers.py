@@ -11,6 +11,7 @@ from rll_jax.loss._options import (
     ALPHA,
     BALANCE,
     GALLERY_GRADIENT,
+    GATHER,
     MARGIN,
     NORMALIZE,
     PAIR_TERM,
@@ -19,6 +20,7 @@ from rll_jax.loss._options import (
     TEMPERATURE_NEG,
     TEMPERATURE_POS,
     WEIGHT_GRADIENT,
+    Gather,
     PairTerm,
     Precision,
     QueryWeighting,
@@ -49,6 +51,7 @@ def two_tower_ranked_list_loss(
     axis_name: Hashable | None = None,
     block_size: int | None = None,
     precision: Precision = PRECISION,
+    gather: Gather = GATHER,
 ) -> jax.Array:
     """Computes the mean of two losses: each row of `a` ranks `b`, and each row of `b` ranks `a`.
 
@@ -77,6 +80,7 @@ def two_tower_ranked_list_loss(
       axis_name: of `pmap`, `shard_map` or `vmap`: each device passes its own rows of both towers.
       block_size: queries computed at a time; None chooses.
       precision: of the matrix products, "highest" or "high".
+      gather: how the ranked tower of several devices reaches each of them, "all" or "ring".
 
     Returns:
       A scalar.
@@ -96,6 +100,7 @@ def two_tower_ranked_list_loss(
         axis_name=axis_name,
         block_size=block_size,
         precision=precision,
+        gather=gather,
     )
     forth = rank(
         a, labels_a, where=where_a, gallery=b, gallery_labels=labels_b, gallery_where=where_b

@@ -418,6 +418,11 @@ def test_bad_input():
     ):
         with pytest.raises(ValueError, match=text):
             baselines.recall_at_k_loss(x, labels, **options)
+    # An array of a known value within jit, too.
+    zero, one = jnp.float32(0), jnp.float32(1)
+    with pytest.raises(ValueError, match="temperature out of range: found 0.0"):
+        jax.jit(lambda x: baselines.smooth_ap_loss(x, labels, temperature=zero))(x)
+    assert jax.jit(lambda x: baselines.smooth_ap_loss(x, labels, temperature=one))(x) > 0
 
 
 @for_each_loss

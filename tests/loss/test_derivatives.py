@@ -22,6 +22,7 @@ VARIANTS = {
     },
     "not normalised": {"normalize": False},
 }
+CAFFE_WEIGHTS = {"pair_term": "squared", "query_weighting": "mass", "weight_gradient": True}
 BASELINES = {
     "contrastive": loss.contrastive_loss,
     "triplet": loss.triplet_loss,
@@ -90,6 +91,24 @@ def test_a_second_derivative_is_refused_by_name(name, compiled):
             second()
     with pytest.raises(NotImplementedError, match="first derivatives only"):
         jax.hessian(value)(x)
+
+
+@pytest.mark.parametrize("options", [{"block_size": 7}, CAFFE_WEIGHTS], ids=str)
+def test_the_terms_have_forward_mode(options):
+    x, labels, direction = data()
+    with jax.enable_x64(True):
+
+        def terms(x):
+            terms = loss.ranked_list_loss_terms(x, labels, **options)
+            return terms.positive, terms.negative, terms.weight
+
+        _, tangents = jax.jit(lambda x: jax.jvp(terms, (x,), (direction,)))(x)
+        jacobians = jax.jit(jax.jacrev(terms))(x)
+        for tangent, jacobian in zip(tangents, jacobians, strict=True):
+            close(tangent, np.sum(jacobian * direction, axis=(1, 2)), 1e-9)
+        counts = jax.jvp(lambda x: loss.ranked_list_loss_terms(x, labels)[2], (x,), (direction,))
+        assert counts[1].dtype == jax.dtypes.float0
+    assert np.abs(tangents[0]).max() > 0
 
 
 @pytest.mark.parametrize("both_ends", [False, True])

@@ -121,6 +121,7 @@ CASES = [
         ValueError,
         "query_weighting: found 'max', expected 'uniform' or 'mass'",
     ),
+    ((X, Y), {"gather": "rign"}, ValueError, "gather: found 'rign', expected 'all' or 'ring'"),
     (
         (X, Y),
         {"block_size": 0},

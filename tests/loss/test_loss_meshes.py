@@ -188,15 +188,65 @@ def test_baselines_equal_one_device_and_divide_the_work(kind, name):
     assert flops[0] <= slack * flops[1] / DEVICES
 
 
-@pytest.mark.parametrize("spec", [P("b"), P("b", "a"), P(("b", "a"))], ids=str)
-def test_within_shard_map_over_one_of_two_axes(spec):
+CUBIC = {
+    "semihard triplets": loss.triplet_loss,
+    "all triplets": functools.partial(loss.triplet_loss, mining="all"),
+    "smooth-ap": loss.smooth_ap_loss,
+    "recall at k": loss.recall_at_k_loss,
+}
+
+
+@pytest.mark.parametrize(
+    "kind, name", [*(("explicit", name) for name in CUBIC), ("automatic", "smooth-ap")]
+)
+def test_losses_of_triplets_divide_them(kind, name):
+    x, labels = data()
+    step = jax.jit(jax.value_and_grad(CUBIC[name]))
+    _, rows, row_labels = on_mesh(kind, "rows and dimensions", x, labels)
+    check(step(rows, row_labels), step(x, labels))
+    divided, one = (step.lower(*args).compile() for args in ((rows, row_labels), (x, labels)))
+
+    def rounds(program):
+        return re.findall(r'known_trip_count":\{"n":"(\d+)"', program.as_text())
+
+    # A loop takes one query of N x N comparisons a round, once for the value and once for the
+    # gradient. The count of FLOPs has one round of each loop.
+    assert rounds(one) == [str(N)] * 2 and rounds(divided) == [str(N // DEVICES)] * 2
+    assert divided.cost_analysis()["flops"] <= one.cost_analysis()["flops"]
+    sizes = re.findall(rf"= (.*?) (?:{COLLECTIVES})(?:-start)?\(", divided.as_text())
+    shapes = [shape for result in sizes for shape in re.findall(r"\[([\d,]+)\]", result)]
+    assert shapes and max(np.prod([int(k) for k in s.split(",")]) for s in shapes) <= N * D
+
+
+def test_losses_of_triplets_take_rows_that_do_not_divide():
+    x, labels = data(61)
+    bank, bank_labels = data(45)
+
+    def value(x):
+        options = {"gallery": bank, "gallery_labels": bank_labels}
+        return loss.triplet_loss(x, labels, **options) + loss.recall_at_k_loss(x, labels)
+
+    step = jax.jit(jax.value_and_grad(value))
+    check(step(on_mesh("explicit", "replicated", x)[1]), step(x))
+
+
+@pytest.mark.parametrize(
+    "spec, batch_loss",
+    [
+        *((spec, loss.ranked_list_loss) for spec in (P("b"), P("b", "a"), P(("b", "a")))),
+        (P("b", "a"), functools.partial(loss.ranked_list_loss, gallery_gradient=True)),
+        (P("b", "a"), loss.contrastive_loss),
+    ],
+    ids=str,
+)
+def test_within_shard_map_over_one_of_two_axes(spec, batch_loss):
     x, labels = data()
     mesh, row_labels = on_mesh("explicit", "one of two axes", labels)
     rows = jax.device_put(x, NamedSharding(mesh, spec))
 
     def value(x):
         def of_device(x, labels):
-            return jax.lax.pmean(loss.ranked_list_loss(x, labels, axis_name="b"), "b")
+            return jax.lax.pmean(batch_loss(x, labels, axis_name="b"), "b")
 
         mapped = jax.shard_map(
             of_device, mesh=mesh, in_specs=(P("b"), P("b")), out_specs=P(), axis_names={"b"}
@@ -204,7 +254,7 @@ def test_within_shard_map_over_one_of_two_axes(spec):
         return mapped(x, row_labels)
 
     actual = jax.jit(jax.value_and_grad(value))(rows)
-    check(actual, jax.value_and_grad(loss.ranked_list_loss)(x, labels))
+    check(actual, jax.jit(jax.value_and_grad(batch_loss))(x, labels))
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

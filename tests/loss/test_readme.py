@@ -29,7 +29,7 @@ def test_the_table_has_the_defaults_of_every_signature(function):
     (arguments,) = re.findall(r"^\| argument \|.*\n((?:\|.*\n)+)", TEXT, re.MULTILINE)
     rows = [[cell.strip(" `") for cell in row.split("|")] for row in arguments.splitlines()[1:]]
     table = {name: default for _, name, _, default, _, _ in rows}
-    assert len(rows) == len(table) == 11
+    assert len(rows) == len(table) == 12
     shown = {
         name: repr(parameter.default)
         for name, parameter in inspect.signature(function).parameters.items()

@@ -62,10 +62,11 @@ loss.ranked_list_loss(
 )
 
 two_towers = loss.two_tower_ranked_list_loss(
-    np.ones((6, 4)), embeddings, labels, jnp.asarray(labels), where_a=mask, precision="high"
+    np.ones((6, 4)), embeddings, labels, jnp.asarray(labels), precision="high", gather="ring"
 )
 assert_type(two_towers, jax.Array)
 assert_type(loss.caffe2019(np.ones((6, 4)), labels, where=jnp.asarray(mask)), jax.Array)
+loss.two_tower_ranked_list_loss(embeddings, embeddings, labels, labels, where_a=mask)
 loss.ranked_list_loss(embeddings, labels, margin=np.float32(0.2), balance=jnp.float32(0.5))
 bank = loss.memory.push(bank, np.ones((6, 4), np.float32), labels, where=mask)
 jitted = jax.jit(loss.ranked_list_loss, static_argnames=loss.STATIC_ARGUMENTS)
@@ -85,6 +86,7 @@ loss.tpami2020(embeddings, labels, margin=0.2, query_weighting="mass")
 loss.ranked_list_loss(embeddings, labels, pair_term="sqared")
 loss.ranked_list_loss(embeddings, labels, precision="hihg")
 loss.caffe2019(embeddings, labels, precision="hihg")
+loss.caffe2019(embeddings, labels, gather="rign")
 loss.tpami2020(embeddings, labels, margin=0.2, weighting="mass")
 loss.cvpr2019(embeddings, labels, marign=0.2)
 loss.two_tower_ranked_list_loss(embeddings, embeddings, labels, labels, query_weighting="mas")
@@ -97,6 +99,7 @@ NAMED = (
     ("sqared", "squared"),
     ("hihg", "high"),
     ("hihg", "high"),
+    ("rign", "ring"),
     ("weighting",),
     ("marign",),
     ("mas", "mass"),

@@ -29,11 +29,15 @@ class Program(NamedTuple):
 
 
 @functools.cache
-def program(gallery_gradient):
+def program(gallery_gradient, gather="all"):
     def step(x, labels):
         def batch_loss(x):
             return loss.ranked_list_loss(
-                x, labels, axis_name="batch", gallery_gradient=gallery_gradient
+                x,
+                labels,
+                axis_name="batch",
+                gallery_gradient=gallery_gradient,
+                gather=gather,
             )
 
         value, gradient = jax.value_and_grad(batch_loss)(x)
@@ -79,6 +83,18 @@ def test_memory_is_about_what_xla_takes(gallery_gradient):
     if jax.__version_info__ < (0, 11) and not gallery_gradient:
         expected -= 4 * N * DIM  # that XLA keeps a copy of the gallery less
     assert program(gallery_gradient).temporary == pytest.approx(expected, rel=0.1)
+
+
+def test_the_ring_takes_the_bytes_and_the_memory_of_the_page():
+    ring = program(False, "ring")
+    received = sum(floats(ring.compiled, "collective-permute")) * 4 * CHIPS
+    assert received == scaling.gather_bytes(N, CHIPS, DIM, gather="ring")
+    assert not floats(ring.compiled, "all-gather")
+    expected = scaling.loss_bytes(N, CHIPS, DIM, gather="ring")
+    if jax.__version_info__ < (0, 11):
+        expected -= 4 * N // CHIPS * DIM  # that XLA keeps a copy of the shard less
+    assert ring.temporary == pytest.approx(expected, rel=0.1)
+    assert scaling.loss_bytes(N, 2, DIM) > scaling.loss_bytes(N, 2, DIM, gather="ring")
 
 
 def test_page_holds_the_output():
