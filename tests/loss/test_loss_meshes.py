@@ -237,7 +237,6 @@ def test_losses_of_triplets_take_rows_that_do_not_divide():
         (P("b", "a"), functools.partial(loss.ranked_list_loss, gallery_gradient=True)),
         (P("b", "a"), loss.contrastive_loss),
     ],
-    ids=str,
 )
 def test_within_shard_map_over_one_of_two_axes(spec, batch_loss):
     x, labels = data()
