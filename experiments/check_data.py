@@ -35,11 +35,10 @@ from experiments.engine import (
     phases,
     trained_network,
 )
-from experiments.engine.config import Config
 from experiments.engine.copies_page import Kind
 from experiments.engine.image_facts import Facts
 from experiments.engine.trained_network import TrainedNetwork
-from rll_jax.data import benchmarks, copies, files, image_dataset, listings
+from rll_jax.data import copies, files, image_dataset, listings
 from rll_jax.data.image_dataset import EncodedImageDataset
 from rll_jax.networks import embedding_net
 
@@ -51,7 +50,9 @@ _MOST_PAIRS = 1e8
 _SAMPLE = 2048  # images
 
 
-def check_flags(options: absl_flags.FlagValues) -> tuple[pathlib.Path, pathlib.Path | None]:
+def check_flags(
+    options: absl_flags.FlagValues,
+) -> tuple[pathlib.Path | None, pathlib.Path | None]:
     """Returns the files of --out and --groups_out; raises ValueError where a flag is wrong."""
     if not 0 <= options.near <= _MOST_BITS:
         raise ValueError(f"--near={options.near}: expected 0 to {_MOST_BITS} bits")
@@ -65,8 +66,7 @@ def check_flags(options: absl_flags.FlagValues) -> tuple[pathlib.Path, pathlib.P
         if groups_out.suffix != ".csv":
             raise ValueError(f"--groups_out={groups_out}: expected a name that ends in .csv")
     if not options.out:
-        names = ("check_data.html", *(f"check_data_{n}.html" for n in range(2, 1000)))
-        return next(path for name in names if not (path := _PAGES / name).exists()), groups_out
+        return None, groups_out
     out = pathlib.Path(options.out)
     command.check_free("out", out)
     if out == groups_out:
@@ -74,14 +74,9 @@ def check_flags(options: absl_flags.FlagValues) -> tuple[pathlib.Path, pathlib.P
     return out, groups_out
 
 
-def _open(config: Config) -> datasets.Splits:
-    """Opens the dataset. A benchmark that is not prepared is read where it lies."""
-    name, data_dir = config.data.dataset, config.runtime.data_dir
-    is_raw = name in benchmarks.BENCHMARKS and data_dir
-    if not is_raw or datasets.array_records_folder(data_dir, name).exists():
-        return datasets.open_datasets(config.data, config.runtime)
-    with datasets.store_errors(data_dir), phases.told("listing the images"):
-        return image_dataset.from_rows(*datasets.list_images(config.data, data_dir))
+def _free_page() -> pathlib.Path:
+    names = ("check_data.html", *(f"check_data_{n}.html" for n in range(2, 1000)))
+    return next(path for name in names if not (path := _PAGES / name).exists())
 
 
 def _split_names(splits: datasets.Splits) -> np.ndarray:
@@ -191,9 +186,11 @@ def main(_: Any) -> None:
         if options.workdir:
             with phases.told("reading the network"):
                 trained = trained_network.load(options.workdir)
-        splits = _open(config)
-        out.parent.mkdir(exist_ok=True)
+        splits = datasets.open_in_place(config.data, config.runtime)
+        (out or _free_page()).parent.mkdir(exist_ok=True)
         names, whole = _split_names(splits), image_dataset.all_as_test(splits)["test"]
+        if groups_out is not None:
+            copy_groups.check_names(whole)
         rows, facts, faults = image_facts.read(whole, config.runtime.threads)
         data, is_test = whole.take(rows), names[rows] != listings.TRAIN
         kinds, notes = _kinds(trained, data, is_test, facts)
@@ -202,8 +199,10 @@ def main(_: Any) -> None:
         lines += [*_about_copies(kinds, is_test, groups), *notes]
         print("\n".join(lines), flush=True)
         title = f"The images of {config.runtime.data_dir or config.data.dataset}"
-        with phases.told("drawing the page"), files.atomic_write(out) as temporary:
+        with phases.told("drawing the page"):
             page = copies_page.page(title, lines, data, names[rows], kinds, faults)
+        out = out or _free_page()
+        with files.atomic_write(out) as temporary:
             temporary.write_text(page, encoding="utf-8", errors="replace")
         print(f"page: {out}")
         if groups_out is not None:

@@ -145,9 +145,10 @@ def main(_: Any) -> None:
             f"{options.workdir}, step {trained.step}: {len(data)} test images, in percent; "
             f"{alone} alone in their class{' but for copies' if groups else ''}"
         )
-        if data.groups is not None:
-            _, sizes = np.unique(data.groups, return_counts=True)
-            print(f"{sizes[sizes > 1].sum()} images are in groups, which are not ranked")
+        if options.groups or data.groups is not None:
+            numbers = [] if data.groups is None else data.groups
+            _, sizes = np.unique(numbers, return_counts=True)
+            print(f"{sizes[sizes > 1].sum()} images have a group, whose others they do not rank")
         print(_as_text(table))
         scores = query_scores.collect(list(by_query.values())[-1], data)
         print(f"95 % intervals over classes, {list(table)[-1]}:")

@@ -28,7 +28,9 @@ def _test_images(first: FinishedRun, data_dir: str) -> tuple[EncodedImageDataset
         return None, f"{first.name} {first.without}."
     config = first.config.replace(**({"data_dir": data_dir} if data_dir else {}))
     try:
-        test = datasets.open_usable(config.data, config.runtime)[0]["test"]
+        in_place = datasets.open_in_place
+        splits, _ = datasets.open_usable(config.data, config.runtime, open_splits=in_place)
+        test = splits["test"]
         if checks.data_digest(test) != finished_runs.digest_of_images(first, first.scores):
             where = f"--data_dir={data_dir}" if data_dir else "the data"
             raise ValueError(f"{where}: not the test images that {first.workdir} scored")

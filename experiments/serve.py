@@ -20,7 +20,7 @@ from typing import Any
 
 from absl import app, flags
 
-from experiments.engine import command, phases, trained_network
+from experiments.engine import command, finished_runs, phases, trained_network
 from experiments.engine.search_service import SearchedRun, SearchService
 
 
@@ -37,10 +37,10 @@ def main(_: Any) -> None:
         workdirs = _workdirs(options.workdir)
         with _bound(options.host, options.port) as listener:
             runs = []
-            for workdir, name in zip(workdirs, _names(workdirs), strict=True):
+            for workdir, name in zip(workdirs, finished_runs.short_names(workdirs), strict=True):
                 with phases.told(f"reading the network of {workdir}", sys.stderr):
-                    trained = trained_network.load(workdir, options.step, options.best)
-                runs.append(SearchedRun(name, workdir, trained))
+                    trained = trained_network.load(str(workdir), options.step, options.best)
+                runs.append(SearchedRun(name, str(workdir), trained))
             service = SearchService(runs, folder)
             _serve(service, listener, options.host, options.update_seconds)
 
@@ -51,27 +51,12 @@ def _check_installed() -> None:
         raise ValueError(f"needs {' and '.join(missing)}: pip install starlette uvicorn")
 
 
-def _workdirs(text: str) -> list[str]:
-    """Returns the folders of one run or two; a folder may have a comma in its name."""
-    if (pathlib.Path(text) / "flags.txt").is_file():
-        return [text]
-    workdirs = [part for part in text.split(",") if part]
-    if len(workdirs) not in (1, 2) or len({os.path.realpath(name) for name in workdirs}) != len(
-        workdirs
-    ):
+def _workdirs(text: str) -> list[pathlib.Path]:
+    """Returns the folders of one run or two; a folder may have commas in its name."""
+    folders = [pathlib.Path(os.path.abspath(each)) for each in finished_runs.split_folders(text)]
+    if len(folders) > 2 or len({each.resolve() for each in folders}) < len(folders):
         raise ValueError(f"--workdir={text}: expected the folder of a run, or of two: A,B")
-    return workdirs
-
-
-def _names(workdirs: list[str]) -> list[str]:
-    """Returns short names of the runs: the last parts of their folders that differ."""
-    parts = [pathlib.Path(os.path.abspath(workdir)).parts for workdir in workdirs]
-    most = max(map(len, parts))
-    for length in range(1, most + 1):
-        names = ["/".join(part[-length:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return workdirs
+    return folders
 
 
 @contextlib.contextmanager
@@ -89,6 +74,7 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(address)
+            listener.listen()  # only now is the port taken
         except OSError as error:
             raise ValueError(
                 f"--host={host} --port={port}: cannot listen there ({error.strerror}): choose "
@@ -124,9 +110,13 @@ def _serve(
     stop = threading.Event()
     follower = threading.Thread(target=service.follow, args=(update_seconds, stop), daemon=True)
     follower.start()
-    # uvicorn raises the signal again once it has ended.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.signal(signal.SIGINT, lambda *_: None)
+
+    def stop_serving(*_: object) -> None:
+        server.should_exit = True
+
+    # Until uvicorn has handlers of its own; it raises the signal again once it has ended.
+    signal.signal(signal.SIGTERM, stop_serving)
+    signal.signal(signal.SIGINT, stop_serving)
     server.run(sockets=[listener])
     stop.set()
     service.look_now()

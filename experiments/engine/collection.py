@@ -6,8 +6,9 @@ import dataclasses
 import numpy as np
 
 from rll_jax import metrics
+from rll_jax.data import folders, listings
 
-_SPLITS = ({"train", "test"}, {"test"})  # top folders of a dataset that are no classes
+_SPLITS = {*folders.SPLIT_LIKE, listings.QUERY, listings.GALLERY}
 _ROWS = 2048  # images whose nearest is found at once
 NO_CLASS = -1
 
@@ -78,13 +79,14 @@ def make(
 def class_names(files: Sequence[str]) -> list[str]:
     """Returns the class of each image: the name of its folder, as in a dataset of folders.
 
-    Folders around all classes are no classes: train/ and test/, and one that holds everything.
+    Folders around all classes are no classes: those of splits, and one that holds everything.
     An image in no folder has the class "".
     """
     parts = [name.split("/") for name in files]
     while parts and all(len(part) > 2 for part in parts) and len({part[0] for part in parts}) == 1:
         parts = [part[1:] for part in parts]
-    if {part[0] for part in parts if len(part) > 1} in _SPLITS:
+    tops = {part[0].lower() for part in parts if len(part) > 1}
+    if tops <= _SPLITS and any(len(part) > 2 for part in parts):
         parts = [part[1:] if len(part) > 1 else part for part in parts]
     return [part[0] if len(part) > 1 else "" for part in parts]
 

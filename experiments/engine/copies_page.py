@@ -129,7 +129,7 @@ def _picture(data: EncodedImageDataset, row: int) -> str:
     """Returns a thumbnail, or a sentence where there is no picture to show."""
     path = str(data.paths[row])
     try:
-        encoded = data.image(row).encoded
-        return html_page.thumbnail(images.shrink(encoded, path, _SIDE), path)
+        encoded, box = data.image(row).encoded, data.box(row)
+        return html_page.thumbnail(images.shrink(encoded, path, _SIDE, crop=box), path)
     except images.BadImageError:
         return f"<span>{html.escape(path)} cannot be shown: it could be read before.</span>"

@@ -209,6 +209,19 @@ def _open_benchmark(data: DataOptions, runtime: RuntimeOptions) -> Splits:
     return splits
 
 
+def open_in_place(data: DataOptions, runtime: RuntimeOptions) -> Splits:
+    """Opens the datasets, and writes nothing: a benchmark that is not prepared is read as it is.
+
+    Raises:
+      ValueError: as `open_datasets`.
+    """
+    is_raw = data.dataset in benchmarks.BENCHMARKS and runtime.data_dir
+    if not is_raw or array_records_folder(runtime.data_dir, data.dataset).exists():
+        return open_datasets(data, runtime)
+    with store_errors(runtime.data_dir), phases.told("listing the images"):
+        return image_dataset.from_rows(*list_images(data, runtime.data_dir))
+
+
 def _open_folder(data: DataOptions, runtime: RuntimeOptions) -> Splits:
     """Opens a user's folder in place, or the ArrayRecord files that `prepare` made of one."""
     data_dir = _needed_data_dir(data, runtime)
@@ -420,7 +433,11 @@ def refuse_bad(
 
 
 def open_usable(
-    data: DataOptions, runtime: RuntimeOptions, *, all_classes: bool = False
+    data: DataOptions,
+    runtime: RuntimeOptions,
+    *,
+    all_classes: bool = False,
+    open_splits: Callable[[DataOptions, RuntimeOptions], Splits] | None = None,
 ) -> tuple[Splits, list[str]]:
     """Opens the datasets without their bad images.
 
@@ -428,6 +445,7 @@ def open_usable(
       data: the run's data options.
       runtime: the run's runtime options.
       all_classes: have all classes in "test", and none in "train".
+      open_splits: opens them, such as `open_in_place`; None: `open_datasets`.
 
     Returns:
       {"train": ..., "test": ...}, and a line for each skipped image.
@@ -435,7 +453,7 @@ def open_usable(
     Raises:
       ValueError: as `open_datasets` and `refuse_bad`.
     """
-    splits = open_datasets(data, runtime)
+    splits = (open_splits or open_datasets)(data, runtime)
     if all_classes:
         splits = image_dataset.all_as_test(splits)
     elif data.validation_share:

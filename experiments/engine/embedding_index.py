@@ -23,6 +23,7 @@ from rll_jax.data import files, image_files, images
 from rll_jax.networks import embedding_net
 
 _PART = 512  # images
+_MOST_PARTS = 64  # beyond what a folder of this size needs; then they are joined
 Stamps = dict[str, tuple[int, int]]  # {name: (bytes, time of the last change in ns)}
 
 
@@ -79,8 +80,13 @@ def update(
         stamps = stamps_of(root, image_names(root))
     directory = _index_folder(pathlib.Path(workdir), trained, root)
     known: dict[str, np.ndarray] = {}
-    for path in directory.glob("*.npz"):
+    parts = list(directory.glob("*.npz"))
+    for path in parts:
         known |= _read_part(path, stamps)
+    if len(parts) > _MOST_PARTS + 2 * len(known) // _PART:
+        _write_part(directory, known, stamps)
+        for path in parts:
+            path.unlink(missing_ok=True)
     num_known = len(known)
     todo = [name for name in stamps if name not in known]
     with tqdm.tqdm(total=len(todo), unit="image", desc="embedding", disable=not todo) as progress:
@@ -121,6 +127,12 @@ def _embed_part(
         for name, embedding, ok in zip(names, embeddings, readable, strict=True)
         if ok
     }
+    _write_part(directory, part, stamps)
+    return part
+
+
+def _write_part(directory: pathlib.Path, part: Mapping[str, np.ndarray], stamps: Stamps) -> None:
+    """Writes a part of the index, unless it is empty."""
     if part:
         # A part has a name of its own, whatever other processes write there.
         target = directory / f"{uuid.uuid4().hex}.npz"
@@ -133,7 +145,6 @@ def _embed_part(
             )
             file.flush()
             os.fsync(file.fileno())
-    return part
 
 
 def _read_part(path: pathlib.Path, stamps: Mapping[str, tuple[int, int]]) -> dict[str, np.ndarray]:

@@ -40,6 +40,9 @@ def grid(data: EncodedImageDataset, embeddings: np.ndarray, by_query: ByQuery) -
     gallery, groups_of = data.gallery_rows, data.groups
     if groups_of is None and data.is_query is not None:
         groups_of = np.arange(len(data))  # a query that is in the gallery does not find itself
+    # Other files of the query's image are left out; -1: there are none.
+    ids = np.full(len(data), -1) if data.image_ids is None else data.image_ids
+    spare = 0 if data.image_ids is None else int(np.unique(ids, return_counts=True)[1].max())
     names = class_names(data)
     jitter = np.random.default_rng(0).random(len(by_query["query"]))  # orders equals by chance
     keys = (jitter, -by_query["first_rank"], by_query["average_precision"])
@@ -53,7 +56,7 @@ def grid(data: EncodedImageDataset, embeddings: np.ndarray, by_query: ByQuery) -
         }[kind]
         queries = data.query_rows[order[first : first + number]]
         itself = queries if data.in_gallery is None else None
-        k = min(NEIGHBOURS, len(gallery) - (itself is not None))
+        k = min(NEIGHBOURS + spare, len(gallery) - (itself is not None))
         groups = {}
         if groups_of is not None:
             groups = {"query_groups": groups_of[queries], "gallery_groups": groups_of[gallery]}
@@ -62,7 +65,8 @@ def grid(data: EncodedImageDataset, embeddings: np.ndarray, by_query: ByQuery) -
         )
         parts.append(f"<h3>{kind}</h3>")
         for query, rows, values in zip(queries, gallery[nearest], similarity, strict=True):
-            found = np.isfinite(values)
+            found = np.isfinite(values) & ((ids[rows] != ids[query]) | (ids[rows] < 0))
+            found &= np.cumsum(found) <= NEIGHBOURS
             parts.append(_query_row(data, names, query, rows[found], values[found]))
     return "".join(parts)
 

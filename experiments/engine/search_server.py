@@ -11,11 +11,12 @@ Every number and class is checked. An error is a sentence, in JSON: {"error": ".
 A request with ?collection=ID is refused once the numbers are those of another collection.
 """
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 import ipaddress
 import os
 import pathlib
 import re
+import socket
 from typing import Any, NamedTuple
 
 import anyio
@@ -25,7 +26,6 @@ from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -82,24 +82,9 @@ def make_app(service: SearchService, host: str) -> Starlette:
         Route("/thumbnails/{number}", api.thumbnail),
         Route("/images/{number}", api.picture),
     ]
-    middleware = [
-        Middleware(_Guard),
-        Middleware(TrustedHostMiddleware, allowed_hosts=_hosts(host), www_redirect=False),
-    ]
+    middleware = [Middleware(_Guard, names=_names(host))]
     handlers: dict[Any, Callable[..., Response]] = {HTTPException: _refusal, Exception: _failure}
     return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
-
-
-def _hosts(host: str) -> list[str]:
-    """Returns the names by which a browser may call: another site's name may lead here, too."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return ["localhost", "127.0.0.1", "[::1]", host]
-    if address.is_unspecified:
-        return ["*"]
-    own = f"[{host}]" if address.version == 6 else host
-    return ["localhost", "127.0.0.1", "[::1]", own]
 
 
 class _Api:
@@ -107,6 +92,8 @@ class _Api:
 
     def __init__(self, service: SearchService) -> None:
         self._service = service
+        # A search within a class copies its embeddings.
+        self._searchers = anyio.CapacityLimiter(os.cpu_count() or 2)
         self._decoders = anyio.CapacityLimiter(os.cpu_count() or 2)
         self._uploads = anyio.CapacityLimiter(_UPLOADS)
 
@@ -150,14 +137,20 @@ class _Api:
             run = _whole(request, "right_only_in", 0, 0, len(known.embeddings) - 1)
             if len(known.embeddings) < 2:
                 raise HTTPException(400, "Only one run is searched: there is nothing to compare.")
-            differing = self._service.right_only_in(run, snapshot)
+            try:
+                differing = self._service.right_only_in(run, snapshot)
+            except ValueError as error:
+                raise HTTPException(500, f"The runs cannot be compared: {error}.") from None
             if isinstance(differing, float):
                 return JSONResponse({"progress": round(differing, 3)}, 202)
             rows = np.intersect1d(rows, differing, assume_unique=True)
         shown = [self._item(row, snapshot) for row in rows[offset : offset + limit].tolist()]
         return JSONResponse({"total": len(rows), "offset": offset, "images": shown})
 
-    def nearest(self, request: Request) -> Response:
+    async def nearest(self, request: Request) -> Response:
+        return await anyio.to_thread.run_sync(self._nearest, request, limiter=self._searchers)
+
+    def _nearest(self, request: Request) -> Response:
         snapshot = self._snapshot(request)
         query = self._query(request, snapshot)
         row = self._row(request, snapshot)
@@ -382,8 +375,8 @@ def _failure(request: Request, error: Exception) -> Response:
 class _Guard:
     """Adds headers that shut others out, and refuses what another site sends."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
+        self._app, self._names = app, names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -396,11 +389,31 @@ class _Guard:
             await send(message)
 
         request = Request(scope)
-        if request.method not in ("GET", "HEAD") and _is_foreign(request):
+        response: ASGIApp = self._app
+        if not _is_own(request.headers.get("host", ""), self._names):
+            response = JSONResponse({"error": "This server has another name: refused."}, 400)
+        elif request.method not in ("GET", "HEAD") and _is_foreign(request):
             response = JSONResponse({"error": "Another site sent this: refused."}, 403)
-            await response(scope, receive, send_guarded)
-            return
-        await self._app(scope, receive, send_guarded)
+        await response(scope, receive, send_guarded)
+
+
+def _names(host: str) -> set[str]:
+    """Returns the names by which a browser may call, beside addresses in numbers."""
+    own = socket.gethostname().lower()
+    return {"localhost", host.lower(), own, f"{own}.local"}
+
+
+def _is_own(host: str, names: Collection[str]) -> bool:
+    """Whether the Host of a request is an address in numbers, or one of the names.
+
+    The name of another site may lead here, too, and its pages could then read all.
+    """
+    name = re.sub(r":[0-9]+$", "", host.lower())
+    try:
+        ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return name in names
+    return True
 
 
 def _is_foreign(request: Request) -> bool:

@@ -115,6 +115,8 @@ class SearchService:
             self.is_updating = True
             self.snapshot = self._read(stamps, self.snapshot.version + 1)
             self.problem = ""
+            with self._differences_lock:
+                self._differences = None  # it holds the embeddings of before
         except Exception as error:  # whatever it is, the page goes on with what it has
             self.problem = first_line(error)
             return False
@@ -182,11 +184,16 @@ class SearchService:
 
         Returns:
           (M,) rows, or while they are counted the share that is done, below 1.
+
+        Raises:
+          ValueError: they cannot be counted.
         """
         with self._differences_lock:
             if self._differences is None or self._differences.snapshot is not snapshot:
                 self._differences = _Differences(snapshot, lambda: self.snapshot is snapshot)
             differences = self._differences
+        if differences.problem:
+            raise ValueError(differences.problem)
         if differences.right is None:
             return min(differences.done, 0.99)
         return np.flatnonzero(differences.right[run] & ~differences.right[1 - run])
@@ -202,15 +209,22 @@ class _Differences:
     Attributes:
       done: the share that is counted.
       right: for each run (N,) bool; None until all is counted.
+      problem: why it ended before, or "".
     """
 
     def __init__(self, snapshot: Snapshot, is_wanted: Callable[[], bool]) -> None:
         self.snapshot, self._is_wanted = snapshot, is_wanted
-        self.done = 0.0
+        self.done, self.problem = 0.0, ""
         self.right: list[np.ndarray] | None = None
         threading.Thread(target=self._count, daemon=True).start()
 
     def _count(self) -> None:
+        try:
+            self._count_all()
+        except Exception as error:  # such as a lack of memory: the page tells it
+            self.problem = first_line(error) or type(error).__name__
+
+    def _count_all(self) -> None:
         collection = self.snapshot.collection
         runs, right = len(collection.embeddings), []
         for run in range(runs):

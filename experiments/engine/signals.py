@@ -13,10 +13,12 @@ from importlib import machinery
 import os
 import signal
 import sys
+import time
 import types
 
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 RUN_AGAIN = 75  # the exit code of a program that SIGTERM ended (EX_TEMPFAIL)
+_TWICE = 1.0  # seconds in which a launcher may send SIGTERM again
 TOLD_TO_STOP = "told to stop: give the same command again"
 
 
@@ -80,23 +82,24 @@ def raised() -> Iterator[None]:
     collector), or where others come of them. Signals that are left to the system stay so.
     """
     hook, extensions = sys.unraisablehook, _num_extensions(sys._getframe())
-    stopping = False
+    stopped = -_TWICE  # when SIGTERM was raised last
 
     def handle(number: int, frame: types.FrameType | None) -> None:
-        nonlocal stopping
-        if number == signal.SIGTERM and stopping:  # many launchers send it twice
+        nonlocal stopped
+        if number == signal.SIGTERM and time.monotonic() < stopped + _TWICE:
             return
         if _num_extensions(frame) > extensions:  # it would turn the error into an ImportError
             _send_soon(number)
             return
-        stopping = number == signal.SIGTERM
+        if number == signal.SIGTERM:
+            stopped = time.monotonic()
         raise _ERRORS[number]
 
     def raise_again(dropped: "sys.UnraisableHookArgs") -> None:
-        nonlocal stopping
+        nonlocal stopped
         for number, kind in _ERRORS.items():
             if isinstance(dropped.exc_value, kind):
-                stopping = False
+                stopped = -_TWICE
                 _send_soon(number)
                 return
         hook(dropped)
@@ -109,16 +112,20 @@ def raised() -> Iterator[None]:
             signal.signal(number, handle)
         yield
     except Exception as error:
-        behind: BaseException | None = error
-        while behind is not None and not isinstance(behind, KeyboardInterrupt | SystemExit):
-            behind = behind.__cause__ or behind.__context__
-        if behind is None:
+        if (behind := _stop_behind(error)) is None:
             raise
         raise behind from None
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         sys.unraisablehook = hook
+
+
+def _stop_behind(error: BaseException | None) -> BaseException | None:
+    """Returns the KeyboardInterrupt or SystemExit of which an error has come; None without one."""
+    while error is not None and not isinstance(error, KeyboardInterrupt | SystemExit):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _num_extensions(frame: types.FrameType | None) -> int:

@@ -22,6 +22,7 @@ from rll_jax.data.listings import GALLERY, QUERY, SPLITS, TEST, TRAIN
 
 _NEEDED = {"path", "label"}
 _ROLES = ("is_query", "is_gallery")
+_MOST_PIXELS = 2**31
 _BOX = ("x_1", "y_1", "x_2", "y_2")
 _NAMES = ("super_label", "group", "image_id", "category", "sequence")
 _KNOWN = (*_NEEDED, "split", *_NAMES, *_ROLES, *_BOX)
@@ -161,7 +162,7 @@ def _read_box(cells: dict[str, str], where: str) -> tuple[int, int, int, int] | 
     except ValueError:
         numbers = [math.nan]
     shown = ", ".join(f"{column}={text:.20}" for column, text in texts.items())
-    if not all(map(math.isfinite, numbers)):
+    if not all(abs(number) < _MOST_PIXELS for number in numbers):  # NaN neither
         raise ValueError(f"{where}: the bounding box is {shown}, expected numbers of pixels")
     left, top, right, bottom = map(round, numbers)
     if right <= max(left, 0) or bottom <= max(top, 0):

@@ -28,6 +28,9 @@ class BadImageError(ValueError):
     """An image that cannot be read or decoded; the message names the image."""
 
 
+_PROGRAMS = ("EPS", "WMF")  # Pillow would start Ghostscript, or Windows' player
+
+
 class EncodedImage:
     """An encoded image (PNG, JPEG, WebP, ...) that is decoded when its pixels are asked for.
 
@@ -60,6 +63,8 @@ class EncodedImage:
                 raise ValueError(
                     f"{image.width} x {image.height} pixels are more than is safe to decode"
                 )
+            if image.format in _PROGRAMS:
+                raise ValueError(f"{image.format} is a program, which is not run")
             self.kind = f"{image.format} {image.mode}"
             self._is_jpeg = image.format == "JPEG" and image.mode in ("RGB", "L")
             self._stored_size = image.size

@@ -19,6 +19,7 @@ import numpy as np
 Options = ParamSpec("Options")
 Tree = TypeVar("Tree")
 Rows = TypeVar("Rows")
+Whole = TypeVar("Whole")
 
 
 def mesh_of(x: jax.Array | np.ndarray) -> Any:
@@ -96,23 +97,28 @@ def over_rows(function: Callable[..., Tree], mesh: Any, rows: Any, replicated: A
     return mapped(rows, replicated)
 
 
-def map_rows(function: Callable[[Rows], Tree], rows: Rows) -> Tree:
+def map_rows(function: Callable[[Rows, Whole], Tree], rows: Rows, whole: Whole) -> Tree:
     """Returns `function` of each row, in the memory of one: the gradient computes it again.
 
     Within `on_meshes` each device takes its own rows, one at a time.
 
     Args:
-      function: from one row of each array to a tree of arrays.
+      function: from one row of each array, and `whole`, to a tree of arrays.
       rows: a tree of arrays of as many rows.
+      whole: a tree of arrays, the same for each row. What is differentiated must be in it: a mesh
+        with explicit axes refuses what a function holds.
     """
 
-    def one_by_one(rows: Rows, _: None = None) -> Tree:
-        return cast("Tree", jax.lax.map(cast("Any", jax.checkpoint(function)), rows))
+    def one_by_one(rows: Rows, whole: Whole) -> Tree:
+        def of_row(row: Rows) -> Tree:
+            return function(row, whole)
+
+        return cast("Tree", jax.lax.map(cast("Any", jax.checkpoint(of_row)), rows))
 
     first = cast("list[jax.Array]", jax.tree.leaves(rows))[0]
     mesh = mesh_of(first)
     if mesh is None or AxisType.Explicit in mesh.axis_types:
-        return one_by_one(rows)
+        return one_by_one(rows, whole)
 
     def pad(x: jax.Array) -> jax.Array:
         return pad_rows(x, mesh)
@@ -120,7 +126,7 @@ def map_rows(function: Callable[[Rows], Tree], rows: Rows) -> Tree:
     def unpad(x: jax.Array) -> jax.Array:
         return x[: first.shape[0]]
 
-    return jax.tree.map(unpad, over_rows(one_by_one, mesh, jax.tree.map(pad, rows), None))
+    return jax.tree.map(unpad, over_rows(one_by_one, mesh, jax.tree.map(pad, rows), whole))
 
 
 def on_meshes(loss: Callable[Options, jax.Array]) -> Callable[Options, jax.Array]:

@@ -181,19 +181,20 @@ def triplet_loss(
         usable = batch.positive.any(axis=1) & batch.negative.any(axis=1)
         return batch.one * mean_above_zero(hinge, usable)
     anchors = (distance, batch.positive, batch.negative)
-    total, count = map_rows(functools.partial(_sum_triplets, margin, mining), anchors)
+    sum_triplets = functools.partial(_sum_triplets, mining)
+    total, count = map_rows(sum_triplets, anchors, jnp.asarray(margin, distance.dtype))
     return batch.one * jnp.sum(total) / jnp.maximum(jnp.sum(count.astype(distance.dtype)), 1)
 
 
 def _sum_triplets(
-    margin: ArrayLike, mining: Mining, anchor: tuple[jax.Array, jax.Array, jax.Array]
+    mining: Mining, anchor: tuple[jax.Array, jax.Array, jax.Array], margin: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the sum and the number of one anchor's mined triplets that are above 0.
 
     Args:
-      margin: as in `triplet_loss`.
       mining: "semihard" or "all".
       anchor: (N,) distances to all rows, which are positives, and which are negatives.
+      margin: as in `triplet_loss`.
     """
     distance, positive, negative = anchor
     difference = distance[:, None] - distance[None, :]

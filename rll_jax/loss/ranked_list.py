@@ -167,7 +167,8 @@ def ranked_list_loss(
       axis_name: of `pmap`, `shard_map` or `vmap`: the gallery is that of all devices together. Each
         device passes its own rows of the batch, or of `gallery` (shards, not copies). It returns
         its share times the number of devices, so that `lax.pmean` of values and gradients gives
-        those of the whole batch. RECIPES.md has the recipe.
+        those of the whole batch; or that mean itself, with weight_gradient of the weighting "mass",
+        and with gallery_gradient in a ring. RECIPES.md has the recipe.
       block_size: queries computed at a time; None chooses from M. Memory is O(M * block_size).
         Ignored where N or M is symbolic (`jax.export`).
       precision: of the matrix products. "highest" is float32. "high" uses the tensor cores: TF32 on
@@ -199,7 +200,13 @@ def ranked_list_loss(
         options,
     )
     share = jnp.sum(solve(_share, arguments, options, axis_name))
-    return share if axis_name is None else share * lax.axis_size(axis_name)
+    if axis_name is None:
+        return share
+    differentiates_weights = query_weighting == "mass" and weight_gradient
+    if differentiates_weights or (gather == "ring" and gallery_gradient):
+        # Their derivative is that of the sum of all shares: no device may weigh its own.
+        return cast("jax.Array", lax.psum(share, axis_name))
+    return share * lax.axis_size(axis_name)
 
 
 def ranked_list_loss_terms(

@@ -9,7 +9,6 @@ the memory that of N x N matrices. This module imports jax and numpy alone.
 # pyright: reportUnknownMemberType=false
 
 from collections.abc import Hashable, Sequence
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -55,8 +54,11 @@ def smooth_ap_loss(
     check_positive(temperature=temperature)
     batch = make_batch(embeddings, labels, where, axis_name)
     relevant = batch.positive | (own_pairs(batch.embeddings) & batch.valid[:, None])
-    precision = functools.partial(_average_precision, temperature, batch.valid)
-    found = map_rows(lambda query: precision(*query), (similarities(batch), relevant))
+    found = map_rows(
+        lambda query, whole: _average_precision(*whole, *query),
+        (similarities(batch), relevant),
+        (jnp.asarray(temperature, batch.embeddings.dtype), batch.valid),
+    )
     return batch.one * mean(1 - found, batch.valid)
 
 
@@ -107,9 +109,11 @@ def recall_at_k_loss(
     lengths = jnp.minimum(jnp.asarray(ks, dtype), rows)
     counted = jnp.broadcast_to(batch.valid[None, :], batch.positive.shape)
     counted = counted if rank_query else counted & ~own_pairs(batch.embeddings)
-    recall = functools.partial(_mean_recall, temperature, lengths, jnp.asarray(widths, dtype))
-    queries = (similarities(batch), batch.positive, counted)
-    found = map_rows(lambda query: recall(*query), queries)
+    found = map_rows(
+        lambda query, whole: _mean_recall(*whole, *query),
+        (similarities(batch), batch.positive, counted),
+        (jnp.asarray(temperature, dtype), lengths, jnp.asarray(widths, dtype)),
+    )
     return batch.one * mean(1 - found, batch.positive.any(axis=1))
 
 

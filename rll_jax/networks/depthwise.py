@@ -90,7 +90,9 @@ def _shifted(
     """Yields what each element of a kernel of these sides sees of the maps, row by row."""
     x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)))
     # The last place of the kernel's first element.
-    height, width = (side - size + 1 for side, size in zip(x.shape[1:3], sides, strict=True))
+    height, width = (
+        max(0, side - size + 1) for side, size in zip(x.shape[1:3], sides, strict=True)
+    )
     for row in range(sides[0]):
         for column in range(sides[1]):
             yield x[:, row : row + height : strides[0], column : column + width : strides[1]]

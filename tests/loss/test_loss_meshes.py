@@ -218,6 +218,23 @@ def test_losses_of_triplets_divide_them(kind, name):
     assert shapes and max(np.prod([int(k) for k in s.split(",")]) for s in shapes) <= N * D
 
 
+@pytest.mark.parametrize("kind", ["explicit", "automatic"])
+def test_losses_of_triplets_are_differentiated_by_their_numbers(kind):
+    x, labels = data()
+
+    def value(x, number):
+        of_triplets = loss.triplet_loss(x, labels, margin=number)
+        of_ranks = loss.smooth_ap_loss(x, labels, temperature=number)
+        return of_triplets + of_ranks + loss.recall_at_k_loss(x, labels, temperature=number)
+
+    step = jax.jit(jax.value_and_grad(value, argnums=(0, 1)))
+    number = jnp.float32(0.1)
+    actual = step(on_mesh(kind, "rows and dimensions", x)[1], number)
+    expected = step(x, number)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-4, atol=3e-6 * np.abs(e).max())
+
+
 def test_losses_of_triplets_take_rows_that_do_not_divide():
     x, labels = data(61)
     bank, bank_labels = data(45)

@@ -233,6 +233,9 @@ def test_two_towers_presets_and_one_device():
     ring = jax.jit(functools.partial(loss.two_tower_ranked_list_loss, gather="ring"))
     expected = loss.two_tower_ranked_list_loss(x, b, labels, labels_b)
     same(ring(on_mesh(x), b, labels, labels_b), expected, 1e-6)
+    both = functools.partial(jax.grad, argnums=(0, 1))
+    gradients = both(loss.two_tower_ranked_list_loss)(x, b, labels, labels_b)
+    same(jax.jit(both(ring))(on_mesh(x), b, labels, labels_b), gradients, 1e-5)
     assert loss.tpami2020(x, labels, gather="ring") == loss.tpami2020(x, labels)
 
 
@@ -241,7 +244,35 @@ def test_nan_in_one_shard_is_seen_on_all_devices():
     x[20, 3] = np.nan
     step = jax.jit(jax.value_and_grad(functools.partial(loss.ranked_list_loss, gather="ring")))
     value, gradient = step(on_mesh(x), labels)
-    assert np.isnan(value) and np.isnan(gradient).any()
+    assert np.isnan(value) and np.isnan(gradient).any(axis=1).all()
+
+
+@pytest.mark.parametrize("gather", ["all", "ring"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_devices_that_count_differently(variant, gather):
+    """What each device returns has a gradient of its own, or is the loss of all on each."""
+    options = VARIANTS[variant]
+    weights = np.array([1.0, 0, 3, 0.5, 2, 1, 1, 0])
+    returns_mean = {"weights", "all gradients"} | ({"both ends"} if gather == "ring" else set())
+
+    def share(x, labels, weight):
+        value = loss.ranked_list_loss(x, labels, axis_name="a", gather=gather, **options)
+        return lax.psum(weight[0] * value, "a") / DEVICES
+
+    def expected(x):
+        if variant in returns_mean:
+            return weights.mean() * loss.ranked_list_loss(x, labels, **options)
+        terms = loss.ranked_list_loss_terms(x, labels, **options)
+        by_row = np.repeat(weights, len(labels) // DEVICES)
+        return jnp.sum(by_row * terms.weight * (terms.positive + terms.negative) / 2)
+
+    x, labels = data()
+    with jax.enable_x64(True):
+        x = x.astype(np.float64)
+        mesh = on_mesh(x).sharding.mesh
+        shares = jax.shard_map(share, mesh=mesh, in_specs=(ROWS,) * 3, out_specs=P())
+        actual = jax.jit(jax.value_and_grad(lambda x: shares(x, labels, weights)))(x)
+        same(actual, jax.jit(jax.value_and_grad(expected))(x), 1e-9)
 
 
 @functools.cache
