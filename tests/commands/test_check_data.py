@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from experiments.engine import copies_page
-from rll_jax.data import copies, image_dataset
+from experiments.engine import copies_page, copy_groups
+from rll_jax.data import copies, folders, image_dataset
 from rll_jax.data.listings import Row
 from tests.helpers.benchmark_trees import jpeg, make_cub, make_inshop
 from tests.helpers.commands import SMALL, browse, refused, run
@@ -130,23 +130,50 @@ def test_near_says_how_near(tree, tmp_path):
     assert counts(lines, "same bytes") == [4, 2, 0] and counts(lines, "near by hash")[0] < 2
 
 
-def test_the_page_of_its_own_name_overwrites_nothing(tree, tmp_path, monkeypatch):
-    from absl import flags
-
+def test_the_page_of_its_own_name_overwrites_nothing(tmp_path, monkeypatch):
     from experiments import check_data
 
-    values = flags.FlagValues()
-    for name in ("out", "groups_out"):
-        flags.DEFINE_string(name, "", "", flag_values=values)
-    flags.DEFINE_integer("near", 40, "", flag_values=values)
-    flags.DEFINE_float("near_similarity", 0.9, "", flag_values=values)
-    values.mark_as_parsed()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for name in ("check_data.html", "check_data_2.html"):
-        path, _ = check_data.check_flags(values)
+        path = check_data._free_page()
         assert path.name == name and not path.exists()
         path.touch()
+
+
+@pytest.mark.parametrize("boxed", [False, True])
+def test_groups_of_boxes_and_of_mixed_roles_are_read_again(boxed, tmp_path):
+    """The table of groups holds what the images had: `evaluate --groups` and --index read it."""
+    root = tmp_path / "pictures"
+    write(root, {f"{c}/{i}.jpg": jpeg(10 * c + i, SIZE) for c in range(4) for i in range(2)})
+    box = ["x_1,y_1,x_2,y_2", "5,5,100,90", "90,20,200,150"]
+    lines = ["path,label,split,is_query,is_gallery" + (f",{box[0]}" if boxed else "")]
+    for c in range(4):
+        role = "train,," if c < 2 else "test,True,True" if c == 2 else "test,True,False"
+        for i in range(2):
+            for number in (1, 2) if boxed else (1,):
+                each = f",{box[number]}" if boxed else ""
+                lines.append(f"{c}/{i}.jpg,{c},{role}{each}")
+    lines[-1] = lines[-1].replace("True,False", "False,True")
+    (tmp_path / "index.csv").write_text("\n".join(lines) + "\n")
+    out = tmp_path / "groups.csv"
+    given = f"--data_dir={root}", f"--index={tmp_path / 'index.csv'}"
+    page = f"--out={tmp_path / 'page.html'}"
+    check("--dataset=folder", *given, page, f"--groups_out={out}")
+    rows, before = folders.read_index(out), folders.read_index(tmp_path / "index.csv")
+    assert sorted(row._replace(group="") for row in rows) == sorted(before)
+    assert copy_groups.read(str(out)).keys() == {row.name for row in before}
+
+
+def test_a_table_without_groups_or_a_name_that_no_table_holds(tmp_path):
+    table = tmp_path / "no groups.csv"
+    table.write_text("path,label\na/1.jpg,a\nb/1.jpg,b\n")
+    with pytest.raises(ValueError, match="no column group"):
+        copy_groups.read(str(table))
+    root = tmp_path / "pictures"
+    write(root, {f"{c}/{i}\n.jpg": jpeg(i, SIZE) for c in "ab" for i in range(2)})
+    groups = f"--groups_out={tmp_path / 'groups.csv'}"
+    refused("cannot stand in a table", f"--data_dir={root}", groups, name="check_data")
 
 
 def test_benchmarks_are_read_where_they_lie(tmp_path):

@@ -2,19 +2,24 @@
 
 import io
 import json
+import pathlib
 import signal
+import socket
 
 import numpy as np
 from PIL import Image
 import pytest
 
 from experiments import serve
+from experiments.engine import finished_runs
 from rll_jax import metrics
 from tests.helpers.commands import refused
 from tests.helpers.search_server import serving, two_runs, waited, write_images
 
 pytest.importorskip("starlette", reason="the extra [serve] is not installed")
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
+
+from experiments.engine import search_server  # noqa: E402 (needs starlette)
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +216,15 @@ def test_no_path_leads_out(server, path):
     assert headers["Content-Type"].startswith(("application/json", "text/plain"))
 
 
+def test_names_of_a_server_that_everyone_near_may_call():
+    names = search_server._names("0.0.0.0")
+    own = [socket.gethostname().upper(), "localhost", "192.168.1.7", "[fe80::1]"]
+    for host in own:
+        assert search_server._is_own(f"{host}:8000", names) and search_server._is_own(host, names)
+    for host in ("evil.example", "192.168.1.7.evil.example:8000", "", "[evil]", "*"):
+        assert not search_server._is_own(host, names)
+
+
 def test_others_are_shut_out(server):
     """A site whose name leads here, and a page of another site that sends something."""
     for host in ("evil.example", "127.0.0.1.evil.example:80", "localhost.evil.example", ""):
@@ -321,6 +335,7 @@ def test_mistakes(server, runs, tmp_path, monkeypatch):
 
 
 def test_names_of_runs():
-    assert serve._names(["runs/a"]) == ["a"] and serve._names(["x/a", "x/b"]) == ["a", "b"]
-    assert serve._names(["x/run", "y/run"]) == ["x/run", "y/run"]
-    assert serve._workdirs("a,b") == ["a", "b"] and serve._workdirs("a") == ["a"]
+    folders = serve._workdirs("x/run,y/run")
+    assert folders == [pathlib.Path("x/run").absolute(), pathlib.Path("y/run").absolute()]
+    assert finished_runs.short_names(folders) == ["x/run", "y/run"]
+    assert finished_runs.short_names(serve._workdirs("runs/a")) == ["a"]

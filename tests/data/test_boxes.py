@@ -99,6 +99,7 @@ def test_boxes_are_in_the_upright_picture(tmp_path):
         ("5,4,5,29", "x_1=5, y_1=4, x_2=5, y_2=29 has no pixels"),
         ("5,9,25,4", "has no pixels: expected x_1 < x_2 and y_1 < y_2"),
         ("-9,-9,-1,5", "has no pixels"),
+        ("5,4,1e30,29", "x_2=1e30, y_2=29, expected numbers of pixels"),
         ("a,4,25,29", "x_1=a, y_1=4, x_2=25, y_2=29, expected numbers of pixels"),
         ("inf,4,25,29", "expected numbers of pixels"),
     ],

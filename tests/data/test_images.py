@@ -45,6 +45,18 @@ def test_broken_images_are_named(data):
         images.decode(data, "some/path.jpg")
 
 
+def test_a_program_is_no_picture(monkeypatch):
+    """Pillow would start Ghostscript on it, whatever its name says."""
+    from PIL import EpsImagePlugin
+
+    def started(*_):
+        raise AssertionError("Ghostscript was started")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", started)
+    with pytest.raises(images.BadImageError, match="EPS is a program, which is not run"):
+        images.decode(encoded(picture(), "EPS"), "some/path.jpg")
+
+
 @pytest.mark.parametrize("augment", [views.RandomAffine(24), views.RandomResizedCrop(24)])
 def test_augmentation_is_a_function_of_its_generator(augment):
     views = [augment(picture(), np.random.default_rng(seed)) for seed in (1, 1, 2)]

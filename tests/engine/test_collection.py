@@ -60,6 +60,9 @@ def test_nearest_among_some(embeddings):
         (["test/a/1.png", "test/b/2.png"], ["a", "b"]),
         (["images/001.cat/1.jpg", "images/002.dog/2.jpg"], ["001.cat", "002.dog"]),
         (["x/train/a/1.jpg", "x/test/b/2.jpg"], ["a", "b"]),
+        (["train/a/1.png", "val/b/2.png", "test/c/3.png"], ["a", "b", "c"]),
+        (["Train/a/1.png", "Query/b/2.png", "Gallery/b/3.png"], ["a", "b", "b"]),
+        (["query/1.png", "gallery/2.png"], ["query", "gallery"]),
         (["train/a/1.png", "test/b/2.png", "more/c/3.png"], ["train", "test", "more"]),
     ],
 )

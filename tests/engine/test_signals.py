@@ -127,6 +127,16 @@ def test_a_signal_is_not_lost(number, where):
         time.sleep(10)
 
 
+def test_a_signal_that_a_library_has_swallowed_can_be_sent_again(monkeypatch):
+    monkeypatch.setattr(signals, "_TWICE", 0.01)
+    with handled(), signals.raised():
+        for _ in range(2):
+            with pytest.raises(signals.ToldToStop):
+                signal.raise_signal(signal.SIGTERM)
+                time.sleep(10)
+            time.sleep(0.02)
+
+
 def test_an_extension_is_imported_to_its_end():
     """It would turn the exception into its own ImportError, which its importer may drop."""
     code = """
