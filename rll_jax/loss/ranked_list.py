@@ -206,7 +206,7 @@ def ranked_list_loss(
     if differentiates_weights or (gather == "ring" and gallery_gradient):
         # Their derivative is that of the sum of all shares: no device may weigh its own. The zero
         # makes the sum vary over devices for shard_map, whose gradient then sums as pmap's does.
-        return lax.psum(share, axis_name) + jnp.zeros_like(share)
+        return cast("jax.Array", lax.psum(share, axis_name)) + jnp.zeros_like(share)
     return share * lax.axis_size(axis_name)
 
 
