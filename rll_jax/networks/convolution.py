@@ -2,13 +2,13 @@
 
 On a CPU, a float32 1x1 convolution and its gradients are matrix products, and maps smaller than the
 kernel are padded first: XLA has no fast convolution for them (3 instead of 400 GFLOP/s on 2x2
-maps). The gradient of a larger kernel is XLA's: with what it reads kept in memory (see
-`rll_jax.networks.normalization`), it is faster than products of slices, by blocks or at once (262
-to 416 instead of 143 to 327 GFLOP/s on a ResNet-18 at 96 pixels). Other platforms have XLA's
-convolutions.
+maps). A depthwise convolution is a sum of shifted maps. The gradient of a larger kernel is XLA's:
+with what it reads kept in memory (see `rll_jax.networks.normalization`), it is faster than products
+of slices, by blocks or at once (262 to 416 instead of 143 to 327 GFLOP/s on a ResNet-18 at 96
+pixels). Other platforms have XLA's convolutions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any
 
@@ -62,12 +62,9 @@ def conv_general_dilated(
     if any(max(pair) > 0 for pair in beyond):
         x = jnp.pad(x, ((0, 0), *beyond, (0, 0)))
     rest = {key: options.get(key) for key in ("precision", "preferred_element_type")}
-    is_depthwise = options.get("feature_group_count", 1) > 1
     if x.dtype != jnp.float32 or kernel.dtype != jnp.float32 or any(rest.values()):
-        by_xla = depthwise.by_xla if is_depthwise else _by_xla
-        return by_xla(x, kernel, strides, pads, **rest)
-    convolve = depthwise.convolve if is_depthwise else _convolve
-    return convolve(*as_varying(x, kernel), strides, pads)
+        return _by_xla(x, kernel, strides, pads, **rest)
+    return _convolve(*as_varying(x, kernel), strides, pads)
 
 
 def _check(
@@ -98,11 +95,10 @@ def _check(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pads: _Pads) -> jax.Array:
-    on_cpu = _product if _is_product(kernel, pads) else _padded_where_small
     return lax.platform_dependent(
         x,
         kernel,
-        cpu=functools.partial(on_cpu, strides=strides, pads=pads),
+        cpu=functools.partial(_on_cpu(x, kernel, pads)[0], strides=strides, pads=pads),
         default=functools.partial(_by_xla, strides=strides, pads=pads),
     )
 
@@ -119,7 +115,7 @@ def _backward(
     inputs: tuple[jax.Array, jax.Array],
     gradient: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    on_cpu = _product_gradients if _is_product(inputs[1], pads) else _padded_gradients
+    _, on_cpu = _on_cpu(*inputs, pads)
     return lax.platform_dependent(
         *inputs,
         gradient,
@@ -134,7 +130,31 @@ _convolve.defvjp(_forward, _backward)
 def _by_xla(
     x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pads: _Pads, **rest: Any
 ) -> jax.Array:
-    return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=_DIMENSIONS, **rest)
+    groups = _groups(x, kernel)
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        pads,
+        dimension_numbers=_DIMENSIONS,
+        feature_group_count=groups,
+        **rest,
+    )
+
+
+def _groups(x: jax.Array, kernel: jax.Array) -> int:
+    return x.shape[-1] // kernel.shape[2]
+
+
+def _on_cpu(
+    x: jax.Array, kernel: jax.Array, pads: _Pads
+) -> tuple[Callable[..., jax.Array], Callable[..., tuple[jax.Array, jax.Array]]]:
+    """Returns the program of a CPU, and that of its gradients."""
+    if _groups(x, kernel) > 1:
+        return depthwise.convolve, depthwise.gradients
+    if kernel.shape[:2] == (1, 1) and pads == ((0, 0), (0, 0)):
+        return _product, _product_gradients
+    return _padded_where_small, _padded_gradients
 
 
 def _gradients_by_xla(
@@ -143,10 +163,6 @@ def _gradients_by_xla(
     of_x = jax.linear_transpose(lambda x: _by_xla(x, kernel, strides, pads), x)
     of_kernel = jax.linear_transpose(lambda kernel: _by_xla(x, kernel, strides, pads), kernel)
     return *of_x(gradient), *of_kernel(gradient)
-
-
-def _is_product(kernel: jax.Array, pads: _Pads) -> bool:
-    return kernel.shape[:2] == (1, 1) and pads == ((0, 0), (0, 0))
 
 
 def _product(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pads: _Pads) -> jax.Array:
