@@ -14,6 +14,7 @@ from experiments.engine.scoring import ByQuery
 from rll_jax import metrics
 from rll_jax.data import images
 from rll_jax.data.image_dataset import EncodedImageDataset
+from rll_jax.training import embedding
 
 NEIGHBOURS = 8
 _QUERIES = {"Worst": 6, "Typical": 8, "Best": 6}  # queries shown of each kind
@@ -37,12 +38,7 @@ def class_names(data: EncodedImageDataset) -> np.ndarray:
 
 def grid(data: EncodedImageDataset, embeddings: np.ndarray, by_query: ByQuery) -> str:
     """Returns rows of a query and its nearest images, for the worst, typical and best queries."""
-    gallery, groups_of = data.gallery_rows, data.groups
-    if groups_of is None and data.is_query is not None:
-        groups_of = np.arange(len(data))  # a query that is in the gallery does not find itself
-    # Other files of the query's image are left out; -1: there are none.
-    ids = np.full(len(data), -1) if data.image_ids is None else data.image_ids
-    spare = 0 if data.image_ids is None else int(np.unique(ids, return_counts=True)[1].max())
+    gallery, left_out = data.gallery_rows, embedding.left_out(data)
     names = class_names(data)
     jitter = np.random.default_rng(0).random(len(by_query["query"]))  # orders equals by chance
     keys = (jitter, -by_query["first_rank"], by_query["average_precision"])
@@ -54,19 +50,22 @@ def grid(data: EncodedImageDataset, embeddings: np.ndarray, by_query: ByQuery) -
             "Typical": max(0, (len(order) - number) // 2),
             "Best": max(0, len(order) - number),
         }[kind]
-        queries = data.query_rows[order[first : first + number]]
+        chosen = order[first : first + number]
+        queries = data.query_rows[chosen]
         itself = queries if data.in_gallery is None else None
-        k = min(NEIGHBOURS + spare, len(gallery) - (itself is not None))
-        groups = {}
-        if groups_of is not None:
-            groups = {"query_groups": groups_of[queries], "gallery_groups": groups_of[gallery]}
+        k = min(NEIGHBOURS, len(gallery) - (itself is not None))
+        others = {}
+        for name in ("ids", "groups"):
+            if f"query_{name}" in left_out:
+                of_queries = left_out[f"query_{name}"]
+                others[f"query_{name}"] = of_queries[chosen]
+                others[f"gallery_{name}"] = left_out.get(f"gallery_{name}", of_queries)
         nearest, similarity = metrics.nearest(
-            embeddings[queries], embeddings[gallery], k, leave_out=itself, **groups
+            embeddings[queries], embeddings[gallery], k, leave_out=itself, **others
         )
         parts.append(f"<h3>{kind}</h3>")
         for query, rows, values in zip(queries, gallery[nearest], similarity, strict=True):
-            found = np.isfinite(values) & ((ids[rows] != ids[query]) | (ids[rows] < 0))
-            found &= np.cumsum(found) <= NEIGHBOURS
+            found = np.isfinite(values)
             parts.append(_query_row(data, names, query, rows[found], values[found]))
     return "".join(parts)
 

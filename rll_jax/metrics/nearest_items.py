@@ -15,6 +15,8 @@ def nearest(
     k: int,
     *,
     leave_out: npt.ArrayLike | None = None,
+    query_ids: npt.ArrayLike | None = None,
+    gallery_ids: npt.ArrayLike | None = None,
     query_groups: npt.ArrayLike | None = None,
     gallery_groups: npt.ArrayLike | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -26,9 +28,12 @@ def nearest(
       k: the number of items, from 1 to N, or to N - 1 with `leave_out`.
       leave_out: (Q,) integers: for each query the row of the gallery that is the query itself,
         which is not returned. None leaves no row out.
-      query_groups: (Q,) integers or text; items of the query's own group are left out too, as by
+      query_ids: (Q,) integers or text; items of the query's own id are left out too, as by
         `retrieval_metrics`. They come behind all others, with a similarity of -inf, where fewer
         than k others are there.
+      gallery_ids: (N,) as `query_ids`.
+      query_groups: (Q,) integers or text; items of the query's own group are left out in the same
+        way.
       gallery_groups: (N,) as `query_groups`.
 
     Returns:
@@ -51,7 +56,13 @@ def nearest(
     left_out = None
     if leave_out is not None:
         left_out = _checked_leave_out(np.asarray(leave_out), len(queries), len(gallery))
-    groups = _checked_groups(query_groups, gallery_groups, len(queries), len(gallery))
+    codes = [
+        _checked_codes(name, of_queries, of_gallery, len(queries), len(gallery))
+        for name, of_queries, of_gallery in (
+            ("ids", query_ids, gallery_ids),
+            ("groups", query_groups, gallery_groups),
+        )
+    ]
     queries, gallery = _vectors.unit_rows(queries), _vectors.unit_rows(gallery)
     rows = np.empty((len(queries), k), np.int64)
     similarities = np.empty((len(queries), k), np.float32)
@@ -60,27 +71,30 @@ def nearest(
         similarity = queries[part] @ gallery.T
         if left_out is not None:
             similarity[np.arange(len(similarity)), left_out[part]] = -np.inf
-        if groups is not None:
-            similarity[groups[0][part, None] == groups[1]] = -np.inf
+        for of_queries, of_gallery in filter(None, codes):
+            similarity[of_queries[part, None] == of_gallery] = -np.inf
         rows[part] = _largest_columns(similarity, k)
         similarities[part] = np.take_along_axis(similarity, rows[part], axis=1)
     return rows, similarities
 
 
-def _checked_groups(
+def _checked_codes(
+    name: str,
     of_queries: npt.ArrayLike | None,
     of_gallery: npt.ArrayLike | None,
     num_queries: int,
     num_items: int,
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Returns the groups of queries and gallery as numbers, or None where there are none."""
-    queries = _checks.codes("query_groups", of_queries, num_queries)
-    gallery = _checks.codes("gallery_groups", of_gallery, num_items)
+    """Returns the ids or groups of queries and gallery as numbers, or None where there are none."""
+    queries = _checks.codes(f"query_{name}", of_queries, num_queries)
+    gallery = _checks.codes(f"gallery_{name}", of_gallery, num_items)
     if queries is None and gallery is None:
         return None
     if queries is None or gallery is None:
-        raise ValueError("query_groups and gallery_groups go together: found one without the other")
-    numbers = _problem.dense("groups", queries, gallery)
+        raise ValueError(
+            f"query_{name} and gallery_{name} go together: found one without the other"
+        )
+    numbers = _problem.dense(name, queries, gallery)
     return numbers.queries, numbers.items
 
 

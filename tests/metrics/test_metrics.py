@@ -285,6 +285,12 @@ def test_nearest():
     assert np.isfinite(similarities[0, :3]).all() and similarities[0, 3] == -np.inf
     with pytest.raises(ValueError, match="go together"):
         metrics.nearest(x, x, 1, query_groups=groups)
+    ids, others = np.array(list("abcca")), np.arange(5)
+    given = {"query_groups": others, "gallery_groups": others}
+    by_id = metrics.nearest(x, x, 4, query_ids=ids, gallery_ids=ids, **given)
+    np.testing.assert_array_equal(by_id, (rows, similarities))  # an id leaves out as a group does
+    with pytest.raises(ValueError, match="query_ids and gallery_ids go together"):
+        metrics.nearest(x, x, 1, gallery_ids=ids)
     for k, leave_out, text in (
         (6, None, "k from 1 to 5"),
         (5, np.arange(5), "k from 1 to 4"),
