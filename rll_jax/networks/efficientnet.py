@@ -95,19 +95,6 @@ class EfficientNetLiteConfig:
         """The number of stages."""
         return _GROUPS[-1].stage
 
-    @property
-    def groups(self) -> list[_Group]:
-        """The groups of blocks of this width and depth."""
-        return [
-            group._replace(
-                channels=_scaled_channels(group.channels, self.width),
-                blocks=math.ceil(group.blocks * self.depth)
-                if group not in (_GROUPS[0], _GROUPS[-1])
-                else group.blocks,
-            )
-            for group in _GROUPS
-        ]
-
     def stage_of(self, module: str) -> int:
         """Returns the stage, from 1, of a top-level module by its name; 0 for the stem."""
         kind, *numbers = module.split("_")
@@ -122,14 +109,15 @@ class EfficientNetLiteConfig:
 
     def from_published(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Returns arrays under timm's names from those of EfficientNet-PyTorch, or as they are."""
-        groups = self.groups
-        blocks = [(f"blocks.{place}.{block}.", groups[place]) for place, block, _ in self._blocks()]
+        blocks = [(f"blocks.{place}.{block}.", group) for place, block, group in self._blocks()]
 
         def renamed(found: re.Match[str]) -> str:
             number, layer = found.groups()
             if number is None:
                 return _TO_TIMM.get(layer, layer)
-            beginning, group = blocks[min(int(number), len(blocks) - 1)]
+            if int(number) >= len(blocks):  # of a deeper network: its name tells
+                return found[0]
+            beginning, group = blocks[int(number)]
             names = _BLOCK_TO_TIMM if group.expansion > 1 else _FIRST_BLOCK_TO_TIMM
             return beginning + names.get(layer, layer)
 
@@ -149,17 +137,17 @@ class EfficientNetLiteConfig:
         else:
             x = conv(_STEM, (3, 3), (2, 2), padding="SAME", name="conv_stem")(x)
             ends, x = [], relu6(norm(name="bn1", epsilon=_EPSILON)(x))
-        total = sum(group.blocks for group in self.groups)
+        blocks = self._blocks()
         for stage in range(len(ends) + 1, self.num_stages + 1):
             make_block = nn.remat(InvertedBottleneck) if stage in remat else InvertedBottleneck
-            for number, (place, block, group) in enumerate(self._blocks()):
+            for number, (place, block, group) in enumerate(blocks):
                 if group.stage == stage:
                     x = make_block(
                         group._replace(strides=group.strides if block == 0 else 1),
                         conv=conv,
                         norm=norm,
                         drop_path=drop_path_lib.rate_of(
-                            self.drop_path, number, total, stage <= frozen
+                            self.drop_path, number, len(blocks), stage <= frozen
                         ),
                         name=f"blocks_{place}_{block}",
                     )(x)
@@ -172,11 +160,13 @@ class EfficientNetLiteConfig:
 
     def _blocks(self) -> list[tuple[int, int, _Group]]:
         """Returns the place of its group, its place there, and its group, for each block."""
-        return [
-            (place, block, group)
-            for place, group in enumerate(self.groups)
-            for block in range(group.blocks)
-        ]
+        blocks = []
+        for place, group in enumerate(_GROUPS):
+            keeps_depth = group in (_GROUPS[0], _GROUPS[-1])
+            group = group._replace(channels=_scaled_channels(group.channels, self.width))
+            count = group.blocks if keeps_depth else math.ceil(group.blocks * self.depth)
+            blocks += [(place, block, group) for block in range(count)]
+        return blocks
 
 
 class InvertedBottleneck(nn.Module):
