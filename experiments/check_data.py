@@ -187,7 +187,7 @@ def main(_: Any) -> None:
             with phases.told("reading the network"):
                 trained = trained_network.load(options.workdir)
         splits = datasets.open_in_place(config.data, config.runtime)
-        (out or _free_page()).parent.mkdir(exist_ok=True)
+        (out.parent if out else _PAGES).mkdir(exist_ok=True)
         names, whole = _split_names(splits), image_dataset.all_as_test(splits)["test"]
         if groups_out is not None:
             copy_groups.check_names(whole)

@@ -10,6 +10,7 @@ commit.
 """
 
 from collections.abc import Sequence
+import contextlib
 import datetime
 import json
 import os
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 
 from absl import app, flags
 
-from experiments.engine import command, environment, signals
+from experiments.engine import command, environment, many_runs, signals
 from rll_jax.data import files
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -136,12 +137,11 @@ def _run_stage(stage: Stage, out: pathlib.Path, seconds: float) -> int | None:
         try:
             return process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
+            many_runs.terminate(process)
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 code = process.wait(_GRACE)
-            except subprocess.TimeoutExpired:
-                code = None
-            return code if stage.resumes and code is not None else None
+                return code if stage.resumes else None
+            return None
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

@@ -437,7 +437,7 @@ def open_usable(
     runtime: RuntimeOptions,
     *,
     all_classes: bool = False,
-    open_splits: Callable[[DataOptions, RuntimeOptions], Splits] | None = None,
+    open_splits: Opener = open_datasets,
 ) -> tuple[Splits, list[str]]:
     """Opens the datasets without their bad images.
 
@@ -445,7 +445,7 @@ def open_usable(
       data: the run's data options.
       runtime: the run's runtime options.
       all_classes: have all classes in "test", and none in "train".
-      open_splits: opens them, such as `open_in_place`; None: `open_datasets`.
+      open_splits: opens them, `open_datasets` or `open_in_place`.
 
     Returns:
       {"train": ..., "test": ...}, and a line for each skipped image.
@@ -453,7 +453,7 @@ def open_usable(
     Raises:
       ValueError: as `open_datasets` and `refuse_bad`.
     """
-    splits = (open_splits or open_datasets)(data, runtime)
+    splits = open_splits(data, runtime)
     if all_classes:
         splits = image_dataset.all_as_test(splits)
     elif data.validation_share:

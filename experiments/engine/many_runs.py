@@ -200,7 +200,7 @@ class _Pool:
         """Ends the processes that still run."""
         self._closed.set()
         for process in list(self._processes):
-            _terminate(process)
+            terminate(process)
         self._threads.shutdown(cancel_futures=True)
 
     def _run_one(self, number: int, run: Config) -> None:
@@ -265,7 +265,7 @@ class _Pool:
             )
             self._processes.add(process)
             if self._closed.is_set():  # between the process's beginning and this line
-                _terminate(process)
+                terminate(process)
             try:
                 return process.wait()
             finally:
@@ -282,7 +282,8 @@ def _core_shares(jobs: int) -> "queue.SimpleQueue[list[int]]":
     return shares
 
 
-def _terminate(process: "subprocess.Popen[bytes]") -> None:
+def terminate(process: "subprocess.Popen[bytes]") -> None:
+    """Sends SIGTERM to a process that leads a session of its own, and to all in it."""
     with contextlib.suppress(ProcessLookupError):  # it has just ended
         os.killpg(process.pid, signal.SIGTERM)  # the processes that read for it too
 

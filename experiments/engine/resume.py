@@ -13,12 +13,9 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from experiments.engine import processes, signals
+from experiments.engine import processes
 from experiments.engine.errors import RunError, first_line
 from rll_jax.training import checkpoint, devices, steps
-
-# The exit code of a run that can be resumed by the same command.
-RUN_AGAIN = signals.RUN_AGAIN
 
 _WATCH = """
 import signal, sys

@@ -25,6 +25,7 @@ from experiments.engine import (
     processes,
     resume,
     run_parts,
+    signals,
     step_metrics,
     summary,
     workdir,
@@ -76,7 +77,7 @@ def _run_errors() -> Iterator[None]:
             raise
         reason = str(error).splitlines()[0][:300]
         print(f"error: another process of this run has gone: {reason}", file=sys.stderr, flush=True)
-        sys.exit(resume.RUN_AGAIN)
+        sys.exit(signals.RUN_AGAIN)
 
 
 def train(checked: CheckedRun) -> None:
@@ -246,7 +247,7 @@ class TrainingRun:
             "resumes",
             file=sys.stderr,
         )
-        sys.exit(resume.RUN_AGAIN)
+        sys.exit(signals.RUN_AGAIN)
 
     def _say(self, text: str, **options: Any) -> None:
         if processes.is_first():

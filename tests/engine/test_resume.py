@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.engine import build, config, resume
+from experiments.engine import build, config, signals
 from rll_jax.training import checkpoint
 from tests.helpers.commands import FEW as TINY
 from tests.helpers.commands import command, refused, run, scores
@@ -127,7 +127,7 @@ def test_told_to_stop_saves_and_says_so(tmp_path):
     wait_for_step(process, workdir, 5)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == resume.RUN_AGAIN == 75 and "Traceback" not in err
+    assert process.returncode == signals.RUN_AGAIN == 75 and "Traceback" not in err
     (saved,) = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
     assert f"told to stop: saved step {saved} of 4000" in err and saved % 500
     again = begin(*STEPS, f"--workdir={workdir}")
