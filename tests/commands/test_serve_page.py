@@ -3,31 +3,20 @@
 import base64
 import io
 import re
-import shutil
 from urllib.parse import urlsplit
 
 from PIL import Image
 import pytest
 
+from tests.helpers.browser import chromium
 from tests.helpers.search_server import serving, two_runs, write_images
 
 pytest.importorskip("starlette", reason="the extra [serve] is not installed")
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium")
-if not CHROMIUM:
-    pytest.skip("no Chromium on this machine", allow_module_level=True)
 expect = playwright.expect
 
 EVIL = "<img src=x onerror=document.title='run'>"  # the name of a class and of a file
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +35,8 @@ def server(tmp_path_factory, emoji):
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
