@@ -389,11 +389,10 @@ def _centre(gallery: jax.Array, valid: jax.Array | None, ring: Hashable | None) 
 def _of_first_device(first: jax.Array, valid: jax.Array | None, axis_name: Hashable) -> jax.Array:
     """Returns the first row of the first device that has a valid one."""
     number = lax.axis_index(axis_name)
-    if valid is None:
-        source = 0
-    else:
+    source: jax.Array | int = 0
+    if valid is not None:
         none = jnp.asarray(lax.axis_size(axis_name), number.dtype)
-        source = lax.pmin(jnp.where(jnp.any(valid), number, none), axis_name)
+        source = cast("jax.Array", lax.pmin(jnp.where(jnp.any(valid), number, none), axis_name))
     return cast("jax.Array", lax.psum(jnp.where(number == source, first, 0), axis_name))
 
 
