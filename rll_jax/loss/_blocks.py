@@ -29,6 +29,7 @@ from rll_jax.loss._terms import (
     sum_of_lists,
     terms_of,
 )
+from rll_jax.loss.rows import sum_over_devices
 
 Tree = TypeVar("Tree")
 Result = TypeVar("Result")
@@ -75,7 +76,7 @@ def query_weights(spec: Spec, log_mass: jax.Array, valid: jax.Array | None) -> j
     none_active = largest == -jnp.inf
     shift = jnp.where(none_active, 0, largest)
     mass = jnp.where(active, jnp.exp(jnp.where(active, log_mass, 0) - shift), 0)
-    return mass / jnp.where(none_active, 1, _sum_over_devices(jnp.sum(mass), spec.axis_name))
+    return mass / jnp.where(none_active, 1, sum_over_devices(jnp.sum(mass), spec.axis_name))
 
 
 def _uniform_weights(
@@ -85,13 +86,8 @@ def _uniform_weights(
     if valid is None:
         count = ones.shape[0] if axis_name is None else ones.shape[0] * lax.axis_size(axis_name)
         return ones / jnp.asarray(count, ones.dtype)
-    count = _sum_over_devices(jnp.sum(valid, dtype=jnp.int32), axis_name)
+    count = sum_over_devices(jnp.sum(valid, dtype=jnp.int32), axis_name)
     return jnp.where(valid, ones, 0) / jnp.maximum(count, 1).astype(ones.dtype)
-
-
-def _sum_over_devices(x: jax.Array, axis_name: Hashable | None) -> jax.Array:
-    """Returns the sum over the devices of the axis, or `x` itself without an axis."""
-    return x if axis_name is None else cast("jax.Array", lax.psum(x, axis_name))
 
 
 def _balanced(balance: jax.Array, terms: Terms) -> jax.Array:
@@ -290,7 +286,7 @@ def _loss_and_gradient_in_two_passes(
     share = jnp.sum(weight * losses)
     by_mass = None
     if spec.mass and spec.weight_gradient:
-        by_mass = weight * (losses - _sum_over_devices(share, spec.axis_name))
+        by_mass = weight * (losses - sum_over_devices(share, spec.axis_name))
     cotangents = Cotangents((1 - balance) * weight, balance * weight, by_mass)
     if pairs is None:
         return share, _gradient(spec, arrays, cotangents, sums if spec.ring else None)

@@ -37,6 +37,7 @@ from rll_jax.loss.rows import (
     clean_embeddings,
     computing_dtype,
     gather,
+    sum_over_devices,
 )
 
 __all__ = [
@@ -380,10 +381,10 @@ def _centre(gallery: jax.Array, valid: jax.Array | None, ring: Hashable | None) 
         count = gallery.shape[0] if ring is None else gallery.shape[0] * lax.axis_size(ring)
     else:
         difference = jnp.where(valid[:, None], difference, 0)
-        count = jnp.maximum(_sum_over(jnp.sum(valid, dtype=jnp.int32), ring), 1)
+        count = jnp.maximum(sum_over_devices(jnp.sum(valid, dtype=jnp.int32), ring), 1)
     # A sum over the rows; as a product it takes less time on a CPU.
     total = dot(jnp.ones((1, gallery.shape[0]), gallery.dtype), difference, ((1,), (0,)))
-    return first + _sum_over(total, ring) / jnp.asarray(count, gallery.dtype)
+    return first + sum_over_devices(total, ring) / jnp.asarray(count, gallery.dtype)
 
 
 def _of_first_device(first: jax.Array, valid: jax.Array | None, axis_name: Hashable) -> jax.Array:
@@ -393,9 +394,4 @@ def _of_first_device(first: jax.Array, valid: jax.Array | None, axis_name: Hasha
     if valid is not None:
         none = jnp.asarray(lax.axis_size(axis_name), number.dtype)
         source = cast("jax.Array", lax.pmin(jnp.where(jnp.any(valid), number, none), axis_name))
-    return cast("jax.Array", lax.psum(jnp.where(number == source, first, 0), axis_name))
-
-
-def _sum_over(x: jax.Array, axis_name: Hashable | None) -> jax.Array:
-    """Returns the sum over the devices of an axis, or `x` itself without one."""
-    return x if axis_name is None else cast("jax.Array", lax.psum(x, axis_name))
+    return sum_over_devices(jnp.where(number == source, first, 0), axis_name)

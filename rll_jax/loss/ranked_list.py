@@ -61,7 +61,7 @@ from rll_jax.loss._problem import (
     check_arguments,
     solve,
 )
-from rll_jax.loss.rows import computing_dtype, normalize_rows
+from rll_jax.loss.rows import computing_dtype, normalize_rows, sum_over_devices
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -206,7 +206,7 @@ def ranked_list_loss(
     if differentiates_weights or (gather == "ring" and gallery_gradient):
         # Their derivative is that of the sum of all shares: no device may weigh its own. The zero
         # makes the sum vary over devices for shard_map, whose gradient then sums as pmap's does.
-        return cast("jax.Array", lax.psum(share, axis_name)) + jnp.zeros_like(share)
+        return sum_over_devices(share, axis_name) + jnp.zeros_like(share)
     return share * lax.axis_size(axis_name)
 
 
@@ -317,14 +317,7 @@ def ranked_list_loss_of_query(
       A scalar. Nothing is checked.
     """
     warn_of_wrong_sums()
-    query, gallery = jnp.asarray(query), jnp.asarray(gallery)
-    dtype = computing_dtype(query.dtype)
-    q, g = query.astype(dtype), gallery.astype(dtype)
-    if normalize:
-        q, g = normalize_rows(q[None])[0], normalize_rows(g)
-    if not gallery_gradient:
-        g = lax.stop_gradient(g)
-    squared = jnp.sum((q[None, :] - g) ** 2, axis=1)
+    squared = _squared_distances(query, gallery, gallery_gradient, normalize)
     apart = squared > 0
     # The square root has no derivative at 0.
     distance = jnp.where(apart, jnp.sqrt(jnp.where(apart, squared, 1)), 0)
@@ -351,6 +344,23 @@ def ranked_list_loss_of_query(
         weight_gradient,
     )
     return (1 - share) * positive + share * negative
+
+
+def _squared_distances(
+    query: jax.Array | np.ndarray,
+    gallery: jax.Array | np.ndarray,
+    gallery_gradient: bool,
+    normalize: bool,
+) -> jax.Array:
+    """Returns the (M,) squared distances of a query to a gallery."""
+    query, gallery = jnp.asarray(query), jnp.asarray(gallery)
+    dtype = computing_dtype(query.dtype)
+    q, g = query.astype(dtype), gallery.astype(dtype)
+    if normalize:
+        q, g = normalize_rows(q[None])[0], normalize_rows(g)
+    if not gallery_gradient:
+        g = lax.stop_gradient(g)
+    return jnp.sum((q[None, :] - g) ** 2, axis=1)
 
 
 def _list_term(

@@ -177,7 +177,12 @@ def gather(x: jax.Array, axis_name: Hashable | None, constant: bool = False) -> 
     count, first = x.shape[0], lax.axis_index(axis_name) * x.shape[0]
     every = jnp.zeros((lax.axis_size(axis_name) * count, *x.shape[1:]), x.dtype)
     own = lax.dynamic_update_slice_in_dim(every, x, first, axis=0)
-    return cast("jax.Array", lax.psum(own, axis_name))
+    return sum_over_devices(own, axis_name)
+
+
+def sum_over_devices(x: jax.Array, axis_name: Hashable | None) -> jax.Array:
+    """Returns the sum over the devices of the axis, or `x` itself without an axis."""
+    return x if axis_name is None else cast("jax.Array", lax.psum(x, axis_name))
 
 
 @jax.custom_jvp
