@@ -95,6 +95,14 @@ def codes(name: str, values: npt.ArrayLike | None, number: int) -> np.ndarray | 
     return array
 
 
+def check_both_or_none(name: str, of_queries: object, of_gallery: object) -> None:
+    """Raises ValueError where queries or gallery alone have ids or groups (`name`)."""
+    if (of_queries is None) != (of_gallery is None):
+        raise ValueError(
+            f"query_{name} and gallery_{name} go together: found one without the other"
+        )
+
+
 def _check_none(name: str, fault: str, faulty: np.ndarray) -> None:
     """Raises ValueError if any of the (N,) rows has the fault."""
     if faulty.any():

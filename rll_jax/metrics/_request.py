@@ -81,10 +81,8 @@ def _gallery_side(queries: Given, gallery: Given, query_side: Side) -> Side | No
         of_queries, of_gallery = getattr(queries, field), getattr(gallery, field)
         if gallery.levels is None and of_gallery is not None:
             raise ValueError(f"gallery_{field} goes with a gallery, and there is none")
-        if gallery.levels is not None and (of_queries is None) != (of_gallery is None):
-            raise ValueError(
-                f"query_{field} and gallery_{field} go together: found one without the other"
-            )
+        if gallery.levels is not None:
+            _checks.check_both_or_none(field, of_queries, of_gallery)
     if gallery.levels is None:
         return None
     if set(gallery.levels) != set(queries.levels or {}):

@@ -88,12 +88,9 @@ def _checked_codes(
     """Returns the ids or groups of queries and gallery as numbers, or None where there are none."""
     queries = _checks.codes(f"query_{name}", of_queries, num_queries)
     gallery = _checks.codes(f"gallery_{name}", of_gallery, num_items)
-    if queries is None and gallery is None:
-        return None
+    _checks.check_both_or_none(name, queries, gallery)
     if queries is None or gallery is None:
-        raise ValueError(
-            f"query_{name} and gallery_{name} go together: found one without the other"
-        )
+        return None
     numbers = _problem.dense(name, queries, gallery)
     return numbers.queries, numbers.items
 
