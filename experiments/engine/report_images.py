@@ -39,6 +39,8 @@ def class_names(data: EncodedImageDataset) -> np.ndarray:
 def grid(data: EncodedImageDataset, embeddings: np.ndarray, by_query: ByQuery) -> str:
     """Returns rows of a query and its nearest images, for the worst, typical and best queries."""
     gallery, left_out = data.gallery_rows, embedding.left_out(data)
+    if data.in_gallery is None:  # each image is query and gallery
+        left_out |= {name.replace("query", "gallery"): x for name, x in left_out.items()}
     names = class_names(data)
     jitter = np.random.default_rng(0).random(len(by_query["query"]))  # orders equals by chance
     keys = (jitter, -by_query["first_rank"], by_query["average_precision"])
@@ -54,14 +56,12 @@ def grid(data: EncodedImageDataset, embeddings: np.ndarray, by_query: ByQuery) -
         queries = data.query_rows[chosen]
         itself = queries if data.in_gallery is None else None
         k = min(NEIGHBOURS, len(gallery) - (itself is not None))
-        others = {}
-        for name in ("ids", "groups"):
-            if f"query_{name}" in left_out:
-                of_queries = left_out[f"query_{name}"]
-                others[f"query_{name}"] = of_queries[chosen]
-                others[f"gallery_{name}"] = left_out.get(f"gallery_{name}", of_queries)
+        of_chosen = {
+            name: values[chosen] if name.startswith("query") else values
+            for name, values in left_out.items()
+        }
         nearest, similarity = metrics.nearest(
-            embeddings[queries], embeddings[gallery], k, leave_out=itself, **others
+            embeddings[queries], embeddings[gallery], k, leave_out=itself, **of_chosen
         )
         parts.append(f"<h3>{kind}</h3>")
         for query, rows, values in zip(queries, gallery[nearest], similarity, strict=True):
