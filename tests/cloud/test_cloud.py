@@ -138,6 +138,8 @@ def test_tpu_dry_run(machine):
         "--quiet",
     ]
 
+
+def test_tpu_dry_run_of_a_repository_that_is_kept(machine):
     more = ["--git=https://example.com/a.git", "--keep", *RUN, "--workdir=run"]
     create, install, start = printed(machine.run("tpu.sh", "--dry_run", *SLICE, *more))
     assert create[3:] == [

@@ -25,23 +25,31 @@ def test_kubernetes_applies_what_it_prints(machine):
     assert "__NAME__" not in shown.stdout and "__HOSTS__" not in shown.stdout
 
 
-def test_kubernetes_manifest(machine):
-    def made(*options):
-        shown = machine.run(
-            "kubernetes.sh", "--dry_run", "--name=run", "--image=host/rll_jax:a", *options, *DATA
-        )
-        assert shown.returncode == 0, shown.stderr
-        jobset = manifest("\n".join(shown.stdout.splitlines()[1:-1]))
-        (job,) = jobset["spec"]["replicatedJobs"]
-        spec = job["template"]["spec"]
-        (container,) = spec["template"]["spec"]["containers"]
-        assert {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]} == {
-            "shm": "/dev/shm",
-            "data": "/data",
-        }
-        return jobset, spec, spec["template"]["spec"], container
+FLAGS = [flag.replace("$(", "$$(") for flag in DATA[1:]]  # Kubernetes makes $( of it
+SHM = {"name": "shm", "emptyDir": {"medium": "Memory"}}
 
-    jobset, job, pod, container = made("--hosts=2", "--chips=8", "--claim=data", "--max_restarts=7")
+
+def made(machine, *options):
+    """Returns the job set, the job, the pod and the container of a dry run's manifest."""
+    shown = machine.run(
+        "kubernetes.sh", "--dry_run", "--name=run", "--image=host/rll_jax:a", *options, *DATA
+    )
+    assert shown.returncode == 0, shown.stderr
+    jobset = manifest("\n".join(shown.stdout.splitlines()[1:-1]))
+    (job,) = jobset["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    (container,) = spec["template"]["spec"]["containers"]
+    assert {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]} == {
+        "shm": "/dev/shm",
+        "data": "/data",
+    }
+    return jobset, spec, spec["template"]["spec"], container
+
+
+def test_kubernetes_manifest_of_gpus(machine):
+    jobset, job, pod, container = made(
+        machine, "--hosts=2", "--chips=8", "--claim=data", "--max_restarts=7"
+    )
     assert (jobset["apiVersion"], jobset["kind"], jobset["metadata"]["name"]) == (
         "jobset.x-k8s.io/v1alpha2",
         "JobSet",
@@ -68,37 +76,37 @@ def test_kubernetes_manifest(machine):
         container["resources"] == {"limits": {"nvidia.com/gpu": 8}}
         and container["image"] == "host/rll_jax:a"
     )
-    flags = [flag.replace("$(", "$$(") for flag in DATA[1:]]  # Kubernetes makes $( of it
     coordinator = "--coordinator_address=run-run-0-0.run:8476"
     assert container["args"] == [
-        *flags,
+        *FLAGS,
         "--multihost",
         coordinator,
         "--num_processes=2",
         "--process_id=$(PROCESS_ID)",
     ]
     assert "PROCESS_ID" in [variable["name"] for variable in container["env"]]
-    shm = {"name": "shm", "emptyDir": {"medium": "Memory"}}
-    assert pod["volumes"] == [shm, {"name": "data", "persistentVolumeClaim": {"claimName": "data"}}]
+    assert pod["volumes"] == [SHM, {"name": "data", "persistentVolumeClaim": {"claimName": "data"}}]
     assert job["template"]["metadata"]["annotations"] == jobset["metadata"]["annotations"] == {}
 
-    on_bucket = "--bucket=some.bucket"
+
+def test_kubernetes_manifest_of_tpus_and_a_bucket(machine):
     jobset, job, pod, container = made(
-        on_bucket,
+        machine,
+        "--bucket=some.bucket",
         "--accelerator=tpu",
         "--tpu_type=tpu-v6e-slice",
         "--tpu_topology=4x4",
         "--hosts=4",
         "--chips=4",
     )
-    assert container["args"] == [*flags, "--multihost"] and container["resources"] == {
+    assert container["args"] == [*FLAGS, "--multihost"] and container["resources"] == {
         "limits": {"google.com/tpu": 4}
     }
     assert set(pod["nodeSelector"].values()) == {"tpu-v6e-slice", "4x4"}
     fuse = "implicit-dirs,rename-dir-limit=200000,metadata-cache:ttl-secs:0,uid=1000,gid=1000"
     attributes = {"bucketName": "some.bucket", "mountOptions": fuse}
     assert pod["volumes"] == [
-        shm,
+        SHM,
         {
             "name": "data",
             "csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes},
@@ -110,8 +118,11 @@ def test_kubernetes_manifest(machine):
         "gke-gcsfuse/memory-limit": "2Gi",
     }
     assert [*jobset["metadata"]["annotations"].values()] == ["cloud.google.com/gke-nodepool"]
-    *_, container = made("--accelerator=cpu", "--claim=data")
-    assert container["args"] == flags and container["resources"] == {"limits": {}}
+
+
+def test_kubernetes_manifest_of_cpus(machine):
+    *_, container = made(machine, "--accelerator=cpu", "--claim=data")
+    assert container["args"] == FLAGS and container["resources"] == {"limits": {}}
 
 
 def test_kubernetes_wants_a_place_that_stays(machine):

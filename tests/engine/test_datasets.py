@@ -296,28 +296,38 @@ def test_border_crop_does_not_go_with_a_cache(folder, tmp_path):
     assert told.returncode == 2 and "leave one of them out" in told.stderr
 
 
-@pytest.mark.slow
-def test_frozen_stages_stay(folder, tmp_path):
-    """A run keeps the weights that it began with, and its features are cached and used again."""
+FROZEN = [
+    *SMALL,
+    "--ema=0",
+    "--batch_norm=frozen",
+    "--learning_rate=0.1",
+    "--weight_decay=0.5",
+    "--steps=4",
+    "--warmup=0",
+]
 
-    common = [
-        *SMALL,
-        f"--data_dir={folder}",
-        "--ema=0",
-        "--batch_norm=frozen",
-        "--learning_rate=0.1",
-        "--weight_decay=0.5",
-        "--steps=4",
-        "--warmup=0",
-    ]
-    result = run(*common, f"--workdir={tmp_path / 'first'}", name="folder")
+
+@pytest.fixture
+def trained(folder, tmp_path):
+    """The workdir of a run that has trained all stages."""
+    result = run(*FROZEN, f"--data_dir={folder}", f"--workdir={tmp_path / 'first'}", name="folder")
     assert result.returncode == 0, result.stderr
-    result = run(
-        *common,
-        f"--workdir={tmp_path / 'then'}",
-        f"--pretrained={tmp_path / 'first'}",
+    return tmp_path / "first"
+
+
+@pytest.mark.slow
+def test_frozen_stages_stay(folder, trained, tmp_path):
+    """A run keeps the weights that it began with, and its features are cached and used again."""
+    options = [
+        *FROZEN,
+        f"--data_dir={folder}",
         "--frozen_stages=1",
         "--frozen_views=2",
+    ]
+    result = run(
+        *options,
+        f"--workdir={tmp_path / 'then'}",
+        f"--pretrained={trained}",
         "--compilation_cache=false",
         name="folder",
     )
@@ -348,20 +358,28 @@ def test_frozen_stages_stay(folder, tmp_path):
 
     assert np.array_equal(kernel(first, 1), kernel(then, 1))
     assert not np.array_equal(kernel(first, 2), kernel(then, 2))
-    then = [
-        *common,
-        f"--workdir={tmp_path / 'later'}",
-        f"--pretrained={tmp_path / 'then'}",
-        "--frozen_stages=1",
-        "--frozen_views=2",
-    ]
-    assert run(*then, name="folder").returncode == 0
+    later = [f"--workdir={tmp_path / 'later'}", f"--pretrained={tmp_path / 'then'}"]
+    assert run(*options, *later, name="folder").returncode == 0
     assert kept == {
         path: path.stat().st_mtime_ns for path in folder.glob("frozen_*.npy")
     }  # the same stages, the same pictures
+    assert (
+        not (tmp_path / "then/compiled").exists()
+        and not (tmp_path / "then/bad_images.txt").exists()
+    )
+
+
+@pytest.mark.slow
+def test_told_to_stop_while_it_caches_features_it_leaves_nothing(folder, trained, tmp_path):
     process = subprocess.Popen(
         **command(
-            *then[:-1], "--frozen_views=9999", f"--workdir={tmp_path / 'stopped'}", name="folder"
+            *FROZEN,
+            f"--data_dir={folder}",
+            f"--workdir={tmp_path / 'stopped'}",
+            f"--pretrained={trained}",
+            "--frozen_stages=1",
+            "--frozen_views=9999",
+            name="folder",
         ),
         stderr=subprocess.DEVNULL,
     )
@@ -376,10 +394,6 @@ def test_frozen_stages_stay(folder, tmp_path):
     assert process.wait(60) == 75 and not list(
         folder.glob(".frozen*.tmp")
     )  # what was half written is gone
-    assert (
-        not (tmp_path / "then/compiled").exists()
-        and not (tmp_path / "then/bad_images.txt").exists()
-    )
 
 
 def test_mistakes_about_data(folder, tmp_path):

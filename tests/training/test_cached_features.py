@@ -1,6 +1,8 @@
 """Cached features of frozen stages: the network that continues from them is the same network."""
 
+from collections.abc import Callable
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -106,17 +108,24 @@ def test_a_step_on_cached_features_is_a_step_on_the_images():
     )
 
 
-def test_each_view_of_each_image_is_cached_once(tmp_path, monkeypatch):
+class Frozen(NamedTuple):
+    """A network's trainable part, and what computes the features of its frozen stages."""
+
+    part: embedding_net.EmbeddingNet
+    state: steps.TrainState
+    embed: Callable[[Any], Any]
+
+
+@pytest.fixture
+def six_images(tmp_path):
     rows = [benchmarks.Row(f"{i}.jpg", i // 2, "train") for i in range(6)]
     for i, row in enumerate(rows):
         (tmp_path / row.path).write_bytes(jpeg(i))
-    data = image_dataset.from_rows(tmp_path, rows)["train"]
-    seen = []
+    return image_dataset.from_rows(tmp_path, rows)["train"]
 
-    def view(image, rng):
-        seen.append(rng.integers(2**31))
-        return np.full((SIDE, SIDE, 3), seen[-1] % 256, np.uint8)
 
+@pytest.fixture
+def frozen(monkeypatch):
     model = network("two_maps")
     monkeypatch.setattr(cached_features, "batch_rows", lambda part: 4)  # so that there are pieces
     part, runner = (
@@ -131,14 +140,28 @@ def test_each_view_of_each_image_is_cached_once(tmp_path, monkeypatch):
             state, views, lambda x: x, embed_batch, runner, batch_size=4, threads=1
         )
 
+    return Frozen(part, state, embed)
+
+
+def noise(image, rng):
+    return rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+
+
+def test_each_view_of_each_image_is_cached_once(tmp_path, six_images, frozen):
+    data, part, seen = six_images, frozen.part, []
+
+    def view(image, rng):
+        seen.append(rng.integers(2**31))
+        return np.full((SIDE, SIDE, 3), seen[-1] % 256, np.uint8)
+
     for _ in range(2):  # once
-        cached_features.write(tmp_path / "cached.npy", data, view, 3, part, embed)
+        cached_features.write(tmp_path / "cached.npy", data, view, 3, part, frozen.embed)
     assert len(seen) == len(set(seen)) == 18
     cached = cached_features.CachedFeatures(tmp_path / "cached.npy", data.labels, part)
     assert len(cached) == 6 and cached.image(5).shape == (3, cached_features.feature_size(part))
     pixels = np.stack([np.full((SIDE, SIDE, 3), seed % 256, np.uint8) for seed in seen])
     expected = np.asarray(
-        jax.jit(cached_features.feature_step(part))(state, pixels)["features"]
+        jax.jit(cached_features.feature_step(part))(frozen.state, pixels)["features"]
     ).reshape(3, 6, -1)
     np.testing.assert_allclose(
         np.stack([cached.image(row) for row in range(6)], axis=1), expected, rtol=2e-3, atol=2e-3
@@ -159,7 +182,17 @@ def test_each_view_of_each_image_is_cached_once(tmp_path, monkeypatch):
     assert drawn == {0, 1, 2} and np.array_equal(
         cached_features.first_view(cached.image(0)), cached.image(0)[0]
     )
+    assert left_in(tmp_path, six_images) == {"cached.npy", ".cached.npy.lock"}
 
+
+def left_in(folder, data):
+    """Returns the names of what is in a folder beside the images."""
+    return {path.name for path in folder.iterdir()} - set(data.paths)
+
+
+def test_a_damaged_cache_is_refused(tmp_path, six_images, frozen):
+    data, part = six_images, frozen.part
+    cached_features.write(tmp_path / "cached.npy", data, noise, 3, part, frozen.embed)
     for labels, size, text in (
         (data.labels[1:], None, r"it holds \(6, 3, "),
         (data.labels, 1000, "is damaged: remove it"),
@@ -168,6 +201,10 @@ def test_each_view_of_each_image_is_cached_once(tmp_path, monkeypatch):
             file.truncate(size or (tmp_path / "cached.npy").stat().st_size)
         with pytest.raises(ValueError, match=text):
             cached_features.CachedFeatures(tmp_path / "cached.npy", labels, part)
+
+
+def test_what_cannot_be_cached_leaves_nothing(tmp_path, six_images, frozen):
+    data, part = six_images, frozen.part
     (tmp_path / "3.jpg").write_bytes(b"broken")
     (tmp_path / ".again.npy.0.tmp").write_bytes(b"")  # of a process that was killed: removed
     with pytest.raises(images.BadImageError, match="3.jpg"):
@@ -177,20 +214,19 @@ def test_each_view_of_each_image_is_cached_once(tmp_path, monkeypatch):
             lambda image, rng: np.asarray(image.rgb().resize((SIDE, SIDE))),
             1,
             part,
-            embed,
+            frozen.embed,
         )
     with pytest.raises(ValueError, match="not finite in float16"):
         cached_features.write(
             tmp_path / "again.npy",
             data.take([0]),
-            view,
+            noise,
             1,
             part,
             lambda views: {"features": np.full((1, cached_features.feature_size(part)), np.inf)},
         )
-    locks = {".cached.npy.lock", ".again.npy.lock"}  # a lock file stays: others may wait for it
-    names = {row.path for row in rows} | {"cached.npy"} | locks
-    assert {path.name for path in tmp_path.iterdir()} == names
+    # A lock file stays: others may wait for it.
+    assert left_in(tmp_path, six_images) == {".again.npy.lock"}
 
 
 def test_a_network_without_frozen_stages_has_nothing_to_cache():
