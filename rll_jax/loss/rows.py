@@ -174,6 +174,11 @@ def gather(x: jax.Array, axis_name: Hashable | None, constant: bool = False) -> 
     if constant or not has_explicit_axes_beside(x):
         return cast("jax.Array", lax.all_gather(x, axis_name, tiled=True))
     # jax 0.12 cannot compile the transpose of all_gather there.
+    return gather_by_sum(x, axis_name)
+
+
+def gather_by_sum(x: jax.Array, axis_name: Hashable) -> jax.Array:
+    """Returns the rows of all devices as a sum of arrays that are zero outside of each one's."""
     count, first = x.shape[0], lax.axis_index(axis_name) * x.shape[0]
     every = jnp.zeros((lax.axis_size(axis_name) * count, *x.shape[1:]), x.dtype)
     own = lax.dynamic_update_slice_in_dim(every, x, first, axis=0)

@@ -6,9 +6,7 @@ import functools
 from typing import Any, TypeAlias
 
 import jax
-from jax import lax
 from jax.experimental import multihost_utils
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Wrapped
 import numpy as np
@@ -225,10 +223,7 @@ def gather_rows(x: jax.Array, axis_name: str, *, replicated: bool = False) -> ja
     """
     if not replicated:
         return rows.gather(x, axis_name)
-    n, devices = len(x), lax.axis_size(axis_name)
-    zeros = jnp.zeros((n * devices, *x.shape[1:]), x.dtype)
-    own = lax.dynamic_update_slice_in_dim(zeros, x, lax.axis_index(axis_name) * n, 0)
-    return lax.psum(own, axis_name)
+    return rows.gather_by_sum(x, axis_name)
 
 
 def gather_over_processes(tree: Any, counts: Sequence[int]) -> Any:
