@@ -14,11 +14,13 @@ import collections
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import errno
+import functools
 import os
 from typing import Any, Protocol, TypeVar
 
 import cv2
 import grain
+import jax
 import numpy as np
 
 from rll_jax.data import images
@@ -85,8 +87,7 @@ def train_batches(
     load = _TrainLoader(
         data, sampler, augment, class_transform, spread, share, replace=on_bad is not None
     )
-    steps = grain.MapDataset.range(start, stop)
-    for batch, bad in _load_in_parallel(steps.map(load), threads, processes):
+    for batch, bad in _load_in_parallel(load, range(start, stop), threads, processes):
         if on_bad is not None:
             for row in bad:
                 on_bad(int(row))
@@ -119,8 +120,8 @@ def test_batches(
       images.BadImageError: an image is bad and `on_bad` is None.
     """
     load = _TestLoader(data, view, batch_size, replace=on_bad is not None)
-    numbers = grain.MapDataset.range(-(-len(data) // batch_size))
-    for batch, bad in _load_in_parallel(numbers.map(load), threads, processes):
+    numbers = range(-(-len(data) // batch_size))
+    for batch, bad in _load_in_parallel(load, numbers, threads, processes):
         if on_bad is not None:
             for row in bad:
                 on_bad(int(row))
@@ -261,8 +262,18 @@ def _candidates(labels: np.ndarray, row: int, batch_rows: np.ndarray) -> Iterato
         yield from others[chosen].tolist()
 
 
-def _load_in_parallel(dataset: grain.MapDataset, threads: int, processes: int) -> Iterator[Any]:
-    batches = dataset.to_iter_dataset(
+def _load_in_parallel(
+    load: Callable[[int], Any], numbers: range, threads: int, processes: int
+) -> Iterator[Any]:
+    """Yields `load(number)` of each number, loaded ahead.
+
+    Python's garbage collector and a thread of grain's both close the shared memory of an array in
+    a reference cycle, and with it any file that was opened in between. So the arrays are copied;
+    and each worker ends with no array, because the last element is in a cycle of grain's.
+    """
+    stop = numbers.stop
+    dataset = grain.MapDataset.range(numbers.start, stop + processes)
+    batches = dataset.map(functools.partial(_load_below, load, stop)).to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     )
     if not processes:
@@ -270,7 +281,7 @@ def _load_in_parallel(dataset: grain.MapDataset, threads: int, processes: int) -
         return
     iterator = iter(batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=processes)))
     try:
-        yield from iterator
+        yield from filter(None, map(functools.partial(jax.tree.map, np.array), iterator))
     except Exception as error:  # a worker's error comes as grain passes it on
         if os.strerror(errno.ENOSPC) not in str(error):
             raise
@@ -280,3 +291,7 @@ def _load_in_parallel(dataset: grain.MapDataset, threads: int, processes: int) -
         ) from error
     finally:
         iterator.close()  # ends the processes and frees their shared memory
+
+
+def _load_below(load: Callable[[int], Any], stop: int, number: int) -> Any:
+    return load(number) if number < stop else ()

@@ -1,7 +1,9 @@
 import dataclasses
+import gc
 import io
 import os
 import sys
+import time
 
 from absl import flags
 import numpy as np
@@ -344,6 +346,34 @@ def test_worker_processes_make_the_same_batches(emoji):
     ]
     for one, other in zip(*made, strict=True):
         np.testing.assert_array_equal(one["image"], other["image"])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_no_file_is_closed_twice(emoji, monkeypatch, processes):
+    """By a thread of grain's and by the garbage collector: the second time it is another's file."""
+    flags.FLAGS.mark_as_parsed()
+    classes = sampler.ClassSampler(emoji["train"].labels, 5, 3, seed=1)
+    augment, close, twice = views.RandomAffine(16), os.close, []
+
+    def slow_close(descriptor):
+        try:
+            close(descriptor)
+        except OSError:
+            twice.append(descriptor)
+            raise
+        time.sleep(0.1)
+
+    monkeypatch.setattr(os, "close", slow_close)
+    held = []
+    for batch in pipeline.train_batches(
+        emoji["train"], classes, augment, start=0, stop=3, processes=processes
+    ):
+        held.append(batch)
+        gc.collect()
+    held.append(held)
+    del batch, held
+    gc.collect()
+    assert not twice
 
 
 class Breaking:
