@@ -45,6 +45,15 @@ def _centre(size: int, interpolation: Interpolation) -> Callable[[Any], np.ndarr
     )
 
 
+def _centre_of_aspect(size: int, interpolation: Interpolation) -> Callable[[Any], np.ndarray]:
+    return functools.partial(
+        views.short_side_center_crop,
+        size=size,
+        short_side=resized_side(size),
+        interpolation=interpolation,
+    )
+
+
 def _border_centre(size: int, interpolation: Interpolation) -> Callable[[Any], np.ndarray]:
     return functools.partial(
         views.border_center_crop, size=size, fit=resized_side(size), interpolation=interpolation
@@ -61,7 +70,9 @@ def _random_resized_crop(size: int, interpolation: Interpolation) -> typing.View
 
 
 def _wide_crop(size: int, interpolation: Interpolation) -> typing.View:
-    return views.RandomResizedCrop(size, scale=(0.16, 1.0), interpolation=interpolation)
+    return views.RandomResizedCrop(
+        size, scale=(0.16, 1.0), interpolation=interpolation, square=False
+    )
 
 
 def _scaled_crop(size: int, interpolation: Interpolation) -> typing.View:
@@ -84,7 +95,7 @@ VIEWS = {
     "affine": Views(_affine, _whole_image),
     "random_resized_crop": Views(_random_resized_crop, _centre),
     "scaled_crop": Views(_scaled_crop, _centre),
-    "wide_crop": Views(_wide_crop, _centre),
+    "wide_crop": Views(_wide_crop, _centre_of_aspect),
     "resize_crop": Views(_resize_crop, _centre),
     "border_crop": Views(_border_crop, _border_centre),
     "colour_jitter": Views(functools.partial(_jittered, strong=False), _centre),

@@ -43,6 +43,22 @@ def resize_center_crop(
     return pixels[edge : edge + size, edge : edge + size]
 
 
+def short_side_center_crop(
+    image: AnyImage, size: int, short_side: int, interpolation: Interpolation = "bilinear"
+) -> np.ndarray:
+    """Returns the test view of ImageNet: the centre of the image, which keeps its aspect.
+
+    Args:
+      image: the image.
+      size: side of the result, pixels.
+      short_side: what the shorter side of the full image is resized to, pixels.
+      interpolation: "bilinear" or "bicubic".
+    """
+    side = min(image.width, image.height) * size / short_side
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    return _resized(image, size, (left, top, left + side, top + side), interpolation)
+
+
 def border_center_crop(
     image: AnyImage, size: int, fit: int, interpolation: Interpolation = "bilinear"
 ) -> np.ndarray:
@@ -55,17 +71,18 @@ def border_center_crop(
 class RandomResizedCrop:
     """A random window of the image, resized to a square, mirrored half of the time.
 
-    As torchvision's of the image resized to a square, but in one resize. Of an
-    `images.EncodedImage` the edges of the window are moved to whole pixels where the interpolation
-    is bilinear. The window of the 2020 recipes is `ScaledCrop`.
+    As torchvision's, of the image or of the image resized to a square, but in one resize. Where no
+    window of the drawn aspect fits, it gets the nearest that does. Of an `images.EncodedImage` the
+    edges of the window are moved to whole pixels where the interpolation is bilinear. The window of
+    the 2020 recipes is `ScaledCrop`.
 
     Args:
       size: side of the result, pixels.
       scale: range of the window's share of the area.
-      ratio: range of the window's aspect (width / height) in the square image; its logarithm is
-        drawn uniformly.
+      ratio: range of the window's aspect (width / height); its logarithm is drawn uniformly.
       flip: mirror half of the time.
       interpolation: "bilinear" or "bicubic".
+      square: whether the window is one of the image resized to a square, whatever its aspect.
     """
 
     size: int
@@ -73,19 +90,23 @@ class RandomResizedCrop:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
     interpolation: Interpolation = "bilinear"
+    square: bool = True
 
     def __call__(self, image: AnyImage, rng: np.random.Generator) -> np.ndarray:
         """Returns (size, size, 3) uint8."""
         area = rng.uniform(*self.scale)
         smallest, largest = self.ratio
         aspect = math.exp(rng.uniform(math.log(smallest), math.log(largest)))
+        if not self.square:
+            aspect *= image.height / image.width  # of the shares of the sides
         # At an area near 1 no window of another aspect fits.
         aspect = min(max(aspect, area), 1 / area)
         width, height = math.sqrt(area * aspect), math.sqrt(area / aspect)
         left, top = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
         right, bottom = min(left + width, 1), min(top + height, 1)
         box = (left * image.width, top * image.height, right * image.width, bottom * image.height)
-        pixels = _resized(image, self.size, box, self.interpolation)
+        # The window that is moved to whole pixels is as random, and faster.
+        pixels = _resized(image, self.size, box, self.interpolation, nearest=True)
         return _randomly_mirrored(pixels, rng) if self.flip else pixels
 
 
@@ -339,13 +360,12 @@ def _resized(
     side: int,
     box: images.Box | None = None,
     interpolation: Interpolation = "bilinear",
+    *,
+    nearest: bool = False,
 ) -> np.ndarray:
-    """Returns the image, or a box of it, resized to (side, side, 3)."""
+    """Returns the image, or a box of it, resized to (side, side, 3); see `EncodedImage.resized`."""
     if isinstance(image, images.EncodedImage):
-        # A random window may move to the nearest pixels: the moved one is as good, and faster.
-        return image.resized(
-            (side, side), box, nearest=box is not None, interpolation=interpolation
-        )
+        return image.resized((side, side), box, nearest=nearest, interpolation=interpolation)
     gap = 2.0 if interpolation == "bilinear" else None
     resample = images.RESAMPLING[interpolation]
     return np.asarray(image.resize((side, side), resample, box=box, reducing_gap=gap))

@@ -235,9 +235,8 @@ def test_a_bomb_is_refused_in_threads_too(monkeypatch):
                 result.result()
 
 
-@pytest.mark.parametrize("size", [(64, 64), (640, 320), (100, 400)])
-def test_the_random_window_is_of_the_squeezed_picture(size):
-    """Scale and aspect are those of the image resized to a square first."""
+def windows(size, **kwargs):
+    """Shares of the area, and of the width by that of the height, of 500 random windows."""
     boxes = []
 
     class Spy:
@@ -248,12 +247,48 @@ def test_the_random_window_is_of_the_squeezed_picture(size):
             return Image.new("RGB", to)
 
     for seed in range(500):
-        views.RandomResizedCrop(8)(Spy(), np.random.default_rng(seed))
+        views.RandomResizedCrop(8, **kwargs)(Spy(), np.random.default_rng(seed))
     left, top, right, bottom = np.array(boxes).T
-    area, aspect = (right - left) * (bottom - top), (right - left) / (bottom - top)
+    assert min(left.min(), top.min()) >= 0 and max(right.max(), bottom.max()) <= 1
+    return (right - left) * (bottom - top), (right - left) / (bottom - top)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (640, 320), (100, 400)])
+def test_the_random_window_is_of_the_squeezed_picture(size):
+    """Scale and aspect are those of the image resized to a square first."""
+    area, aspect = windows(size)
     assert 0.5 <= area.min() < 0.52 and 0.98 < area.max() <= 1
     assert 0.75 - 1e-6 <= aspect.min() < 0.77 and 1.3 < aspect.max() <= 4 / 3 + 1e-6
-    assert min(left.min(), top.min()) >= 0 and max(right.max(), bottom.max()) <= 1
+
+
+@pytest.mark.parametrize("size", [(64, 64), (640, 320), (100, 400)])
+def test_the_random_window_has_an_aspect_of_its_own(size):
+    area, shares = windows(size, scale=(0.05, 0.15), square=False)
+    aspect = shares * size[0] / size[1]
+    assert 0.05 <= area.min() < 0.052 and 0.148 < area.max() <= 0.15 + 1e-6
+    assert 0.75 - 1e-6 <= aspect.min() < 0.77 and 1.3 < aspect.max() <= 4 / 3 + 1e-6
+    assert abs(np.log(aspect).mean()) < 0.03
+    area, shares = windows(size, scale=(0.9, 0.9), square=False)  # none of these aspects fits 1 : 4
+    np.testing.assert_allclose(area, 0.9)
+    assert shares.min() >= 0.9 - 1e-6 and shares.max() <= 1 / 0.9 + 1e-6
+
+
+@pytest.mark.parametrize("size", [(90, 72), (72, 130), (180, 180)])
+def test_the_test_view_of_imagenet_keeps_the_aspect(size):
+    """The shorter side is resized to 72, and the centre of 64 x 64 is kept."""
+    image = photograph(size)
+    scale = 72 / min(size)
+    sides = round(size[0] * scale), round(size[1] * scale)
+    whole = image.resize(sides, Image.Resampling.BILINEAR)
+    left, top = (whole.width - 64) // 2, (whole.height - 64) // 2
+    expected = np.asarray(whole.crop((left, top, left + 64, top + 64)), int)
+    for kind in ("JPEG", "PNG"):
+        kwargs = {"quality": 98, "subsampling": 0} if kind == "JPEG" else {}
+        picture = images.EncodedImage(encoded(image, kind, **kwargs), "x")
+        seen = views.short_side_center_crop(picture, 64, 72)
+        assert np.abs(seen - expected).mean() < 2
+        if kind == "PNG" and scale == 1:
+            np.testing.assert_array_equal(seen, expected)
 
 
 def test_the_window_of_the_2020_recipe():
