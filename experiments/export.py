@@ -31,7 +31,7 @@ def _stablehlo(trained: TrainedNetwork) -> bytes:
     # An exported function has no axis of devices.
     model = network.make_model(trained.config.network).clone(axis_name=None)
     variables = jax.device_get(trained.variables)
-    size = trained.config.data.image_size
+    size = trained.config.data.searched_size
 
     def embed(images: jax.Array) -> jax.Array:
         levels: Any = model.apply(variables, images)
@@ -64,7 +64,7 @@ def main(_: Any) -> None:
                 if options.names == "huggingface":
                     arrays = cast(TokenBackbone, backbone).to_huggingface(arrays)
                 weights.write_safetensors(temporary, arrays)
-    size, mib = trained.config.data.image_size, out.stat().st_size / 2**20
+    size, mib = trained.config.data.searched_size, out.stat().st_size / 2**20
     print(
         f"written: {out} ({mib:.1f} MiB), step {trained.step}, for images of {size} x {size} pixels"
     )

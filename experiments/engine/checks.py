@@ -128,8 +128,11 @@ def _check_shared_memory(config: Config) -> None:
     workers, shared = config.runtime.worker_processes, pathlib.Path("/dev/shm")
     if not workers or not shared.is_dir():
         return
-    images = max(config.batches.batch_size // jax.process_count(), config.schedule.eval_batch_size)
-    need = workers * images * 3 * config.data.image_size**2
+    pixels = max(
+        config.batches.batch_size // jax.process_count() * config.data.image_size**2,
+        config.schedule.eval_batch_size * config.data.searched_size**2,
+    )
+    need = workers * 3 * pixels
     free = shutil.disk_usage(shared).free
     if need > free:
         raise ValueError(
@@ -231,7 +234,7 @@ def cached_splits(splits: Splits, data: DataOptions, runtime: RuntimeOptions) ->
     if data.cache == "none":
         return splits
     _check_cache(data, runtime)
-    short_side = augmentation.resized_side(data.image_size)
+    short_side = augmentation.resized_side(max(data.image_size, data.searched_size))
     need = sum(cache.estimated_bytes(part, short_side) for part in splits.values())
     images = sum(map(len, splits.values()))
     where = "in memory" if data.cache == "memory" else "on disk"

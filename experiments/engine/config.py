@@ -44,11 +44,18 @@ class Config:
             )
         if self.network.frozen_views:
             self._check_frozen_views()
+        if self.data.searched_size != self.data.image_size and self.network.levels != ("H",):
+            raise ValueError(
+                f"--test_image_size={self.data.test_image_size} and "
+                f"--levels={options.to_text(self.network.levels)}: the heads of L and M are of one "
+                "size; give --levels=H, or leave --test_image_size out"
+            )
 
     def _check_frozen_views(self) -> None:
         views = self.network.frozen_views
         apart = {
             "class_augment": self.data.class_augment,
+            "test_image_size": self.data.test_image_size,
             "worker_processes": self.runtime.worker_processes,
             "dry_run": self.runtime.dry_run,
             "multihost": self.processes.multihost,

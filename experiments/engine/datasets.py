@@ -116,6 +116,13 @@ class DataOptions(Section):
     image_size: int = option(
         32, "The side of the square images that the network sees, in pixels.", low=8, main=True
     )
+    test_image_size: int = option(
+        0,
+        "The side of the square images that are searched, in pixels. What a random window shows "
+        "looks larger than in a test view, so that more may be found at up to 1.7 times "
+        "--image_size (Touvron et al. 2019, FixRes). 0: --image_size.",
+        low=0,
+    )
     cache: str = option(
         "none",
         "Keep decoded images, shrunk to what the views need: in memory, on disk in --data_dir, or "
@@ -166,6 +173,11 @@ class DataOptions(Section):
         """--augment, or what is usual for the dataset."""
         return self.augment or self.entry.augment
 
+    @property
+    def searched_size(self) -> int:
+        """The side of the images that are searched, pixels."""
+        return self.test_image_size or self.image_size
+
     def train_view(self) -> typing.View:
         """Returns the random view of training images: (image, rng) -> pixels.
 
@@ -176,7 +188,7 @@ class DataOptions(Section):
 
     def test_view(self) -> Callable[[Any], np.ndarray]:
         """Returns the view of test images: image -> pixels."""
-        return VIEWS[self.augmentation].test(self.image_size, self.interpolation)
+        return VIEWS[self.augmentation].test(self.searched_size, self.interpolation)
 
 
 Opener = Callable[[DataOptions, RuntimeOptions], Splits]

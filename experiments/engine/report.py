@@ -109,9 +109,9 @@ def _about(config: Config, test: EncodedImageDataset) -> str:
     network, schedule = config.network, config.schedule
     return (
         f"{len(test)} test images of {len(np.unique(test.labels))} classes never trained on. "
-        f"Dataset {config.data.dataset}, {network.backbone} at {config.data.image_size} px, levels "
-        f"{options.to_text(network.levels)} of {network.embedding_dim} dimensions, loss "
-        f"{config.loss.loss}, {schedule.steps} steps."
+        f"Dataset {config.data.dataset}, {network.backbone} at {config.data.image_size} px, "
+        f"searched at {config.data.searched_size} px, levels {options.to_text(network.levels)} of "
+        f"{network.embedding_dim} dimensions, loss {config.loss.loss}, {schedule.steps} steps."
     )
 
 

@@ -168,3 +168,9 @@ def test_every_command_has_a_help(name):
     ended = run("--help", name=name)
     assert ended.returncode == 0 and f"python -m experiments.{name}" in ended.stdout
     assert "Flags of this command:" in ended.stdout and "--flagfile=FILE" in ended.stdout
+
+
+def test_another_size_is_searched_by_heads_that_take_it():
+    config.from_flat(test_image_size=32, image_size=32, levels=("L", "H"))
+    with pytest.raises(ValueError, match="--test_image_size=48 and --levels=L,H: the heads"):
+        config.from_flat(test_image_size=48, image_size=32, levels=("L", "H"))

@@ -166,6 +166,28 @@ def test_bad_images_stop_a_run_before_it_begins(folder, tmp_path):
     assert listed[-1] == "left out: train/c1/3.jpg: the last one of its class"
 
 
+def test_images_are_searched_at_another_size(folder, tmp_path):
+    """The network and its training stay the same."""
+    losses, embeddings = [], []
+    for size in (16, 24):
+        workdir = tmp_path / f"run{size}"
+        given = [f"--data_dir={folder}", f"--workdir={workdir}", f"--test_image_size={size}"]
+        result = run(*SMALL, *given, "--report", name="folder")
+        assert result.returncode == 0, result.stderr
+        losses.append([line["loss"] for line in scores(workdir) if "loss" in line])
+        assert f"at 16 px, searched at {size} px" in (workdir / "report.html").read_text()
+        trained = trained_network.load(str(workdir))
+        splits = datasets.open_datasets(trained.config.data, trained.config.runtime)
+        assert trained.config.data.test_view()(splits["test"].image(0)).shape == (size, size, 3)
+        embeddings.append(trained.embed(splits["test"])["H"])
+    assert losses[0] == losses[1]
+    assert np.abs(embeddings[0] - embeddings[1]).max() > 1e-3
+    for name, more in (("evaluate", "--clustering=false"), ("export", f"--out={tmp_path / 'x'}")):
+        result = run(f"--workdir={tmp_path / 'run24'}", more, name=name)
+        assert result.returncode == 0, result.stderr
+    assert "for images of 24 x 24 pixels" in result.stdout
+
+
 def test_images_that_break_on_the_way(folder, tmp_path):
     """A full check finds bad images; without one they are replaced or skipped, up to a limit."""
     for path in (folder / "train/c2/1.jpg", folder / "test/c5/3.jpg"):

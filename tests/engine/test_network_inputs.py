@@ -65,7 +65,13 @@ def test_what_does_not_go_together():
     with pytest.raises(ValueError, match="give --frozen_stages too"):
         config.from_flat(frozen_views=2)
     usual = dict(frozen_views=2, frozen_stages=1, batch_norm="frozen")
-    for name in ("class_augment", "multihost", "dry_run", "worker_processes"):
+    for name in (
+        "class_augment",
+        "multihost",
+        "dry_run",
+        "worker_processes",
+        "test_image_size",
+    ):
         with pytest.raises(ValueError, match=f"--{name} do not go together"):
             config.from_flat(**usual, **{name: 1})
     with pytest.raises(ValueError, match="give --verify_images=full"):
