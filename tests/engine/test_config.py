@@ -21,7 +21,7 @@ FREE_ON_RESUME = {
 def test_the_names_of_all_options_differ():
     parts = [type(part.default) for part in dataclasses.fields(config.Config)]
     names = [field.name for section in parts for field in dataclasses.fields(section)]
-    assert len(names) == len(set(names)) == len(OPTIONS) == 98
+    assert len(names) == len(set(names)) == len(OPTIONS) == 99
 
 
 def test_a_section_says_what_may_change_on_resume():
@@ -146,7 +146,7 @@ def test_help_shows_what_matters_first_and_helpfull_all_by_section():
     short, full = (run(f"--{name}").stdout for name in ("help", "helpfull"))
     shown = re.findall(r"^  --(?:\[no\])?(\w+)$", short, re.M)
     assert shown == [name for name, known in OPTIONS.items() if known.metadata["main"]]
-    assert len(shown) == 20 and "--helpfull shows all 98 options" in short
+    assert len(shown) == 20 and "--helpfull shows all 99 options" in short
     titles = ["Data", "Batches", "Loss", "Network", "Optimiser", "Schedule", "Devices"]
     assert re.findall(r"^(\w+):$", full, re.M) == [*titles, "Processes", "Runtime"]
     assert re.findall(r"^  --(?:\[no\])?(\w+)$", full, re.M) == list(OPTIONS)

