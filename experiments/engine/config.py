@@ -55,7 +55,7 @@ class Config:
         views = self.network.frozen_views
         apart = {
             "class_augment": self.data.class_augment,
-            "test_image_size": self.data.test_image_size,
+            "test_image_size": self.data.searched_size != self.data.image_size,
             "worker_processes": self.runtime.worker_processes,
             "dry_run": self.runtime.dry_run,
             "multihost": self.processes.multihost,
