@@ -98,8 +98,8 @@ class DataOptions(Section):
     augment: str = option(
         "",
         "The augmentation of training images and the test view that goes with it. wide_crop, for "
-        "photographs, keeps their aspect and tests by the centre; the others but border_crop squeeze "
-        "them to a square, as the authors' recipes do. Empty: what is usual for the dataset.",
+        "photographs, keeps their aspect and tests by the centre; the others but border_crop "
+        "squeeze them to a square, as the authors do. Empty: what is usual for the dataset.",
         choices=("", *VIEWS),
     )
     interpolation: images.Interpolation = option(
