@@ -118,6 +118,7 @@ def cache_name(
         model.cached_stages,
         config.network.dtype,
         config.data.image_size,
+        config.data.train_view(),  # the name may stand for another view in a later version
         config.data.augmentation,
         config.data.interpolation,
         config.data.cache,

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from experiments.engine import config, network, network_inputs
+from experiments.engine.augmentation import VIEWS
 from rll_jax.data import image_dataset
 from rll_jax.training import cached_features
 
 
-def test_the_name_of_the_cache_depends_on_all_that_changes_it():
+def test_the_name_of_the_cache_depends_on_all_that_changes_it(monkeypatch):
     labels = np.arange(4)
     data = image_dataset.EncodedImageDataset(None, labels, labels, labels.astype(str), labels)
     usual = dict(
@@ -59,21 +60,20 @@ def test_the_name_of_the_cache_depends_on_all_that_changes_it():
         {"classes_per_batch": 7},
     ):
         assert name(**change) == name()
+    before = name()
+    monkeypatch.setitem(VIEWS, "random_resized_crop", VIEWS["wide_crop"])
+    assert name() != before  # another view under the same name
 
 
 def test_what_does_not_go_together():
     with pytest.raises(ValueError, match="give --frozen_stages too"):
         config.from_flat(frozen_views=2)
     usual = dict(frozen_views=2, frozen_stages=1, batch_norm="frozen")
-    for name in (
-        "class_augment",
-        "multihost",
-        "dry_run",
-        "worker_processes",
-        "test_image_size",
-    ):
+    apart = dict(class_augment=1, multihost=1, dry_run=1, worker_processes=1, test_image_size=48)
+    for name, value in apart.items():
         with pytest.raises(ValueError, match=f"--{name} do not go together"):
-            config.from_flat(**usual, **{name: 1})
+            config.from_flat(**usual, **{name: value})
+    config.from_flat(**usual, image_size=48, test_image_size=48)
     with pytest.raises(ValueError, match="give --verify_images=full"):
         config.from_flat(**usual, on_bad_image="skip")
 
