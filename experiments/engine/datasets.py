@@ -119,8 +119,8 @@ class DataOptions(Section):
     test_image_size: int = option(
         0,
         "The side of the square images that are searched, in pixels. What a random window shows "
-        "looks larger than in a test view, so that more may be found at up to 1.7 times "
-        "--image_size (Touvron et al. 2019, FixRes). 0: --image_size.",
+        "looks larger than in a test view, so that a larger size may find more (FixRes, Touvron et "
+        "al. 2019). 0: --image_size.",
         low=0,
     )
     cache: str = option(
@@ -145,6 +145,10 @@ class DataOptions(Section):
         if not known:
             raise ValueError(
                 f"--dataset={self.dataset}: expected {', '.join(DATASETS)} or {_TFDS}NAME"
+            )
+        if 0 < self.test_image_size < 8:
+            raise ValueError(
+                f"--test_image_size={self.test_image_size}: expected 0, or 8 pixels or more"
             )
         if self.index and self.dataset != "folder":
             raise ValueError(f"--index={self.index} goes with --dataset=folder, not {self.dataset}")

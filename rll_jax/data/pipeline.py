@@ -269,7 +269,8 @@ def _load_in_parallel(
 
     Python's garbage collector and a thread of grain's both close the shared memory of an array in
     a reference cycle, and with it any file that was opened in between. So the arrays are copied;
-    and each worker ends with no array, because the last element is in a cycle of grain's.
+    and each worker ends with no array, because the last element is in a cycle of grain's. (The
+    workers take numbers in turn, so that each gets one of those from `numbers.stop` on.)
     """
     stop = numbers.stop
     dataset = grain.MapDataset.range(numbers.start, stop + processes)

@@ -172,5 +172,7 @@ def test_every_command_has_a_help(name):
 
 def test_another_size_is_searched_by_heads_that_take_it():
     config.from_flat(test_image_size=32, image_size=32, levels=("L", "H"))
+    with pytest.raises(ValueError, match="--test_image_size=7: expected 0, or 8 pixels or more"):
+        config.from_flat(test_image_size=7)
     with pytest.raises(ValueError, match="--test_image_size=48 and --levels=L,H: the heads"):
         config.from_flat(test_image_size=48, image_size=32, levels=("L", "H"))
