@@ -60,6 +60,9 @@ def _baseline(loss: str, **arguments: object) -> dict[str, Any]:
     return {"loss": loss, "loss_options": text}
 
 
+# What an entry has of its own and may be given for the others.
+_SHARED = {"levels", "alpha", "margin", "temperature_pos"}
+
 # All others are compared with the first.
 ENTRIES = {
     "rll": Entry("Ranked List Loss (CVPR 2019)", {}),
@@ -68,6 +71,16 @@ ENTRIES = {
     "rll_both_weights": Entry(
         "... both of these: the value's true derivative",
         {"gallery_gradient": True, "weight_gradient": True},
+    ),
+    "rll_wide": Entry(
+        "... both ends, alpha = 1.4, m = 0.6, T_p = 10, T_n = 20",
+        {
+            "gallery_gradient": True,
+            "alpha": 1.4,
+            "margin": 0.6,
+            "temperature_pos": 10.0,
+            "temperature_neg": 20.0,
+        },
     ),
     "rll_2020": Entry("... queries weighted by mass (2020 layer)", {"query_weighting": "mass"}),
     "rll_2019": Entry(
@@ -212,7 +225,7 @@ def _runs_to_compare(
 
 def _check_options(base: Options) -> None:
     """Raises ValueError where an option is given that the comparison chooses."""
-    varied = {name for entry in ENTRIES.values() for name in entry.options if name != "levels"}
+    varied = {name for entry in ENTRIES.values() for name in entry.options} - _SHARED
     for name in (*sorted(varied), "validation_share", "learning_rate"):
         if base[name] != OPTIONS[name].default:
             raise ValueError(f"--{name} is for the comparison to choose: leave it out")

@@ -131,9 +131,9 @@ class EmbeddingNet(nn.Module):
             are dropped where `apply` gets random numbers for it (`drop_path` of a ResNet's or a
             vision transformer's configuration).
           features: whether to return the backbone's feature maps.
-          pooled: whether to return the backbone's own features beside the embeddings: the global
-            average of its last map, or what a `TokenBackbone` pools by itself, L2-normalised. No
-            head has a part in them.
+          pooled: whether to return the backbone's own features beside the embeddings,
+            L2-normalised: what a `TokenBackbone` pools by itself, or its last map, pooled as
+            `pooling` says, by the average where that is "own" or learns ("gem").
 
         Returns:
           {level: (B, embedding_dim) float32}, with `pooled` {`POOLED`: (B, channels) float32} too.
@@ -273,8 +273,10 @@ class EmbeddingNet(nn.Module):
           end: the end of the last stage.
         """
         end, backbone = end.astype(jnp.float32), self.backbone
-        tokens = isinstance(backbone, TokenBackbone)
-        return normalize_rows(backbone.pooled(end) if tokens else jnp.mean(end, axis=(1, 2)))
+        if isinstance(backbone, TokenBackbone):
+            return normalize_rows(backbone.pooled(end))
+        learns = self.pooling == "gem"  # a power that nobody has trained
+        return normalize_rows(jnp.mean(end, axis=(1, 2)) if learns else self._pooled_map(end))
 
     def _pooled_map(self, x: jax.Array) -> jax.Array:
         """Returns the (B, channels) pool of a (B, h, w, channels) map, for the head H."""

@@ -179,15 +179,29 @@ def a_score(rng, rows):
     return query_scores.QueryScores(found, labels[found["query"]])
 
 
-@pytest.mark.parametrize("backbone, dtype", [("resnet_tiny", "bfloat16"), ("vit_test", "float32")])
-def test_pooled_features_are_the_backbones(backbone, dtype):
+@pytest.mark.parametrize(
+    "backbone, dtype, pooling",
+    [
+        ("resnet_tiny", "bfloat16", "gem"),
+        ("resnet_tiny", "float32", "own"),
+        ("resnet_tiny", "float32", "max"),
+        ("resnet_tiny", "bfloat16", "avg+max"),
+        ("vit_test", "float32", "own"),
+        ("vit_test", "float32", "max"),
+    ],
+)
+def test_pooled_features_are_the_backbones(backbone, dtype, pooling):
     model, variables = generated(backbone, 32)
-    model = model.clone(dtype=dtype, pooling="gem" if backbone == "resnet_tiny" else "own")
+    model = model.clone(dtype=dtype, pooling=pooling)
     variables["params"] |= {"H_gem": {"p": np.full(1, 3, np.float32)}}
     images = np.random.default_rng(1).integers(0, 256, (3, 32, 32, 3), np.uint8)
     found = model.apply(variables, images, pooled=True)
     end = np.asarray(model.apply(variables, images, features=True)[-1].astype("float32"))
-    expected = end[:, 0] if backbone == "vit_test" else end.mean(axis=(1, 2))
+    if backbone == "vit_test":
+        expected = end[:, 0]
+    else:
+        mean, largest = end.mean(axis=(1, 2)), end.max(axis=(1, 2))
+        expected = {"max": largest, "avg+max": mean + largest}.get(pooling, mean)
     expected = expected / np.linalg.norm(expected, axis=1, keepdims=True)
     np.testing.assert_allclose(found["pooled"], expected, atol=1e-6)
     assert found["pooled"].dtype == np.float32 and found.keys() == {"H", "pooled"}
