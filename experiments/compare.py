@@ -60,6 +60,14 @@ def _baseline(loss: str, **arguments: object) -> dict[str, Any]:
     return {"loss": loss, "loss_options": text}
 
 
+OWN_FLAGS = (  # what `check` and `compare` read of the flags
+    *("only", "rates", "more_rates", "choose_by", "tuning_share", "tuning_steps", "seeds"),
+    *("keep_going", "jobs"),
+)
+# Flags that a comparison does not change when it resumes.
+_TERMS = ("rates", "more_rates", "choose_by", "tuning_share", "tuning_steps")
+_ASKED = ("report", "zero_shot")  # only where they are asked for
+
 # What an entry has of its own and may be given for the others.
 _SHARED = {"levels", "alpha", "margin", "temperature_pos"}
 
@@ -301,38 +309,67 @@ def _write(rows: list[comparison_table.Row], text: str, out: pathlib.Path) -> No
         comparison_table.plot(rows, temporary)
 
 
-def main(_: Any) -> None:
-    """Runs the command."""
-    values = absl_flags.FLAGS
+def base_options() -> dict[str, Any]:
+    """Returns {option: value} of what all runs share, of the flags.
+
+    Each run would make a report of its own, and score the same features: they do where it is asked.
+    """
+    values, base = absl_flags.FLAGS, many_runs.base_options()
+    return base | {name: values[name].present and values[name].value for name in _ASKED}
+
+
+def check(base: Options, values: Any) -> None:
+    """Raises ValueError where a comparison cannot run, before its first run.
+
+    Args:
+      base: what all runs share.
+      values: the flags of `define_flags`, or what has their values as attributes.
+    """
+    names, rates = _names(values.only), _rates(values.rates)
+    _check_options(base)
+    _runs_to_tune(base, names, rates, values.tuning_share, values.tuning_steps)
+    _runs_to_compare(base, dict.fromkeys(names, rates[0]), values.seeds)
+
+
+def compare(base: Options, values: Any) -> tuple[list[comparison_table.Row], str, dict[str, str]]:
+    """Tunes, runs and compares the entries; the same call resumes.
+
+    Args:
+      base: what all runs share, with the workdir.
+      values: as `check`.
+
+    Returns:
+      The rows of the table, the table, and {workdir: reason} of the runs that failed.
+    """
     failed: dict[str, str] = {}
 
     def execute(runs: Sequence[Config]) -> None:
         failed.update(many_runs.run_all(runs, keep_going=values.keep_going, jobs=values.jobs))
 
+    names = _names(values.only)
+    fixed = {**base, **{name: str(getattr(values, name)) for name in _TERMS}}
+    changeable = [("seeds", values.seeds), ("only", values.only)]
+    many_runs.claim_folder("compare", fixed, changeable)
+    chosen, tried = _tuned(base, names, values, execute)
+    compared = _runs_to_compare(base, chosen, values.seeds)
+    execute(list(compared.values()))
+    rows = _rows(compared, chosen, names)
+    about = _about(base, values, max(map(len, tried.values())))
+    text = comparison_table.as_markdown(rows, about, _untrained(list(compared.values())))
+    return rows, text, failed
+
+
+def main(_: Any) -> None:
+    """Runs the command."""
+    values = absl_flags.FLAGS
     with command.user_errors():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        names, rates = _names(values.only), _rates(values.rates)
-        base = many_runs.base_options()
-        # Each run would make a report of its own, and score the same features.
-        for name in ("report", "zero_shot"):
-            base[name] = values[name].present and values[name].value
-        _check_options(base)
+        base = base_options()
         out = pathlib.Path(values.out or base["workdir"])
         if values.out and not out.is_dir():
             raise ValueError(f"--out={values.out}: no such folder")
-        # Bad options are refused here, before the first run begins.
-        _runs_to_tune(base, names, rates, values.tuning_share, values.tuning_steps)
-        _runs_to_compare(base, dict.fromkeys(names, rates[0]), values.seeds)
-        terms = ("rates", "more_rates", "choose_by", "tuning_share", "tuning_steps")
-        fixed = {**base, **{name: str(values[name].value) for name in terms}}
-        changeable = [("seeds", values.seeds), ("only", values.only)]
-        many_runs.claim_folder("compare", fixed, changeable)
-        chosen, tried = _tuned(base, names, values, execute)
-        compared = _runs_to_compare(base, chosen, values.seeds)
-        execute(list(compared.values()))
-        rows = _rows(compared, chosen, names)
-        about = _about(base, values, max(map(len, tried.values())))
-        text = comparison_table.as_markdown(rows, about, _untrained(list(compared.values())))
+        check(base, values)
+        rows, text, failed = compare(base, values)
         _write(rows, text, out)
         print(f"{text}written: {out / 'compare.md'}, compare.json and compare.png")
     sys.exit(1 if failed else 0)

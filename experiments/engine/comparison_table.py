@@ -96,12 +96,13 @@ def _line(row: Row, is_first: bool) -> str:
     rate = row["learning_rate"]
     cells = [row["title"], "failed" if rate is None else f"{rate:g}"]
     for score in SCORES:
-        difference = "" if is_first else _cell(row[score]["difference"], "half", "+")
-        cells += [_cell(row[score], "std"), difference]
+        difference = "" if is_first else cell(row[score]["difference"], "half", "+")
+        cells += [cell(row[score], "std"), difference]
     return f"| {' | '.join([*cells, str(len(row['seeds']))])} |"
 
 
-def _cell(summary: Mapping[str, Any], spread: str, sign: str = "") -> str:
+def cell(summary: Mapping[str, Any], spread: str, sign: str = "") -> str:
+    """Returns a mean and its spread ("std" or "half") as text, with the interval over classes."""
     if summary["mean"] is None:
         return "-"
     text = f"{summary['mean']:{sign}.1f}"
