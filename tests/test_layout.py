@@ -32,7 +32,7 @@ MAY_USE = {
         "rll_jax.training",
     },
     "experiments.studies": {
-        "experiments.engine", "rll_jax.loss", "rll_jax.metrics", "rll_jax.data",
+        "experiments", "experiments.engine", "rll_jax.loss", "rll_jax.metrics", "rll_jax.data",
     },
     "experiments": {
         "experiments.engine", "rll_jax.metrics", "rll_jax.networks", "rll_jax.data",
