@@ -60,15 +60,7 @@ def _baseline(loss: str, **arguments: object) -> dict[str, Any]:
     return {"loss": loss, "loss_options": text}
 
 
-OWN_FLAGS = (  # what `check` and `compare` read of the flags
-    *("only", "rates", "more_rates", "choose_by", "tuning_share", "tuning_steps", "seeds"),
-    *("keep_going", "jobs"),
-)
-# Flags that a comparison does not change when it resumes.
-_TERMS = ("rates", "more_rates", "choose_by", "tuning_share", "tuning_steps")
-_ASKED = ("report", "zero_shot")  # only where they are asked for
-
-# What an entry has of its own and may be given for the others.
+# Options that an entry sets, and that may be given for all other entries.
 _SHARED = {"levels", "alpha", "margin", "temperature_pos"}
 
 # All others are compared with the first.
@@ -239,7 +231,7 @@ def _check_options(base: Options) -> None:
             raise ValueError(f"--{name} is for the comparison to choose: leave it out")
 
 
-# ---- What is written
+# ---- What was found
 def _rows(
     compared: Mapping[tuple[str, int], Config], rates: Mapping[str, float], names: Sequence[str]
 ) -> list[comparison_table.Row]:
@@ -283,6 +275,71 @@ def _untrained(runs: Sequence[Config]) -> Mapping[str, float] | None:
     return None
 
 
+class Compared(NamedTuple):
+    """What a comparison found.
+
+    Attributes:
+      rows: the rows of the table.
+      untrained: the scores of the network before its first step, or None.
+      most_rates: the largest number of rates that were tried for an entry.
+      failed: {workdir: reason} of the runs that failed.
+    """
+
+    rows: list[comparison_table.Row]
+    untrained: Mapping[str, float] | None
+    most_rates: int
+    failed: dict[str, str]
+
+
+def base_options() -> dict[str, Any]:
+    """Returns {option: value} of what all runs share, of the flags.
+
+    A run makes a report and scores the backbone's own features only where the user asks for it:
+    they would all make the same.
+    """
+    values, base = absl_flags.FLAGS, many_runs.base_options()
+    asked = ("report", "zero_shot")
+    return base | {name: values[name].present and values[name].value for name in asked}
+
+
+def check(base: Options, values: Any) -> None:
+    """Raises ValueError where a comparison cannot run, before its first run.
+
+    Args:
+      base: what all runs share.
+      values: what has the values of the flags of `define_flags` as attributes.
+    """
+    names, rates = _names(values.only), _rates(values.rates)
+    _check_options(base)
+    _runs_to_tune(base, names, rates, values.tuning_share, values.tuning_steps)
+    _runs_to_compare(base, dict.fromkeys(names, rates[0]), values.seeds)
+
+
+def terms(values: Any) -> dict[str, str]:
+    """Returns {flag: value} of the flags that a comparison does not change when it resumes."""
+    names = ("rates", "more_rates", "choose_by", "tuning_share", "tuning_steps")
+    return {name: str(getattr(values, name)) for name in names}
+
+
+def compare(base: Options, values: Any) -> Compared:
+    """Tunes, runs and compares the entries; the same call resumes. Args are those of `check`."""
+    failed: dict[str, str] = {}
+
+    def execute(runs: Sequence[Config]) -> None:
+        failed.update(many_runs.run_all(runs, keep_going=values.keep_going, jobs=values.jobs))
+
+    names = _names(values.only)
+    changeable = [("seeds", values.seeds), ("only", values.only)]
+    many_runs.claim_folder("compare", {**base, **terms(values)}, changeable)
+    chosen, tried = _tuned(base, names, values, execute)
+    compared = _runs_to_compare(base, chosen, values.seeds)
+    execute(list(compared.values()))
+    rows = _rows(compared, chosen, names)
+    untrained = _untrained(list(compared.values()))
+    return Compared(rows, untrained, max(map(len, tried.values())), failed)
+
+
+# ---- What is written
 def _about(base: Options, values: Any, most_rates: int) -> str:
     """Returns the command, what was run, how it was tuned, and where."""
     arguments = shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]])
@@ -309,56 +366,6 @@ def _write(rows: list[comparison_table.Row], text: str, out: pathlib.Path) -> No
         comparison_table.plot(rows, temporary)
 
 
-def base_options() -> dict[str, Any]:
-    """Returns {option: value} of what all runs share, of the flags.
-
-    Each run would make a report of its own, and score the same features: they do where it is asked.
-    """
-    values, base = absl_flags.FLAGS, many_runs.base_options()
-    return base | {name: values[name].present and values[name].value for name in _ASKED}
-
-
-def check(base: Options, values: Any) -> None:
-    """Raises ValueError where a comparison cannot run, before its first run.
-
-    Args:
-      base: what all runs share.
-      values: the flags of `define_flags`, or what has their values as attributes.
-    """
-    names, rates = _names(values.only), _rates(values.rates)
-    _check_options(base)
-    _runs_to_tune(base, names, rates, values.tuning_share, values.tuning_steps)
-    _runs_to_compare(base, dict.fromkeys(names, rates[0]), values.seeds)
-
-
-def compare(base: Options, values: Any) -> tuple[list[comparison_table.Row], str, dict[str, str]]:
-    """Tunes, runs and compares the entries; the same call resumes.
-
-    Args:
-      base: what all runs share, with the workdir.
-      values: as `check`.
-
-    Returns:
-      The rows of the table, the table, and {workdir: reason} of the runs that failed.
-    """
-    failed: dict[str, str] = {}
-
-    def execute(runs: Sequence[Config]) -> None:
-        failed.update(many_runs.run_all(runs, keep_going=values.keep_going, jobs=values.jobs))
-
-    names = _names(values.only)
-    fixed = {**base, **{name: str(getattr(values, name)) for name in _TERMS}}
-    changeable = [("seeds", values.seeds), ("only", values.only)]
-    many_runs.claim_folder("compare", fixed, changeable)
-    chosen, tried = _tuned(base, names, values, execute)
-    compared = _runs_to_compare(base, chosen, values.seeds)
-    execute(list(compared.values()))
-    rows = _rows(compared, chosen, names)
-    about = _about(base, values, max(map(len, tried.values())))
-    text = comparison_table.as_markdown(rows, about, _untrained(list(compared.values())))
-    return rows, text, failed
-
-
 def main(_: Any) -> None:
     """Runs the command."""
     values = absl_flags.FLAGS
@@ -369,10 +376,12 @@ def main(_: Any) -> None:
         if values.out and not out.is_dir():
             raise ValueError(f"--out={values.out}: no such folder")
         check(base, values)
-        rows, text, failed = compare(base, values)
-        _write(rows, text, out)
+        found = compare(base, values)
+        about = _about(base, values, found.most_rates)
+        text = comparison_table.as_markdown(found.rows, about, found.untrained)
+        _write(found.rows, text, out)
         print(f"{text}written: {out / 'compare.md'}, compare.json and compare.png")
-    sys.exit(1 if failed else 0)
+    sys.exit(1 if found.failed else 0)
 
 
 def define_flags(flag_values: absl_flags.FlagValues = absl_flags.FLAGS) -> None:

@@ -68,7 +68,7 @@ def claim_folder(
     """Writes KIND.flags into the workdir, a flagfile that repeats the command.
 
     Args:
-      kind: "sweep" or "compare".
+      kind: "sweep", "compare" or "batch_size".
       base: what all runs share: options, and what else must not change.
       changeable: other flags of the command, which may change when it resumes.
       swept: the options of `base` that the runs do not share.

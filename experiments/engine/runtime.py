@@ -41,9 +41,9 @@ class RuntimeOptions(Section):
     report: bool = option(True, "Write report.html at the end of the run.", main=True)
     zero_shot: bool = option(
         True,
-        "Score the pooled features of the backbone itself before the first step too, without "
-        "heads, and say at the end what training brought beyond them. Runs without --pretrained "
-        "or --init_from have no such score.",
+        "Score the features of the backbone itself before the first step too, without heads but "
+        "pooled as --pooling=max or avg+max says, and say at the end what training brought beyond "
+        "them. Runs without --pretrained or --init_from have no such score.",
     )
     verify_images: str = option(
         "quick",

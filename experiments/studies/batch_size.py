@@ -1,12 +1,17 @@
-"""Does a longer ranked list help? Compares losses at several batch sizes, on equally many images.
+r"""Does a longer ranked list help? Compares losses at several batch sizes, on equally many images.
 
-    python -m experiments.studies.batch_size --flagfile=experiments/flagfiles/emoji_compare.flags
+    python -m experiments.studies.batch_size --flagfile=experiments/flagfiles/emoji_compare.flags \
+        --workdir=runs/emoji_batch_size --only=rll,multi_similarity,nt_xent --seeds=3
 
 Each of --batches, classes x images per class, is a comparison as `experiments.compare` makes it, in
-a folder of the workdir, of as many steps as --images make. The rate of each loss is tuned for each
-batch, in half as many steps. The same command resumes. It writes batch_size.md, .json and .png into
---workdir, or into --out. --only names the losses. --embed_chunk bounds the memory that a large
-batch takes.
+a folder of the workdir. Its runs are of as many steps as --images make. The rate of each loss is
+tuned for each batch, in half as many steps. So --steps, --tuning_steps, --classes_per_batch and
+--images_per_class have no effect. The largest batch runs first, as it needs the most memory and
+classes. --embed_chunk bounds that memory, where a batch is larger. With --batch_norm=train the
+statistics are of the chunk or the batch, whose size then changes more than the list.
+
+The same command resumes, also with more seeds or batches. It writes batch_size.md, .json and .png
+into --workdir, or into --out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,23 +28,25 @@ from absl import app
 from absl import flags as absl_flags
 
 from experiments import compare
-from experiments.engine import command, comparison_table, environment, measuring
+from experiments.engine import command, comparison_table, environment, many_runs, measuring
+from experiments.engine.config import OPTIONS
 from rll_jax.data import files
 
 Batch = tuple[int, int]  # classes, images per class
 Rows = Sequence[comparison_table.Row]  # of the losses, at one batch
 
 
-def parse_batches(texts: Sequence[str]) -> list[Batch]:
+def parse_batches(text: str) -> list[Batch]:
     """Returns --batches, the smallest first."""
     try:
-        batches = [(int(classes), int(each)) for classes, each in (t.split("x") for t in texts)]
+        pairs = [part.split("x") for part in text.split(",")]
+        batches = [(int(classes), int(each)) for classes, each in pairs]
     except ValueError:
         batches = []
-    if not batches or min(map(min, batches)) < 1 or len(set(batches)) < len(batches):
+    if not batches or min(map(min, batches)) < 1 or len(set(map(size, batches))) < len(batches):
         raise ValueError(
-            f"--batches={','.join(texts)}: expected classes x images per class with commas "
-            "between, each once, such as 20x4,250x4"
+            f"--batches={text}: expected classes x images per class with commas between, no two of "
+            "the same number of images, such as 20x4,250x4"
         )
     return sorted(batches, key=size)
 
@@ -49,29 +56,50 @@ def size(batch: Batch) -> int:
     return batch[0] * batch[1]
 
 
+def name(batch: Batch) -> str:
+    """Returns the name of a batch, such as "20x4"."""
+    return f"{batch[0]}x{batch[1]}"
+
+
 def planned(base: compare.Options, values: Any, batch: Batch) -> tuple[compare.Options, Any]:
     """Returns the options and the flags of the comparison at one batch.
 
     Args:
       base: what all runs share.
-      values: the flags.
+      values: {flag: value}.
       batch: classes and images per class.
+
+    Raises:
+      ValueError: the images are fewer than a batch, or an option counts steps.
     """
-    steps = max(1, round(values.images / size(batch)))
+    steps, chunk = round(values["images"] / size(batch)), base["embed_chunk"]
+    if values["images"] < size(batch):
+        raise ValueError(f"--images={values['images']}: expected at least a batch of {name(batch)}")
+    if base["schedule"] == "step" or base["head_warmup_steps"] or base["ema"]:
+        raise ValueError(
+            "--schedule=step, --head_warmup_steps and --ema count steps, and the number of steps "
+            "changes with the batch: leave them out"
+        )
+    if chunk and size(batch) > chunk and size(batch) % chunk:
+        raise ValueError(f"--embed_chunk={chunk} does not divide a batch of {name(batch)}")
     options = {
         **base,
         "classes_per_batch": batch[0],
         "images_per_class": batch[1],
         "steps": steps,
+        "embed_chunk": chunk if size(batch) > chunk else 0,
         "workdir": str(pathlib.Path(base["workdir"], name(batch))),
     }
-    terms = {key: values[key].value for key in compare.OWN_FLAGS}
-    return options, types.SimpleNamespace(**terms | {"tuning_steps": max(1, steps // 2)})
+    return options, types.SimpleNamespace(**{**values, "tuning_steps": max(1, steps // 2)})
 
 
-def name(batch: Batch) -> str:
-    """Returns the name of a batch, such as "20x4"."""
-    return f"{batch[0]}x{batch[1]}"
+def _claim(base: compare.Options, values: Any) -> None:
+    """Keeps --workdir for this study, or raises ValueError where it holds something else."""
+    without_effect = ("classes_per_batch", "images_per_class", "steps")
+    fixed = {**base, **{key: OPTIONS[key].default for key in without_effect}}
+    fixed |= {**compare.terms(values), "images": str(values.images)}
+    changeable = [(key, getattr(values, key)) for key in ("seeds", "only", "batches")]
+    many_runs.claim_folder("batch_size", fixed, changeable)
 
 
 def as_markdown(found: Mapping[Batch, Rows], about: str) -> str:
@@ -81,7 +109,8 @@ def as_markdown(found: Mapping[Batch, Rows], about: str) -> str:
       found: {batch: rows}.
       about: what was run.
     """
-    parts = [f"# Batch size\n\n{about}\n\nPercent, mean ± standard deviation over seeds.\n"]
+    seeds = max(len(row["seeds"]) for rows in found.values() for row in rows)
+    parts = [f"# Batch size\n\n{about}\n\nPercent, mean ± standard deviation over {seeds} seeds.\n"]
     for score, title in comparison_table.SCORES.items():
         parts.append(
             f"\n| {title} | {' | '.join(map(name, found))} |\n|---|{'---|' * len(found)}\n"
@@ -114,23 +143,19 @@ def plot(found: Mapping[Batch, Rows], path: pathlib.Path) -> None:
     figure.savefig(path, dpi=110, format="png")
 
 
-def _about(images: int) -> dict[str, Any]:
+def _about(base: compare.Options, values: Any) -> dict[str, str]:
     arguments = ["python", "-m", "experiments.studies.batch_size", *sys.argv[1:]]
     return {
         "command": shlex.join(arguments),
-        "images": images,
-        "date": time.strftime("%F"),
-        "hardware": measuring.machine().rpartition(",")[0],
-        "commit": environment.commit() or "unknown",
+        "setting": f"{base['dataset']}, {base['backbone']}, {base['image_size']} px, "
+        f"{base['embedding_dim']} dimensions, {values.images} images for each run",
+        "when": f"{time.strftime('%F')}, {measuring.machine().rpartition(',')[0]}, commit "
+        f"{environment.commit() or 'unknown'}",
     }
 
 
-def _write(folder: pathlib.Path, found: Mapping[Batch, Rows], about: Mapping[str, Any]) -> str:
-    text = as_markdown(
-        found,
-        f"    {about['command']}\n\nEach run trains on {about['images']} images. "
-        f"{about['date']}, {about['hardware']}, commit {about['commit']}.",
-    )
+def _write(folder: pathlib.Path, found: Mapping[Batch, Rows], about: Mapping[str, str]) -> str:
+    text = as_markdown(found, f"    {about['command']}\n\n{about['setting']}. {about['when']}.")
     numbers = {**about, "batches": {name(batch): rows for batch, rows in found.items()}}
     contents = {"batch_size.md": text, "batch_size.json": json.dumps(numbers, indent=1) + "\n"}
     for file, content in contents.items():
@@ -150,16 +175,20 @@ def main(_: Any) -> None:
         out = pathlib.Path(values.out or base["workdir"])
         if values.out and not out.is_dir():
             raise ValueError(f"--out={values.out}: no such folder")
-        plans = {batch: planned(base, values, batch) for batch in parse_batches(values.batches)}
+        given, batches = values.flag_values_dict(), parse_batches(values.batches)
+        plans = {batch: planned(base, given, batch) for batch in batches}
         for options, terms in plans.values():
             compare.check(options, terms)
+        _claim(base, values)
         found: dict[Batch, Rows] = {}
         failed: dict[str, str] = {}
-        for batch, (options, terms) in plans.items():
+        text = ""
+        for batch, (options, terms) in reversed(plans.items()):
             print(f"batches of {name(batch)}, {options['steps']} steps:", flush=True)
-            found[batch], _, failed_here = compare.compare(options, terms)
-            failed |= failed_here
-        text = _write(out, found, _about(values.images))
+            compared = compare.compare(options, terms)
+            found = {batch: compared.rows, **found}
+            failed |= compared.failed
+            text = _write(out, found, _about(base, values))
         print(f"{text}written: {out / 'batch_size.md'}, batch_size.json and batch_size.png")
     sys.exit(1 if failed else 0)
 
@@ -168,9 +197,9 @@ def define_flags(flag_values: absl_flags.FlagValues = absl_flags.FLAGS) -> None:
     """Defines the flags of the command."""
     compare.define_flags(flag_values)
     flag_values.set_default("workdir", "runs/batch_size")
-    absl_flags.DEFINE_list(
+    absl_flags.DEFINE_string(
         "batches",
-        ["20x4", "50x4", "125x4", "250x4", "500x4"],
+        "20x4,50x4,125x4,250x4,500x4",
         "The batches to compare, classes x images per class, with commas between.",
         flag_values=flag_values,
     )

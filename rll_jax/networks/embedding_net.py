@@ -267,7 +267,7 @@ class EmbeddingNet(nn.Module):
         return normalize_rows(x.astype(jnp.float32))
 
     def _own_features(self, end: jax.Array) -> jax.Array:
-        """Returns (B, channels) float32 of unit length, what the backbone itself makes of images.
+        """Returns (B, channels) float32 of unit length, without what a head would learn.
 
         Args:
           end: the end of the last stage.
