@@ -17,12 +17,11 @@ into --workdir, or into --out.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import functools
 import json
 import pathlib
-import shlex
 import signal
 import sys
-import time
 from typing import Any, NamedTuple
 
 from absl import app
@@ -31,17 +30,15 @@ from absl import flags as absl_flags
 from experiments.engine import (
     command,
     comparison_table,
-    environment,
     flags,
     many_runs,
-    measuring,
     options,
     query_scores,
+    record,
 )
 from experiments.engine.comparison_table import SCORES
 from experiments.engine.config import OPTIONS, Config, from_flat
 from rll_jax import metrics
-from rll_jax.data import files
 
 Options = Mapping[str, Any]  # {option: value}
 Execute = Callable[[Sequence[Config]], None]
@@ -315,6 +312,13 @@ def check(base: Options, values: Any) -> None:
     _runs_to_compare(base, dict.fromkeys(names, rates[0]), values.seeds)
 
 
+def out_folder(base: Options, values: Any) -> pathlib.Path:
+    """Returns --out, or the workdir; raises ValueError where --out is not there."""
+    if values.out and not pathlib.Path(values.out).is_dir():
+        raise ValueError(f"--out={values.out}: no such folder")
+    return pathlib.Path(values.out or base["workdir"])
+
+
 def terms(values: Any) -> dict[str, str]:
     """Returns {flag: value} of the flags that a comparison does not change when it resumes."""
     names = ("rates", "more_rates", "choose_by", "tuning_share", "tuning_steps")
@@ -342,28 +346,18 @@ def compare(base: Options, values: Any) -> Compared:
 # ---- What is written
 def _about(base: Options, values: Any, most_rates: int) -> str:
     """Returns the command, what was run, how it was tuned, and where."""
-    arguments = shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]])
+    made = record.circumstances("experiments.compare")
     steps = values.tuning_steps or base["steps"]
     return (
-        f"    {arguments}\n\n{base['dataset']}, {base['backbone']}, {base['image_size']} px, "
+        f"    {made['command']}\n\n{base['dataset']}, {base['backbone']}, {base['image_size']} px, "
         f"{options.to_text(base['levels'])} of {base['embedding_dim']} dimensions, batches of "
         f"{base['classes_per_batch']} x {base['images_per_class']}, {base['steps']} steps of "
         f"{base['optimizer']}. Tuning of each: rates {values.rates}, the best by "
         f"{SCORES[values.choose_by]}, and up to {values.more_rates} more while the best is at an "
         f"end ({most_rates} at most were tried), a run of {steps} steps each, of one seed, on "
-        f"{values.tuning_share:.0%} of the training classes held out.\n\n{time.strftime('%F')}, "
-        f"{measuring.machine().rpartition(',')[0]}, commit "
-        f"{environment.commit() or 'unknown'}.\n"
+        f"{values.tuning_share:.0%} of the training classes held out.\n\n{made['date']}, "
+        f"{made['hardware']}, commit {made['commit']}.\n"
     )
-
-
-def _write(rows: list[comparison_table.Row], text: str, out: pathlib.Path) -> None:
-    contents = {"compare.md": text, "compare.json": json.dumps(rows, indent=1) + "\n"}
-    for name, content in contents.items():
-        with files.atomic_write(out / name) as temporary:
-            temporary.write_text(content)
-    with files.atomic_write(out / "compare.png") as temporary:
-        comparison_table.plot(rows, temporary)
 
 
 def main(_: Any) -> None:
@@ -372,14 +366,13 @@ def main(_: Any) -> None:
     with command.user_errors():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         base = base_options()
-        out = pathlib.Path(values.out or base["workdir"])
-        if values.out and not out.is_dir():
-            raise ValueError(f"--out={values.out}: no such folder")
+        out = out_folder(base, values)
         check(base, values)
         found = compare(base, values)
         about = _about(base, values, found.most_rates)
         text = comparison_table.as_markdown(found.rows, about, found.untrained)
-        _write(found.rows, text, out)
+        plot = functools.partial(comparison_table.plot, found.rows)
+        record.write(out, "compare", text, found.rows, plot)
         print(f"{text}written: {out / 'compare.md'}, compare.json and compare.png")
     sys.exit(1 if found.failed else 0)
 

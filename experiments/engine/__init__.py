@@ -19,8 +19,8 @@ trained_network embedding_index
 a checkpoint put to use: evaluate, embed, search, export
 collection search_service search_pictures search_server search_page/
 a page to search in: what is searched, followed, shown, answered, and the page itself
-many_runs comparison_table
-sweeps and comparisons
+many_runs comparison_table record
+sweeps and comparisons, and how a measurement is written
 finished_runs comparison_page
 what runs have left, and a page that compares them
 augmentation measuring phases startup jax_settings

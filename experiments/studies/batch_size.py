@@ -15,12 +15,10 @@ into --workdir, or into --out.
 """
 
 from collections.abc import Mapping, Sequence
-import json
+import functools
 import pathlib
-import shlex
 import signal
 import sys
-import time
 import types
 from typing import Any
 
@@ -28,9 +26,8 @@ from absl import app
 from absl import flags as absl_flags
 
 from experiments import compare
-from experiments.engine import command, comparison_table, environment, many_runs, measuring
+from experiments.engine import command, comparison_table, many_runs, record
 from experiments.engine.config import OPTIONS
-from rll_jax.data import files
 
 Batch = tuple[int, int]  # classes, images per class
 Rows = Sequence[comparison_table.Row]  # of the losses, at one batch
@@ -144,25 +141,18 @@ def plot(found: Mapping[Batch, Rows], path: pathlib.Path) -> None:
 
 
 def _about(base: compare.Options, values: Any) -> dict[str, str]:
-    arguments = ["python", "-m", "experiments.studies.batch_size", *sys.argv[1:]]
-    return {
-        "command": shlex.join(arguments),
-        "setting": f"{base['dataset']}, {base['backbone']}, {base['image_size']} px, "
-        f"{base['embedding_dim']} dimensions, {values.images} images for each run",
-        "when": f"{time.strftime('%F')}, {measuring.machine().rpartition(',')[0]}, commit "
-        f"{environment.commit() or 'unknown'}",
-    }
+    setting = (
+        f"{base['dataset']}, {base['backbone']}, {base['image_size']} px, "
+        f"{base['embedding_dim']} dimensions, {values.images} images for each run"
+    )
+    return {**record.circumstances("experiments.studies.batch_size"), "setting": setting}
 
 
 def _write(folder: pathlib.Path, found: Mapping[Batch, Rows], about: Mapping[str, str]) -> str:
-    text = as_markdown(found, f"    {about['command']}\n\n{about['setting']}. {about['when']}.")
+    made = f"{about['date']}, {about['hardware']}, commit {about['commit']}"
+    text = as_markdown(found, f"    {about['command']}\n\n{about['setting']}. {made}.")
     numbers = {**about, "batches": {name(batch): rows for batch, rows in found.items()}}
-    contents = {"batch_size.md": text, "batch_size.json": json.dumps(numbers, indent=1) + "\n"}
-    for file, content in contents.items():
-        with files.atomic_write(folder / file) as temporary:
-            temporary.write_text(content)
-    with files.atomic_write(folder / "batch_size.png") as temporary:
-        plot(found, temporary)
+    record.write(folder, "batch_size", text, numbers, functools.partial(plot, found))
     return text
 
 
@@ -172,9 +162,7 @@ def main(_: Any) -> None:
     with command.user_errors():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         base = compare.base_options()
-        out = pathlib.Path(values.out or base["workdir"])
-        if values.out and not out.is_dir():
-            raise ValueError(f"--out={values.out}: no such folder")
+        out = compare.out_folder(base, values)
         given, batches = values.flag_values_dict(), parse_batches(values.batches)
         plans = {batch: planned(base, given, batch) for batch in batches}
         for options, terms in plans.values():
@@ -182,13 +170,13 @@ def main(_: Any) -> None:
         _claim(base, values)
         found: dict[Batch, Rows] = {}
         failed: dict[str, str] = {}
-        text = ""
+        text, about = "", _about(base, values)
         for batch, (options, terms) in reversed(plans.items()):
             print(f"batches of {name(batch)}, {options['steps']} steps:", flush=True)
             compared = compare.compare(options, terms)
             found = {batch: compared.rows, **found}
             failed |= compared.failed
-            text = _write(out, found, _about(base, values))
+            text = _write(out, found, about)
         print(f"{text}written: {out / 'batch_size.md'}, batch_size.json and batch_size.png")
     sys.exit(1 if failed else 0)
 

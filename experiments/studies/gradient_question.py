@@ -21,11 +21,8 @@ command writes gradient_question.md, .json and .png into --out.
 
 from collections.abc import Callable, Iterable, Sequence
 import functools
-import json
 import pathlib
-import shlex
 import sys
-import time
 from typing import Any, TypeVar
 
 from absl import app, flags
@@ -37,14 +34,12 @@ from experiments.engine import (
     checks,
     command,
     datasets,
-    environment,
-    measuring,
+    record,
     scoring,
     trained_network,
 )
 from experiments.studies import gradient_question_page as page
 from rll_jax import loss
-from rll_jax.data import files
 
 _Number = TypeVar("_Number", int, float)
 
@@ -314,13 +309,9 @@ def _check_out(options: flags.FlagValues) -> pathlib.Path:
 
 def _about(options: flags.FlagValues) -> dict[str, Any]:
     """Returns what was run, when, where and with which options."""
-    module = "experiments.studies.gradient_question"
     names = ("batches", "classes", "images_per_class", "alpha", "embedding_dim", "spread", "seed")
     return {
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
-        "date": time.strftime("%F"),
-        "hardware": measuring.machine().rpartition(",")[0],
-        "commit": environment.commit() or "unknown",
+        **record.circumstances("experiments.studies.gradient_question"),
         **{name: options[name].value for name in names},
     }
 
@@ -350,12 +341,8 @@ def main(_: Sequence[str]) -> None:
         about = _about(options)
         text = page.as_markdown([*simulations, *runs], temperatures, page.heading(about))
         numbers = {**about, "simulations": simulations, "runs": runs}
-        with files.atomic_write(out / page.NAMES[0]) as path:
-            path.write_text(text)
-        with files.atomic_write(out / page.NAMES[1]) as path:
-            path.write_text(json.dumps(numbers, indent=1) + "\n")
-        with files.atomic_write(out / page.NAMES[2]) as path:
-            page.plot(simulations, runs, temperatures, path)
+        plot = functools.partial(page.plot, simulations, runs, temperatures)
+        record.write(out, "gradient_question", text, numbers, plot)
         print(text + f"written: {', '.join(str(out / name) for name in page.NAMES)}")
 
 
