@@ -348,8 +348,11 @@ def _about(base: Options, values: Any, most_rates: int) -> str:
     """Returns the command, what was run, how it was tuned, and where."""
     made = record.circumstances("experiments.compare")
     steps = values.tuning_steps or base["steps"]
+    pixels = f"{base['image_size']} px"
+    if base["test_image_size"]:
+        pixels += f" (searched at {base['test_image_size']} px)"
     return (
-        f"    {made['command']}\n\n{base['dataset']}, {base['backbone']}, {base['image_size']} px, "
+        f"    {made['command']}\n\n{base['dataset']}, {base['backbone']}, {pixels}, "
         f"{options.to_text(base['levels'])} of {base['embedding_dim']} dimensions, batches of "
         f"{base['classes_per_batch']} x {base['images_per_class']}, {base['steps']} steps of "
         f"{base['optimizer']}. Tuning of each: rates {values.rates}, the best by "

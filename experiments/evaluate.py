@@ -54,19 +54,19 @@ def _as_text(table: ScoreTable) -> str:
     )
 
 
-def _embed_test_images(
-    trained: TrainedNetwork, workdir: str, groups: Mapping[str, str] | None
-) -> tuple[EncodedImageDataset, dict[str, np.ndarray]]:
-    """Returns the test images that can be read, and their embeddings by level.
+def _open_test_images(
+    config: Config, workdir: str, groups: Mapping[str, str] | None
+) -> tuple[EncodedImageDataset, list[str]]:
+    """Returns the test images, and what is said of those that are skipped.
 
     Args:
-      trained: the network.
-      workdir: its run's folder.
+      config: the run's options.
+      workdir: its folder.
       groups: what --groups holds, or None.
     """
     options = flags.FLAGS
     given = {name: options[name].value for name in _DATA if options[name].value}
-    config = trained.config.replace(**given)
+    config = config.replace(**given)
     splits, skipped = datasets.open_usable(
         config.data, config.runtime, all_classes=options.all_classes
     )
@@ -75,8 +75,14 @@ def _embed_test_images(
     if groups is not None:
         splits["test"] = copy_groups.leave_out(splits["test"], groups)
     splits = checks.cached_splits({"test": splits["test"]}, config.data, config.runtime)
-    test = splits["test"]
-    bad = []
+    return splits["test"], skipped
+
+
+def _embed(
+    trained: TrainedNetwork, test: EncodedImageDataset, skipped: Sequence[str]
+) -> tuple[EncodedImageDataset, dict[str, np.ndarray]]:
+    """Returns the test images that can be read, and their embeddings by level."""
+    bad: list[str] = []
     embed = functools.partial(trained.embed, test, progress="embedding the test images")
     readable, levels = scoring.embed_readable(
         embed, test, lambda row: bad.append(str(test.paths[row]))
@@ -134,7 +140,10 @@ def main(_: Any) -> None:
         if options.baseline:
             baseline = query_scores.read(pathlib.Path(options.baseline))
         trained = trained_network.load_from_flags()
-        data, levels = _embed_test_images(trained, options.workdir, groups)
+        test, skipped = _open_test_images(trained.config, options.workdir, groups)
+        if baseline is not None:
+            query_scores.check_same_queries(baseline, test, options.baseline)
+        data, levels = _embed(trained, test, skipped)
         ks = trained.config.data.entry.ks
         by_query = scoring.score_levels(levels, data, ks)
         table = scoring.make_table(by_query, data, ks)

@@ -66,6 +66,28 @@ def read(workdir: pathlib.Path, name: str = NAME) -> QueryScores:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
+def check_same_queries(scores: QueryScores, data: EncodedImageDataset, workdir: str) -> None:
+    """Checks that a run's scores can be of a dataset's queries, before these are embedded.
+
+    Args:
+      scores: the scores that the run has kept.
+      data: the dataset. Queries that cannot be read or are alone in their class have no score.
+      workdir: the run's folder.
+
+    Raises:
+      ValueError: the run scored more queries of a class than the dataset has.
+    """
+    classes, counts = np.unique(data.labels[data.query_rows], return_counts=True)
+    scored, times = np.unique(scores.classes, return_counts=True)
+    there = dict(zip(classes.tolist(), counts.tolist(), strict=True))
+    if any(there.get(c, 0) < n for c, n in zip(scored.tolist(), times.tolist(), strict=True)):
+        raise ValueError(
+            f"the baseline {workdir} has scores of {times.sum()} queries of {len(scored)} classes, "
+            f"and this dataset {counts.sum()} queries of {len(classes)} classes, not the same "
+            "ones: give a run on the same test images"
+        )
+
+
 def join(runs: Sequence[QueryScores]) -> QueryScores:
     """Returns the scores of several runs on the same images as one: a class keeps its queries."""
     names = runs[0].by_query

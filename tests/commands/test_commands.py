@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from experiments.engine import query_scores
 from rll_jax import metrics
 from rll_jax.data import images, views
 from tests.helpers.commands import FEW as TINY
@@ -57,6 +58,15 @@ def test_evaluate(workdir, emoji):
     assert result.returncode == 0, result.stderr
     assert f"difference to {workdir}, paired:\nrecall@1 +0.0 (+0.0 to +0.0)" in result.stdout
     refused("expected a run", f"--workdir={workdir}", "--baseline=/nowhere", name="evaluate")
+
+
+def test_a_baseline_on_other_images_is_refused_before_any_is_embedded(workdir, tmp_path):
+    given = [f"--workdir={workdir}", f"--baseline={tmp_path}", "--noclustering"]
+    kept = query_scores.read(workdir)
+    query_scores.write(tmp_path, kept._replace(classes=kept.classes + 1))
+    result = run(*given, name="evaluate")
+    assert result.returncode == 2 and "not the same ones: give a run on" in result.stderr
+    assert "embedding" not in result.stderr
 
 
 def test_evaluate_a_dataset_without_training_classes(workdir, folder, tmp_path):
