@@ -140,7 +140,8 @@ class LossOptions(Section):
     memory_size: int = option(
         0,
         "The number of most recent embeddings of each level, this batch's included, that the loss "
-        "ranks instead of the batch alone (cross-batch memory). 0: no memory.",
+        "ranks instead of the batch alone (cross-batch memory). Those of earlier batches are "
+        "constants. 0: no memory.",
         low=0,
     )
 
@@ -153,11 +154,6 @@ class LossOptions(Section):
         if self.memory_size and self.loss != "ranked_list":
             raise ValueError(
                 f"--memory_size={self.memory_size} goes with --loss=ranked_list, not {self.loss}"
-            )
-        if self.memory_size and self.gallery_gradient:
-            raise ValueError(
-                f"--memory_size={self.memory_size} and --gallery_gradient: what is remembered is "
-                "constant; give one of them"
             )
 
     def _check_all_are_used(self) -> None:

@@ -75,15 +75,19 @@ def push(
     embeddings: jax.Array | np.ndarray,
     labels: jax.Array | np.ndarray,
     where: jax.Array | np.ndarray | None = None,
+    *,
+    constant: bool = True,
 ) -> CrossBatchMemory:
     """Returns the memory with rows stored, in their order, over the oldest ones.
 
     Args:
       memory: the memory so far.
-      embeddings: (N, dim), floating. They are stored as constants in the memory's dtype. Of more
-        rows than the capacity, the last ones stay.
+      embeddings: (N, dim), floating. They are stored in the memory's dtype. Of more rows than the
+        capacity, the last ones stay.
       labels: (N,), integer.
       where: (N,) bool: False rows are not stored.
+      constant: whether what is stored is a constant. False: a loss with `gallery_gradient` moves
+        these rows as its gallery too; `jax.lax.stop_gradient` makes the memory that is kept.
 
     Raises:
       TypeError: as `loss.ranked_list_loss` raises it for these rows.
@@ -102,6 +106,8 @@ def push(
             f"labels must fit the memory's {memory.labels.dtype}: "
             f"found {labels.min()} to {labels.max()}"
         )
+    if constant:
+        embeddings = lax.stop_gradient(jnp.asarray(embeddings))
     mesh = mesh_of(embeddings)
     if mesh is None or AxisType.Explicit not in mesh.axis_types:
         return _push(memory, embeddings, labels, where)
@@ -131,7 +137,7 @@ def _push(
         return ring.at[place].set(rows.astype(ring.dtype), mode="drop")
 
     return CrossBatchMemory(
-        write(memory.embeddings, lax.stop_gradient(jnp.asarray(embeddings))),
+        write(memory.embeddings, jnp.asarray(embeddings)),
         write(memory.labels, jnp.asarray(labels)),
         write(memory.valid, jnp.ones(n, bool)),
         (memory.cursor + count) % capacity,

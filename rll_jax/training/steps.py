@@ -148,7 +148,9 @@ def train_step(
 
     Args:
       state: replicated over the axis. Where the state has a memory, the rows of all devices are
-        stored in it, and the loss ranks the memory, as constants, instead of the batch alone.
+        stored in it, and the loss ranks the memory instead of the batch alone. Rows of earlier
+        batches are constants. Those of this batch move as the gallery too, where the loss has a
+        gradient for it.
       batch: {"image": (n, H, W, 3) uint8, "label": (n,) integer}, this device's rows.
       loss: (embeddings, labels, *, axis_name) -> scalar, an `rll_jax.typing.Loss`. The mean of the
         devices' values is the loss of the whole batch, and each query ranks the rows of all
@@ -248,6 +250,7 @@ def _objective(
     if memory is not None:
         memory = _store_batch(memory, levels, labels, axis_name)
         options = {level: _gallery_share(memory[level], axis_name) for level in memory}
+        memory = lax.stop_gradient(memory)
     for level, proxies in params.get(PROXIES, {}).items():
         options[level] = options[level] | {PROXIES: proxies}
     losses = {
@@ -273,10 +276,12 @@ def _store_batch(
 ) -> Memories:
     """Returns the memories with the rows of all devices stored, the same on each device.
 
+    The stored rows carry the batch's gradient.
+
     Raises:
       ValueError: the rows of a memory are no multiple of the number of devices.
     """
-    rows = {level: (e, labels) for level, e in lax.stop_gradient(levels).items()}
+    rows = {level: (e, labels) for level, e in levels.items()}
     if axis_name is not None:
         devices = lax.axis_size(axis_name)
         sizes = [level_memory.valid.size for level_memory in memory.values()]
@@ -286,7 +291,7 @@ def _store_batch(
             )
         gather = functools.partial(devices_lib.gather_rows, axis_name=axis_name, replicated=True)
         rows = jax.tree.map(gather, rows)
-    return {level: memory_lib.push(memory[level], *rows[level]) for level in rows}
+    return {level: memory_lib.push(memory[level], *rows[level], constant=False) for level in rows}
 
 
 def _gallery_share(

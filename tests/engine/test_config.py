@@ -76,7 +76,6 @@ def test_a_damaged_flags_txt_is_refused_by_line(line, text, tmp_path):
         ({"stage_sizes": "1,0"}, "--stage_sizes=(1, 0): expected one or more blocks"),
         ({"margin": float("nan")}, "--margin=nan: expected at least 0"),
         ({"ema": 1.0}, "--ema=1.0: expected between 0 and 0.999999"),
-        ({"memory_size": 64, "gallery_gradient": True}, "is constant; give one of them"),
         ({"memory_size": 64, "class_augment": True}, "another way in each batch"),
         (
             {"dataset": "cub", "test_classes": "second_half"},

@@ -103,6 +103,16 @@ def test_under_scan_without_gradient():
     assert jax.grad(batch_loss)(2.0) == 0  # what is stored is a constant
 
 
+def test_stored_rows_carry_a_gradient_where_that_is_asked_for():
+    x, labels = rows(1, 6)
+    bank = memory.push(memory.init(CAPACITY, DIM), *rows(0, 4))
+
+    def sum_of_squares(x):
+        return jnp.sum(memory.push(bank, x, labels, constant=False).embeddings ** 2)
+
+    np.testing.assert_allclose(jax.grad(sum_of_squares)(x), 2 * x)
+
+
 def test_dtypes_are_kept():
     bank = memory.init(CAPACITY, DIM, jnp.bfloat16, jnp.int16)
     bank = memory.push(bank, *rows(0, 4))

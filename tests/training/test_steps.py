@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -32,10 +33,13 @@ def test_a_step_promotes_no_ranks():
         assert "positive_distances_H" in metrics
 
 
-def with_memory(kind, batches, size=96, embed_chunk=0):
+BOTH_ENDS = functools.partial(loss.ranked_list_loss, gallery_gradient=True)
+
+
+def with_memory(kind, batches, size=96, embed_chunk=0, function=loss.ranked_list_loss):
     """The states from the first to that after the last batch, and the losses on the way."""
     one, runner = (
-        functools.partial(steps.train_step, loss=loss.ranked_list_loss, embed_chunk=embed_chunk),
+        functools.partial(steps.train_step, loss=function, embed_chunk=embed_chunk),
         devices.make_runner(kind) if kind else None,
     )
     state, one = (
@@ -107,6 +111,58 @@ def test_a_memory_is_the_same_on_many_devices(kind, embed_chunk, few_classes, re
     )
     with pytest.raises(ValueError, match=r"multiple of the 8 devices: found \[100\]"):
         with_memory(kind, few_classes, 100)
+
+
+@pytest.fixture(scope="module")
+def remembered_at_both_ends(few_classes):
+    return with_memory(None, few_classes, function=BOTH_ENDS)
+
+
+def test_both_ends_of_a_pair_move_but_those_of_earlier_batches(
+    few_classes, remembered, remembered_at_both_ends
+):
+    states, losses = remembered_at_both_ends
+    assert losses[0] == remembered[1][0]
+
+    def embed(params, n):
+        return Linear().apply({"params": params}, few_classes[n]["image"])["H"]
+
+    for n in range(4):
+        earlier = [embed(states[n - 1].params, n - 1)] if n else []
+        labels = [few_classes[i]["label"] for i in range(max(n - 1, 0), n + 1)]
+
+        @jax.jit
+        @jax.grad
+        def expected(params, n=n, earlier=earlier, labels=labels):
+            rows = embed(params, n)
+            gallery = jnp.concatenate([*earlier, rows])
+            return BOTH_ENDS(
+                rows, labels[-1], gallery=gallery, gallery_labels=jnp.concatenate(labels)
+            )
+
+        found = jax.tree.map(lambda a, b: (a - b) / 0.5, states[n].params, states[n + 1].params)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * np.abs(b).max()),
+            found,
+            jax.device_get(expected(states[n].params)),
+        )
+    difference = jax.tree.map(
+        lambda a, b: np.abs(a - b).max(), states[1].params, remembered[0][1].params
+    )
+    assert max(jax.tree.leaves(difference)) > 1e-4
+
+
+@pytest.mark.parametrize("kind, embed_chunk", [("pmap", 3), ("shard_map", 0)])
+def test_both_ends_of_a_memory_are_the_same_on_many_devices(
+    kind, embed_chunk, few_classes, remembered_at_both_ends
+):
+    states, losses = with_memory(kind, few_classes, embed_chunk=embed_chunk, function=BOTH_ENDS)
+    np.testing.assert_allclose(losses, remembered_at_both_ends[1], rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+        (states[-1].params, states[-1].memory),
+        (remembered_at_both_ends[0][-1].params, remembered_at_both_ends[0][-1].memory),
+    )
 
 
 @pytest.mark.parametrize("axis", [None, "batch"])
