@@ -4,8 +4,8 @@
     python -m experiments.export --workdir=runs/emoji --out=model.stablehlo --format=stablehlo
 
 safetensors: the weights in torchvision's names and layout, for a network in PyTorch; those of a
-vision transformer in timm's names, or in Hugging Face's with --names=huggingface. The embedding
-heads are {L,M,H}_*, and take maps flattened channels first.
+vision transformer or a ConvNeXt in timm's names, or in Hugging Face's with --names=huggingface. The
+embedding heads are {L,M,H}_*, and take maps flattened channels first.
 
 stablehlo: a function from (N, size, size, 3) uint8 images, any N, to (N, D) embeddings, exported by
 `jax.export` for CPU, CUDA and TPU. Read it by
@@ -53,7 +53,7 @@ def main(_: Any) -> None:
         backbone = trained.config.network.backbone_config
         if options.names == "huggingface" and not isinstance(backbone, TokenBackbone):
             raise ValueError(
-                "--names=huggingface is of vision transformers, and "
+                "--names=huggingface is of vision transformers and ConvNeXts, and "
                 f"--backbone={trained.config.network.backbone} is none: leave it out"
             )
         with phases.told("writing the file"), files.atomic_write(out) as temporary:
@@ -81,6 +81,6 @@ if __name__ == "__main__":
         "published",
         ["published", "huggingface"],
         "The names of the weights in a .safetensors file: torchvision's, timm's and Caffe's, or, "
-        "of a vision transformer, Hugging Face's.",
+        "of a vision transformer or a ConvNeXt, Hugging Face's.",
     )
     app.run(main, flags_parser=command.parse_flags)

@@ -90,9 +90,10 @@ class Backbone(Protocol):
 
 @runtime_checkable
 class TokenBackbone(Backbone, Protocol):
-    """A backbone whose stages end with (B, tokens, channels), as a vision transformer's.
+    """A backbone that was published with a pool of its own, and whose last stage ends with tokens.
 
-    It has no batch norm.
+    Stages end with (B, tokens, channels); of a ConvNeXt, whose first stages end with maps, the last
+    alone. It has no batch norm.
     """
 
     @property
@@ -101,7 +102,7 @@ class TokenBackbone(Backbone, Protocol):
         ...
 
     def to_map(self, tokens: jax.Array, sides: Sequence[int] | None = None) -> jax.Array:
-        """Returns the (B, h, w, channels) map of the patches from the tokens at a stage's end.
+        """Returns the (B, h, w, channels) map of the patches from a stage's end.
 
         Args:
           tokens: (B, tokens, channels).

@@ -71,8 +71,8 @@ class NetworkOptions(Section):
         "auto",
         "The mean and standard deviation of the pixels that the network gets: ImageNet's, a half "
         "and a half, CLIP's, or Caffe's. auto: those of the weights that --pretrained names, where "
-        "a vision transformer's name tells (dino, augreg, clip, siglip, ...); else the backbone's "
-        "own.",
+        "the name of a vision transformer or a ConvNeXt tells (dino, augreg, clip, siglip, ...); "
+        "else the backbone's own.",
         choices=("auto", *backbones.PIXELS),
     )
     position_size: int = option(
@@ -109,7 +109,8 @@ class NetworkOptions(Section):
         "own",
         "How the head of level H pools the last map, or a vision transformer's patches: average, "
         "maximum, the sum of both, or a generalised mean with a learnt power (gem). own: the "
-        "average, and a vision transformer's class token or attention pool.",
+        "average, normalised in a ConvNeXt, or a vision transformer's class token or attention "
+        "pool.",
         choices=embedding_net.POOLINGS,
     )
     head_norm: bool = option(
@@ -126,9 +127,8 @@ class NetworkOptions(Section):
     )
     drop_path: float = option(
         0.0,
-        "The share of images that skip the last block of a ResNet or a vision transformer in a "
-        "training step; those of the blocks before grow linearly to it from 0. Frozen stages skip "
-        "none.",
+        "The share of images that skip the last residual block in a training step; those of the "
+        "blocks before grow linearly to it from 0. Frozen stages skip none.",
         low=0,
         high=0.95,
     )
@@ -243,11 +243,13 @@ class NetworkOptions(Section):
     @property
     def backbone_config(self) -> typing.Backbone:
         """--backbone, changed by the options that are about it and by the weights."""
-        config: Any = self._sized_backbone
-        if isinstance(config, vit.ViTConfig):
-            config = self._as_published(config)
-        if self.pixel_norm != "auto":
-            mean, std = backbones.PIXELS[self.pixel_norm]
+        sized = self._sized_backbone
+        config: Any = self._as_published(sized) if isinstance(sized, vit.ViTConfig) else sized
+        pixels = self.pixel_norm if self.pixel_norm != "auto" else None
+        if pixels is None and isinstance(sized, typing.TokenBackbone):
+            pixels = vit_weights.pixels_of(self._published_name)
+        if pixels:
+            mean, std = backbones.PIXELS[pixels]
             mean, std = (mean[::-1], std[::-1]) if config.bgr else (mean, std)
             config = dataclasses.replace(config, mean=mean, std=std)
         return dataclasses.replace(config, mean=self.pixel_mean) if self.pixel_mean else config
@@ -263,12 +265,8 @@ class NetworkOptions(Section):
             config = dataclasses.replace(
                 config, lora_rank=self.lora_rank, lora_alpha=self.lora_alpha
             )
-        name = self._published_name
-        pixels = vit_weights.pixels_of(name)
-        if pixels:
-            mean, std = backbones.PIXELS[pixels]
-            config = dataclasses.replace(config, mean=mean, std=std)
-        return dataclasses.replace(config, antialias=True) if vit_weights.is_timms(name) else config
+        timms = vit_weights.is_timms(self._published_name)
+        return dataclasses.replace(config, antialias=True) if timms else config
 
     @property
     def _published_name(self) -> str:

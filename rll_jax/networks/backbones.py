@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+from rll_jax.networks.convnext import ConvNeXtConfig
 from rll_jax.networks.efficientnet import EfficientNetLiteConfig
 from rll_jax.networks.googlenet import GoogLeNetV2Config
 from rll_jax.networks.resnet import IMAGENET_MEAN, IMAGENET_STD, ResNetConfig
@@ -40,6 +41,10 @@ _siglip = functools.partial(
     _vit, "half", class_token=False, attention_pool=True, activation="gelu_tanh"
 )
 
+# The widths of ConvNeXts.
+_96, _128, _192 = (96, 192, 384, 768), (128, 256, 512, 1024), (192, 384, 768, 1536)
+_convnext_v2 = functools.partial(ConvNeXtConfig, response_norm=True)
+
 BACKBONES: dict[str, Backbone] = {
     # For tests: compiles in seconds and learns nothing.
     "resnet_tiny": ResNetConfig((1, 1), width=8, small_images=True),
@@ -67,6 +72,20 @@ BACKBONES: dict[str, Backbone] = {
     "efficientnet_lite2": EfficientNetLiteConfig(1.1, 1.2),
     "efficientnet_lite3": EfficientNetLiteConfig(1.2, 1.4),
     "efficientnet_lite4": EfficientNetLiteConfig(1.4, 1.8),
+    # For tests.
+    "convnext_test": ConvNeXtConfig((1, 1, 2, 1), (8, 16, 24, 32)),
+    # ConvNeXt, also with the weights of DINOv3.
+    "convnext_tiny": ConvNeXtConfig((3, 3, 9, 3), _96),
+    "convnext_small": ConvNeXtConfig((3, 3, 27, 3), _96),
+    "convnext_base": ConvNeXtConfig((3, 3, 27, 3), _128),
+    "convnext_large": ConvNeXtConfig((3, 3, 27, 3), _192),
+    "convnextv2_atto": _convnext_v2((2, 2, 6, 2), (40, 80, 160, 320)),
+    "convnextv2_femto": _convnext_v2((2, 2, 6, 2), (48, 96, 192, 384)),
+    "convnextv2_pico": _convnext_v2((2, 2, 6, 2), (64, 128, 256, 512)),
+    "convnextv2_nano": _convnext_v2((2, 2, 8, 2), (80, 160, 320, 640)),
+    "convnextv2_tiny": _convnext_v2((3, 3, 9, 3), _96),
+    "convnextv2_base": _convnext_v2((3, 3, 27, 3), _128),
+    "convnextv2_large": _convnext_v2((3, 3, 27, 3), _192),
     # For tests.
     "vit_test": _augreg(8, (24, 3, 2), image_size=32),
     # ViT: of ImageNet-21k (augreg, Google), and DINO, whose pixels are "imagenet".

@@ -67,6 +67,25 @@ def conv_general_dilated(
     return _convolve(*as_varying(x, kernel), strides, pads)
 
 
+def convolve_patches(
+    x: jax.Array, kernel: jax.Array, window_strides: Sequence[int], padding: object, **_: object
+) -> jax.Array:
+    """Convolves patches that do not overlap: one matrix product, and so are its gradients.
+
+    Args:
+      x: (B, H, W, C) maps. What they have beyond whole patches is not seen.
+      kernel: (patch, patch, C, features).
+      window_strides: the side of a patch, twice.
+      padding: none, "VALID".
+    """
+    patch, channels = window_strides[0], kernel.shape[2]
+    height, width = (side // patch for side in x.shape[1:3])
+    x = x[:, : height * patch, : width * patch]
+    x = x.reshape(x.shape[0], height, patch, width, patch, channels).swapaxes(2, 3)
+    x = x.reshape(x.shape[0], height, width, patch * patch * channels)
+    return x @ kernel.reshape(-1, kernel.shape[-1])
+
+
 def _check(
     x: jax.Array,
     kernel: jax.Array,

@@ -20,6 +20,7 @@ from rll_jax.networks import drop_path as drop_path_lib
 from rll_jax.networks import vit_weights
 from rll_jax.networks._bicubic import bicubic
 from rll_jax.networks._stages import ModuleMaker, cached_ends
+from rll_jax.networks.convolution import convolve_patches
 from rll_jax.networks.resnet import IMAGENET_MEAN, IMAGENET_STD
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
@@ -255,7 +256,7 @@ class ViTConfig:
             padding="VALID",
             use_bias=not self.pre_norm,
             kernel_init=_INIT,
-            conv_general_dilated=_convolve_patches,
+            conv_general_dilated=convolve_patches,
             name="patch_embed",
         )(x)
         x = Tokens(self, name="tokens")(x)
@@ -404,15 +405,3 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
     shape = q.shape
     q, k, v = (x.reshape(*x.shape[:2], heads, shape[-1] // heads) for x in (q, k, v))
     return jax.nn.dot_product_attention(q, k, v).reshape(shape)
-
-
-def _convolve_patches(
-    x: jax.Array, kernel: jax.Array, window_strides: Sequence[int], padding: object, **_: object
-) -> jax.Array:
-    """Convolves patches that do not overlap: one matrix product, and so are its gradients."""
-    patch, channels = window_strides[0], kernel.shape[2]
-    height, width = (side // patch for side in x.shape[1:3])
-    x = x[:, : height * patch, : width * patch]
-    x = x.reshape(x.shape[0], height, patch, width, patch, channels).swapaxes(2, 3)
-    x = x.reshape(x.shape[0], height, width, patch * patch * channels)
-    return x @ kernel.reshape(-1, kernel.shape[-1])

@@ -4,7 +4,7 @@ A backbone's configuration has the names of its family (`array_name`). Files are
 never executed: safetensors, .npz, and PyTorch's where torch is installed.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 import re
 from typing import Any
 
@@ -95,12 +95,13 @@ def from_named_arrays(
     arrays = backbone.from_published(arrays)
     if prefix is None and arrays:
         arrays = take_prefix(arrays, find_prefix(arrays, variables, backbone, heads=heads))
-    arrays = _fold_convolution_biases(_flat_vectors(_without_classifier(arrays)))
     expected = {
         name: _to_pytorch(name, np.asarray(leaf)).shape
         for name, leaf in _named(variables, backbone)
         if f".{vit.LORA}." not in name  # adapters start anew
     }
+    arrays = _without_classifier(arrays, expected)
+    arrays = _fold_convolution_biases(_flat_vectors(arrays))
     if not heads:
         arrays = {name: x for name, x in arrays.items() if not name.startswith(HEAD_PREFIXES)}
         expected = {name: x for name, x in expected.items() if not name.startswith(HEAD_PREFIXES)}
@@ -203,12 +204,18 @@ def _preference(prefix: str) -> int:
     return bool(words & _PREFERRED) - bool(words & _FOLLOWING)
 
 
-def _without_classifier(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the arrays without those of classifiers and the counters of batch norms."""
+def _without_classifier(
+    arrays: Mapping[str, np.ndarray], expected: Container[str]
+) -> dict[str, np.ndarray]:
+    """Returns the arrays without those of classifiers and the counters of batch norms.
+
+    The last norm of a backbone may be named like a part of the classifier: those expected stay.
+    """
     return {
         name: array
         for name, array in arrays.items()
-        if name.split(".")[0] not in _CLASSIFIERS and not name.endswith(".num_batches_tracked")
+        if name in expected
+        or (name.split(".")[0] not in _CLASSIFIERS and not name.endswith(".num_batches_tracked"))
     }
 
 

@@ -62,7 +62,7 @@ def test_pixels_of_another_run_must_be_the_same(workdir, tmp_path):
 def test_names_of_hugging_face_are_of_vision_transformers(pictures, tmp_path):
     assert run(*FEW, f"--workdir={tmp_path / 'run'}", "--steps=1").returncode == 0
     asked = [f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'a'}", "--names=huggingface"]
-    refused("--names=huggingface is of vision transformers", *asked, name="export")
+    refused("--names=huggingface is of vision transformers and ConvNeXts", *asked, name="export")
 
 
 def test_stablehlo(workdir, tmp_path):
