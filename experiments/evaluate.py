@@ -55,14 +55,21 @@ def _as_text(table: ScoreTable) -> str:
 
 
 def _open_test_images(
-    config: Config, workdir: str, groups: Mapping[str, str] | None
-) -> tuple[EncodedImageDataset, list[str]]:
-    """Returns the test images, and what is said of those that are skipped.
+    config: Config,
+    workdir: str,
+    groups: Mapping[str, str] | None,
+    baseline: QueryScores | None,
+) -> EncodedImageDataset:
+    """Returns the test images, and prints those that are skipped.
 
     Args:
       config: the run's options.
       workdir: its folder.
       groups: what --groups holds, or None.
+      baseline: the scores of --baseline, or None.
+
+    Raises:
+      ValueError: the images are not the run's, the groups' or the baseline's.
     """
     options = flags.FLAGS
     given = {name: options[name].value for name in _DATA if options[name].value}
@@ -70,16 +77,19 @@ def _open_test_images(
     splits, skipped = datasets.open_usable(
         config.data, config.runtime, all_classes=options.all_classes
     )
+    _print_left_out(skipped)
     if not given and not options.all_classes:
         checks.check_same_data(pathlib.Path(workdir), splits)
     if groups is not None:
         splits["test"] = copy_groups.leave_out(splits["test"], groups)
+    if baseline is not None:
+        query_scores.check_same_queries(baseline, splits["test"], options.baseline)
     splits = checks.cached_splits({"test": splits["test"]}, config.data, config.runtime)
-    return splits["test"], skipped
+    return splits["test"]
 
 
 def _embed(
-    trained: TrainedNetwork, test: EncodedImageDataset, skipped: Sequence[str]
+    trained: TrainedNetwork, test: EncodedImageDataset
 ) -> tuple[EncodedImageDataset, dict[str, np.ndarray]]:
     """Returns the test images that can be read, and their embeddings by level."""
     bad: list[str] = []
@@ -87,9 +97,13 @@ def _embed(
     readable, levels = scoring.embed_readable(
         embed, test, lambda row: bad.append(str(test.paths[row]))
     )
-    for reason in [*skipped, *bad]:
-        print(f"left out: {reason}", file=sys.stderr)
+    _print_left_out(bad)
     return readable, levels
+
+
+def _print_left_out(reasons: Sequence[str]) -> None:
+    for reason in reasons:
+        print(f"left out: {reason}", file=sys.stderr)
 
 
 def _gain(config: Config, scores: QueryScores) -> zero_shot.Gain | None:
@@ -140,10 +154,8 @@ def main(_: Any) -> None:
         if options.baseline:
             baseline = query_scores.read(pathlib.Path(options.baseline))
         trained = trained_network.load_from_flags()
-        test, skipped = _open_test_images(trained.config, options.workdir, groups)
-        if baseline is not None:
-            query_scores.check_same_queries(baseline, test, options.baseline)
-        data, levels = _embed(trained, test, skipped)
+        test = _open_test_images(trained.config, options.workdir, groups, baseline)
+        data, levels = _embed(trained, test)
         ks = trained.config.data.entry.ks
         by_query = scoring.score_levels(levels, data, ks)
         table = scoring.make_table(by_query, data, ks)

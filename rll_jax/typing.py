@@ -62,7 +62,7 @@ class Backbone(Protocol):
     def from_published(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Returns arrays under the names of `array_name` from those of other publishers.
 
-        What stands before the names stays, but for a `TokenBackbone`, which finds its tower itself.
+        What stands before the names stays, but for a vision transformer, which finds its tower.
         """
         ...
 
@@ -105,7 +105,7 @@ class TokenBackbone(Backbone, Protocol):
         """Returns the (B, h, w, channels) map of the patches from a stage's end.
 
         Args:
-          tokens: (B, tokens, channels).
+          tokens: (B, tokens, channels), or the map of a stage that ends with one.
           sides: the height and the width of the images in pixels; None: they are square.
         """
         ...

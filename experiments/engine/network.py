@@ -10,6 +10,7 @@ from experiments.engine.options import Section, option, to_text
 from rll_jax import typing
 from rll_jax.networks import (
     backbones,
+    convnext,
     embedding_net,
     resnet,
     vit,
@@ -71,8 +72,8 @@ class NetworkOptions(Section):
         "auto",
         "The mean and standard deviation of the pixels that the network gets: ImageNet's, a half "
         "and a half, CLIP's, or Caffe's. auto: those of the weights that --pretrained names, where "
-        "the name of a vision transformer or a ConvNeXt tells (dino, augreg, clip, siglip, ...); "
-        "else the backbone's own.",
+        "the name of a vision transformer (dino, augreg, clip, siglip, ...) or a ConvNeXt (clip, "
+        "laion) tells; else the backbone's own.",
         choices=("auto", *backbones.PIXELS),
     )
     position_size: int = option(
@@ -165,7 +166,8 @@ class NetworkOptions(Section):
     frozen_stages: int = option(
         0,
         "The number of first stages, and the stem, that do not train. The stages of a vision "
-        "transformer are its blocks; other networks need --batch_norm=frozen or frozen_affine.",
+        "transformer are its blocks. Networks with batch norm need --batch_norm=frozen or "
+        "frozen_affine.",
         low=0,
     )
     frozen_views: int = option(
@@ -246,8 +248,10 @@ class NetworkOptions(Section):
         sized = self._sized_backbone
         config: Any = self._as_published(sized) if isinstance(sized, vit.ViTConfig) else sized
         pixels = self.pixel_norm if self.pixel_norm != "auto" else None
-        if pixels is None and isinstance(sized, typing.TokenBackbone):
+        if pixels is None and isinstance(sized, vit.ViTConfig):
             pixels = vit_weights.pixels_of(self._published_name)
+        elif pixels is None and isinstance(sized, convnext.ConvNeXtConfig):
+            pixels = convnext.pixels_of(self._published_name)
         if pixels:
             mean, std = backbones.PIXELS[pixels]
             mean, std = (mean[::-1], std[::-1]) if config.bgr else (mean, std)

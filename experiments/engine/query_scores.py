@@ -1,6 +1,8 @@
 """The scores of each query that a run keeps, for intervals and for paired comparisons."""
 
+import collections
 from collections.abc import Mapping, Sequence
+import contextlib
 import pathlib
 from typing import Any, NamedTuple
 import zipfile
@@ -10,7 +12,7 @@ import numpy as np
 from experiments.engine import checks, scoring
 from experiments.engine.scoring import ByQuery
 from rll_jax import metrics
-from rll_jax.data import files
+from rll_jax.data import files, images
 from rll_jax.data.image_dataset import EncodedImageDataset
 
 NAME = "scores_by_query.npz"  # in the workdir
@@ -67,25 +69,40 @@ def read(workdir: pathlib.Path, name: str = NAME) -> QueryScores:
 
 
 def check_same_queries(scores: QueryScores, data: EncodedImageDataset, workdir: str) -> None:
-    """Checks that a run's scores can be of a dataset's queries, before these are embedded.
+    """Checks that a baseline's scores can be of a dataset's queries, before these are embedded.
 
     Args:
-      scores: the scores that the run has kept.
-      data: the dataset. Queries that cannot be read or are alone in their class have no score.
-      workdir: the run's folder.
+      scores: the scores that the baseline has kept.
+      data: the dataset. Queries that cannot be read or have no match have no score.
+      workdir: the baseline's folder.
 
     Raises:
-      ValueError: the run scored more queries of a class than the dataset has.
+      ValueError: the baseline scored more queries of a class than the dataset has, or none of a
+        class that has some.
     """
-    classes, counts = np.unique(data.labels[data.query_rows], return_counts=True)
-    scored, times = np.unique(scores.classes, return_counts=True)
-    there = dict(zip(classes.tolist(), counts.tolist(), strict=True))
-    if any(there.get(c, 0) < n for c, n in zip(scored.tolist(), times.tolist(), strict=True)):
-        raise ValueError(
-            f"the baseline {workdir} has scores of {times.sum()} queries of {len(scored)} classes, "
-            f"and this dataset {counts.sum()} queries of {len(classes)} classes, not the same "
-            "ones: give a run on the same test images"
-        )
+    here = collections.Counter(data.labels[data.query_rows].tolist())
+    scored = collections.Counter(scores.classes.tolist())
+    for label in sorted(here.keys() | scored.keys()):
+        if scored[label] > here[label] or (not scored[label] and _has_a_match(data, label)):
+            raise ValueError(
+                f"--baseline={workdir} scored {scored.total()} queries of {len(scored)} classes; "
+                f"class {label} has {scored[label]} of them, and {here[label]} here: give a run on "
+                "the same test images"
+            )
+
+
+def _has_a_match(data: EncodedImageDataset, label: int) -> bool:
+    """Returns whether a class surely has a scored query: two images of it can be read."""
+    if data.in_gallery is not None or data.groups is not None:
+        return False
+    readable = 0
+    for row in np.flatnonzero(data.labels == label):
+        with contextlib.suppress(images.BadImageError):
+            data.decoded_image(int(row))
+            readable += 1
+        if readable == 2:
+            return True
+    return False
 
 
 def join(runs: Sequence[QueryScores]) -> QueryScores:
@@ -110,7 +127,10 @@ def intervals(
     if len(np.unique(scores.classes)) < 2:
         return {}
     if baseline is not None and not np.array_equal(scores.classes, baseline.classes):
-        raise ValueError("the queries are of other classes than the baseline's")
+        raise ValueError(
+            "the queries are of other classes than the baseline's: give a run on the same test "
+            "images"
+        )
     return metrics.confidence_intervals(
         scores.by_query,
         scores.classes,

@@ -86,8 +86,9 @@ def push(
         capacity, the last ones stay.
       labels: (N,), integer.
       where: (N,) bool: False rows are not stored.
-      constant: whether what is stored is a constant. False: a loss with `gallery_gradient` moves
-        these rows as its gallery too; `jax.lax.stop_gradient` makes the memory that is kept.
+      constant: True: no gradient flows through what is stored. False: a loss with
+        `gallery_gradient` moves these rows at both ends. Then keep `jax.lax.stop_gradient(memory)`
+        for the next step.
 
     Raises:
       TypeError: as `loss.ranked_list_loss` raises it for these rows.

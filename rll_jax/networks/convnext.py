@@ -19,6 +19,7 @@ import numpy as np
 from rll_jax.networks import drop_path as drop_path_lib
 from rll_jax.networks._stages import ModuleMaker, cached_ends
 from rll_jax.networks.convolution import convolve_patches
+from rll_jax.networks.normalization import gelu
 from rll_jax.networks.resnet import IMAGENET_MEAN, IMAGENET_STD
 
 _STEM = 4  # the side of the patches that the stem takes
@@ -41,7 +42,7 @@ _TO_TIMM: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     # Hugging Face
     (r"embeddings\.patch_embeddings\.", "stem.0."),
     (r"embeddings\.layernorm\.", "stem.1."),
-    (r"encoder\.stages\.", "stages."),
+    (r"encoder\.(stages\.\d+\.(?:layers|downsampling_layer)\.)", r"\1"),
     (r"downsampling_layer\.", "downsample."),
     (r"(stages\.\d+)\.layers\.", r"\1.blocks."),
     (r"(blocks\.\d+)\.layer_?norm\.", r"\1.norm."),
@@ -59,9 +60,10 @@ _TO_TIMM: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(?<!mlp\.)grn\.", "mlp.grn."),
     (r"grn\.gamma$", "grn.weight"),
     (r"grn\.beta$", "grn.bias"),
-    # The last norm has this name outside of the stages.
-    (r"(?<!head\.)(?:layer_?norm|norm)\.(weight|bias)$", r"head.norm.\1"),
 ]
+_INSIDE = re.compile(r"(?<![^.])st(?:em|ages)\.")  # of a name of the stem or of a stage
+_LAST_NORM = re.compile(r"(?<![^.])(?<!head\.)(?:layer_?norm|norm)\.(?=(?:weight|bias)$)")
+_COPIED_NORM = re.compile(r"(?<![^.])norms\.\d+\.")  # DINOv3's authors have the last norm twice
 _TO_HUGGINGFACE = [
     (r"^stem\.0\.", "embeddings.patch_embeddings."),
     (r"^stem\.1\.", "embeddings.layernorm."),
@@ -155,17 +157,16 @@ class ConvNeXtConfig:
 
     def from_published(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Returns arrays that others named under timm's names. What stands before them stays."""
-        named = {}
-        # transformers 5 has DINOv3's stages in "model." and its last norm beside that.
-        beside = "model." if "layer_norm.weight" in arrays else ""
-        for name, array in arrays.items():
-            name = name.removeprefix(beside)
-            if re.search(r"(?<![^.])norms\.\d+\.", name):  # DINOv3's copies of the last norm
-                continue
+        named: dict[str, np.ndarray] = {}
+        for name, array in _without_model(arrays).items():
             for pattern, new in _TO_TIMM:
-                inside = pattern.endswith("(weight|bias)$") and re.search(r"st(em|ages)\.", name)
-                name = name if inside else re.sub(rf"(?<![^.]){pattern}", new, name)
-            named[name] = array
+                name = re.sub(rf"(?<![^.]){pattern}", new, name)
+            if not _INSIDE.search(name):
+                name = _LAST_NORM.sub("head.norm.", name)
+            if ".mlp.fc" in name and array.ndim == 4:  # timm's 1x1 convolutions
+                array = array.reshape(array.shape[:2])
+            if not _COPIED_NORM.search(name):
+                named[name] = array
         return named
 
     def to_huggingface(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -227,6 +228,11 @@ class ConvNeXtConfig:
             height = width = math.isqrt(tokens.shape[1] - 1)
         else:
             height, width = (side // self._last_stride for side in sides)
+        if height * width + 1 != tokens.shape[1]:
+            raise ValueError(
+                f"the last stage ends with {tokens.shape[1] - 1} places: expected {height * width}"
+                f"{' of square images' if sides is None else ''}"
+            )
         return tokens[:, 1:].reshape(tokens.shape[0], height, width, tokens.shape[-1])
 
     @property
@@ -238,7 +244,7 @@ class ConvNeXtConfig:
         if min(x.shape[1:3]) < self._last_stride:
             raise ValueError(
                 f"images of {x.shape[1]} x {x.shape[2]} pixels: expected sides of "
-                f"{self._last_stride} pixels or more"
+                f"{self._last_stride} pixels or more (--image_size of the commands)"
             )
         return _norm(_patches(self.widths[0], _STEM, x, conv, "stem_0"), "stem_1")
 
@@ -270,7 +276,7 @@ class ConvNeXtBlock(nn.Module):
             name="conv_dw",
         )(x)
         y = _norm(y, "norm")
-        y = nn.gelu(_dense(4 * channels, y, "mlp_fc1"), approximate=False)
+        y = gelu(_dense(4 * channels, y, "mlp_fc1"))
         y = ResponseNorm(name="mlp_grn")(y) if self.config.response_norm else y
         y = _dense(channels, y, "mlp_fc2")
         if not self.config.response_norm:
@@ -292,6 +298,29 @@ class ResponseNorm(nn.Module):
         norms = jnp.sqrt(jnp.where(squares > 0, squares, 1.0)) * (squares > 0)
         share = (norms / (norms.mean(axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
         return x + scale.astype(x.dtype) * (x * share) + bias.astype(x.dtype)
+
+
+def pixels_of(name: str) -> str | None:
+    """Returns "clip" of `backbones.PIXELS` where the weights are a CLIP's; else None.
+
+    Args:
+      name: a name of the Hugging Face hub, or of a file: timm/convnext_base.clip_laion2b.
+    """
+    return "clip" if re.search(r"(?<![a-z])(?:clip|laion)", name.lower()) else None
+
+
+def _without_model(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns arrays without "model." where it stands before the stages, and not the last norm.
+
+    So names transformers 5 a DINOv3.
+    """
+    norm = "layer_norm.weight"
+    outside = [name for name in arrays if name.endswith(norm) and "stages." not in name]
+    wrapped = tuple(f"{name.removesuffix(norm)}model.stages." for name in outside)
+    return {
+        name.replace("model.stages.", "stages.", 1) if name.startswith(wrapped) else name: array
+        for name, array in arrays.items()
+    }
 
 
 def _norm(x: jax.Array, name: str) -> jax.Array:

@@ -73,12 +73,13 @@ class EmbeddingNet(nn.Module):
         "local": this device's share of the batch.
         "frozen": the running averages.
         "frozen_affine": the running averages; scales and biases get no gradient either.
-        A vision transformer has none.
+        Vision transformers and ConvNeXts have none.
         The heads' batch norms always use a batch's statistics while training, over all devices
         unless "local".
       pooling: how the head H pools the end of the last stage: "avg", "max", the sum of both
         ("avg+max"), or "gem" with a learnt power, over the map or the patches. "own": what the
-        backbone was published with, the mean of a map, and a vision transformer's class token.
+        backbone was published with: the mean of a map, which a ConvNeXt normalises, or a vision
+        transformer's class token.
       head_norm: whether a layer norm stands before the last linear layer of each head.
       axis_name: the device axis for batch statistics while training, that is, the axis of the
         step's pmap or shard_map (`rll_jax.training.devices.AXIS`), or None on one device.
@@ -128,8 +129,8 @@ class EmbeddingNet(nn.Module):
           images: (B, H, W, 3) RGB, uint8 or floating in 0-255. With `cached_stages`, (B, values):
             the flattened maps of these stages, one after the other.
           train: whether batch norms use and update batch statistics, as `batch_norm` says. Blocks
-            are dropped where `apply` gets random numbers for it (`drop_path` of a ResNet's or a
-            vision transformer's configuration).
+            are dropped where `apply` gets random numbers for it (`drop_path` of the backbone's
+            configuration).
           features: whether to return the backbone's feature maps.
           pooled: whether to return the backbone's own features beside the embeddings,
             L2-normalised: what a `TokenBackbone` pools by itself, or its last map, pooled as
@@ -139,7 +140,7 @@ class EmbeddingNet(nn.Module):
           {level: (B, embedding_dim) float32}, with `pooled` {`POOLED`: (B, channels) float32} too.
           With `features` a list of the maps at the ends of
           the stages, (B, h, w, channels) of `dtype` each, or (B, tokens, channels) of a
-          `TokenBackbone`; None for stages that are not computed.
+          `TokenBackbone`, of a ConvNeXt for the last alone; None for stages that are not computed.
         """
         self._check()
         ends = self._stage_ends(images, train)

@@ -7,6 +7,7 @@ keeps. Other platforms get Flax's program, with one sum less in the gradient.
 """
 
 from collections.abc import Sequence
+import math
 from typing import Any
 
 from flax import linen as nn
@@ -85,6 +86,29 @@ def relu6(x: jax.Array) -> jax.Array:
     """Returns min(max(x, 0), 6), NaN for NaN. The gradient at 0 and 6 is 0."""
     x = relu(x)
     return jnp.where(x >= 6, 6, x)
+
+
+@jax.custom_jvp
+def gelu(x: jax.Array) -> jax.Array:
+    """Returns x times the normal distribution's share below x, exactly.
+
+    With a derivative of its own: in jax 0.12 that of the error function fails under shard_map.
+    """
+    return x * _normal_share(x)
+
+
+@gelu.defjvp
+def _gelu_derivative(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    (x,), (tangent,) = primals, tangents
+    share = _normal_share(x)
+    density = jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    return x * share, tangent * (share + x * density)
+
+
+def _normal_share(x: jax.Array) -> jax.Array:
+    return 0.5 * lax.erfc(-x * math.sqrt(0.5))
 
 
 def _wide(x: jax.Array) -> jax.Array:

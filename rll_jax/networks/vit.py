@@ -21,6 +21,7 @@ from rll_jax.networks import vit_weights
 from rll_jax.networks._bicubic import bicubic
 from rll_jax.networks._stages import ModuleMaker, cached_ends
 from rll_jax.networks.convolution import convolve_patches
+from rll_jax.networks.normalization import gelu
 from rll_jax.networks.resnet import IMAGENET_MEAN, IMAGENET_STD
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
@@ -28,7 +29,7 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
 LORA = "attn_lora"  # the name of the module that LoRA adds to a block
 _INIT = nn.initializers.truncated_normal(0.02)
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu": gelu,
     "gelu_tanh": functools.partial(nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI's CLIP
 }

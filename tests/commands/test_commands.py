@@ -63,10 +63,18 @@ def test_evaluate(workdir, emoji):
 def test_a_baseline_on_other_images_is_refused_before_any_is_embedded(workdir, tmp_path):
     given = [f"--workdir={workdir}", f"--baseline={tmp_path}", "--noclustering"]
     kept = query_scores.read(workdir)
-    query_scores.write(tmp_path, kept._replace(classes=kept.classes + 1))
-    result = run(*given, name="evaluate")
-    assert result.returncode == 2 and "not the same ones: give a run on" in result.stderr
-    assert "embedding" not in result.stderr
+    some = kept.classes > kept.classes.min()
+    fewer = {name: values[some] for name, values in kept.by_query.items()}
+    for other in (
+        kept._replace(classes=kept.classes + 1),
+        kept._replace(by_query=fewer, classes=kept.classes[some]),
+    ):
+        query_scores.write(tmp_path, other)
+        result = run(*given, name="evaluate")
+        assert (
+            result.returncode == 2 and "here: give a run on the same test images" in result.stderr
+        )
+        assert "embedding" not in result.stderr
 
 
 def test_evaluate_a_dataset_without_training_classes(workdir, folder, tmp_path):

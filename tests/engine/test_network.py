@@ -203,7 +203,8 @@ def test_stem_width_and_stages_are_free(options, expected):
         (dict(backbone="vit_base_16_siglip", pretrained="a/clip-siglip"), "half", False),
         (dict(backbone="resnet50", pretrained="a/dino_resnet50", pixel_norm="half"), "half", None),
         (dict(backbone="convnext_base", pretrained="a/convnext_base.clip_laion2b"), "clip", None),
-        (dict(backbone="convnext_tiny", pretrained="a/convnext_tiny.fb_in22k"), "imagenet", None),
+        (dict(backbone="convnext_base", pretrained="a/convnext_laion2b_augreg"), "clip", None),
+        (dict(backbone="convnext_tiny", pretrained="a/convnext_tiny_in21k"), "imagenet", None),
     ],
 )  # fmt: skip
 def test_pixels_are_those_that_the_weights_expect(options, pixels, antialias):

@@ -139,7 +139,7 @@ def published(kind):
     return names
 
 
-@pytest.mark.parametrize("before", ["", "module.backbone."])
+@pytest.mark.parametrize("before", ["", "module.backbone.", "system.encoder."])
 @pytest.mark.parametrize("kind", ["timm", "torchvision", "authors"])
 @pytest.mark.parametrize("name", ["first", "second"])
 def test_every_publishers_names_are_read(name, kind, before):
@@ -169,6 +169,42 @@ def test_every_publishers_names_are_read(name, kind, before):
     jax.tree.map(
         np.testing.assert_array_equal, {key: read["params"][key] for key in expected}, expected
     )
+
+
+@pytest.mark.parametrize("before", ["", "teacher.backbone.", "_orig_mod."])
+def test_dinov3s_names_of_transformers_5_are_read(before):
+    """They have "model." before the stages and not before the last norm."""
+    config = CASES["dinov3"]
+    model, variables = random_variables(config)
+    arrays = {}
+    for name, array in config.to_huggingface(weights.to_named_arrays(variables, config)).items():
+        for old, new in (
+            (r"^embeddings\.patch_embeddings\.", "model.stages.0.downsample_layers.0."),
+            (r"^embeddings\.layernorm\.", "model.stages.0.downsample_layers.1."),
+            (r"^encoder\.stages\.", "model.stages."),
+            (r"downsampling_layer", "downsample_layers"),
+            (r"\.dwconv\.", ".depthwise_conv."),
+            (r"\.pwconv", ".pointwise_conv"),
+            (r"layernorm\.", "layer_norm."),
+            (r"layer_scale_parameter", "gamma"),
+        ):
+            name = re.sub(old, new, name)
+        if not name.startswith("H_"):
+            arrays[before + name] = array
+    assert f"{before}layer_norm.weight" in arrays
+    read = weights.from_named_arrays(arrays, variables_of(model), config, heads=False)["params"]
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        *(
+            {key: x for key, x in params.items() if not key.startswith("H_")}
+            for params in (read, variables["params"])
+        ),
+    )
+
+
+def test_a_map_of_other_sides_than_square_is_refused():
+    with pytest.raises(ValueError, match="ends with 8 places: expected 4 of square images"):
+        CASES["first"].to_map(np.zeros((2, 9, 32)))
 
 
 def test_levels_frozen_stages_and_their_cached_ends():

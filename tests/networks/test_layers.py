@@ -389,3 +389,16 @@ def test_pools_and_the_norm_before_the_last_layer(backbone, pooling):
     if pooling == "gem":
         gradient = jax.grad(lambda p: model.apply({**variables, "params": p}, pixels)["H"].sum())
         assert np.abs(gradient(params)["H_gem"]["p"]) > 0
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-6), (jnp.bfloat16, 0.01)])
+def test_the_exact_gelu_is_that_of_jax(dtype, tolerance):
+    x = jnp.linspace(-9, 9, 400).astype(dtype)
+    expected = with_gradients(functools.partial(nn.gelu, approximate=False), x)
+    for ours, theirs in zip(with_gradients(normalization.gelu, x), expected, strict=True):
+        assert ours.dtype == dtype
+        np.testing.assert_allclose(
+            ours.astype(jnp.float32), theirs.astype(jnp.float32), rtol=tolerance, atol=tolerance
+        )
+    _, along = jax.jvp(normalization.gelu, (x,), (jnp.ones_like(x),))
+    np.testing.assert_array_equal(along, jax.vmap(jax.grad(normalization.gelu))(x))

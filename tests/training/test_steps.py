@@ -33,6 +33,24 @@ def test_a_step_promotes_no_ranks():
         assert "positive_distances_H" in metrics
 
 
+@pytest.mark.parametrize("backbone", ["resnet_tiny", "vit_test", "convnext_test"])
+def test_every_family_has_a_step_under_shard_map(backbone):
+    """Traced alone: shard_map looks in tracing at what varies between devices."""
+    network = embedding_net.EmbeddingNet(
+        backbone=backbones.BACKBONES[backbone], embedding_dim=4, axis_name=devices.AXIS
+    )
+    one = functools.partial(steps.train_step, loss=loss.ranked_list_loss)
+    state = jax.eval_shape(
+        functools.partial(steps.create_train_state, network, optax.adamw(0.1), 64, seed=0)
+    )
+    batch = {
+        "image": jax.ShapeDtypeStruct((16, 64, 64, 3), np.uint8),
+        "label": jax.ShapeDtypeStruct((16,), np.int32),
+    }
+    step = devices.make_runner("shard_map").train(one)
+    assert jax.eval_shape(step, state, batch)[1]["loss"].shape == ()
+
+
 BOTH_ENDS = functools.partial(loss.ranked_list_loss, gallery_gradient=True)
 
 
