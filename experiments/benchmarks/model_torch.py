@@ -12,7 +12,7 @@ import torch  # pyright: ignore[reportMissingImports] (optional)
 from torch import nn  # pyright: ignore[reportMissingImports] (optional)
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports] (optional)
 
-from experiments.benchmarks import googlenet_torch, vit_torch
+from experiments.benchmarks import efficientnet_torch, googlenet_torch, transformers_torch
 from rll_jax.networks import backbones
 from rll_jax.typing import Backbone
 
@@ -92,7 +92,13 @@ class EmbeddingResNet(nn.Module):
         return F.normalize(self.embedding(x.mean((2, 3))).float())
 
 
-_Network = EmbeddingResNet | googlenet_torch.EmbeddingGoogLeNet | vit_torch.EmbeddingViT
+_Network = (
+    EmbeddingResNet
+    | googlenet_torch.EmbeddingGoogLeNet
+    | efficientnet_torch.EmbeddingEfficientNet
+    | transformers_torch.EmbeddingViT
+    | transformers_torch.EmbeddingConvNeXt
+)
 
 
 def ranked_list_loss(
@@ -228,14 +234,19 @@ def embedding_network(config: Backbone, dim: int) -> _Network:
 
     Raises:
       ValueError: the backbone is of another family.
-      ModuleNotFoundError: transformers is not installed, and the backbone is a vision transformer.
+      ModuleNotFoundError: transformers is not installed, and the backbone is a vision transformer
+        or a ConvNeXt.
     """
     if isinstance(config, backbones.ViTConfig):
-        return vit_torch.EmbeddingViT(config, dim)
+        return transformers_torch.EmbeddingViT(config, dim)
+    if isinstance(config, backbones.ConvNeXtConfig):
+        return transformers_torch.EmbeddingConvNeXt(config, dim)
     if isinstance(config, backbones.ResNetConfig):
         network = EmbeddingResNet(config, dim)
     elif isinstance(config, backbones.GoogLeNetV2Config):
         network = googlenet_torch.EmbeddingGoogLeNet(config, dim)
+    elif isinstance(config, backbones.EfficientNetLiteConfig):
+        network = efficientnet_torch.EmbeddingEfficientNet(config, dim)
     else:
         raise ValueError(f"no network of PyTorch for {config}")
     for module in network.modules():

@@ -19,8 +19,8 @@ from rll_jax.networks import drop_path as drop_path_lib
 from rll_jax.networks._stages import ModuleMaker, cached_ends
 from rll_jax.networks.normalization import relu6
 
-_STEM, _HEAD = 32, 1280  # channels, whatever the width
-_EPSILON = 1e-3  # of the batch norms
+STEM, HEAD = 32, 1280  # channels, whatever the width
+EPSILON = 1e-3  # of the batch norms
 
 # EfficientNet-PyTorch's names of layers, which begin with "_", and timm's.
 _OTHERS = re.compile(r"(?<![^.])(?:_blocks\.(\d+)\.)?_((?:conv|bn|expand|depthwise|project)\w*)")
@@ -32,7 +32,7 @@ _BLOCK_TO_TIMM = {
 _FIRST_BLOCK_TO_TIMM = {"depthwise_conv": "conv_dw", "project_conv": "conv_pw"}
 
 
-class _Group(NamedTuple):
+class Group(NamedTuple):
     """Blocks of one width."""
 
     stage: int
@@ -44,13 +44,13 @@ class _Group(NamedTuple):
 
 
 _GROUPS = (
-    _Group(1, 1, 3, 1, 1, 16),
-    _Group(2, 2, 3, 2, 6, 24),
-    _Group(3, 2, 5, 2, 6, 40),
-    _Group(4, 3, 3, 2, 6, 80),
-    _Group(4, 3, 5, 1, 6, 112),
-    _Group(5, 4, 5, 2, 6, 192),
-    _Group(5, 1, 3, 1, 6, 320),
+    Group(1, 1, 3, 1, 1, 16),
+    Group(2, 2, 3, 2, 6, 24),
+    Group(3, 2, 5, 2, 6, 40),
+    Group(4, 3, 3, 2, 6, 80),
+    Group(4, 3, 5, 1, 6, 112),
+    Group(5, 4, 5, 2, 6, 192),
+    Group(5, 1, 3, 1, 6, 320),
 )
 
 
@@ -109,7 +109,7 @@ class EfficientNetLiteConfig:
 
     def from_published(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Returns arrays under timm's names from those of EfficientNet-PyTorch, or as they are."""
-        blocks = [(f"blocks.{place}.{block}.", group) for place, block, group in self._blocks()]
+        blocks = [(f"blocks.{place}.{block}.", group) for place, block, group in self.blocks()]
 
         def renamed(found: re.Match[str]) -> str:
             number, layer = found.groups()
@@ -135,9 +135,9 @@ class EfficientNetLiteConfig:
         if isinstance(x, Mapping):
             ends, x = cached_ends(x)
         else:
-            x = conv(_STEM, (3, 3), (2, 2), padding="SAME", name="conv_stem")(x)
-            ends, x = [], relu6(norm(name="bn1", epsilon=_EPSILON)(x))
-        blocks = self._blocks()
+            x = conv(STEM, (3, 3), (2, 2), padding="SAME", name="conv_stem")(x)
+            ends, x = [], relu6(norm(name="bn1", epsilon=EPSILON)(x))
+        blocks = self.blocks()
         for stage in range(len(ends) + 1, self.num_stages + 1):
             make_block = nn.remat(InvertedBottleneck) if stage in remat else InvertedBottleneck
             for number, (place, block, group) in enumerate(blocks):
@@ -152,13 +152,13 @@ class EfficientNetLiteConfig:
                         name=f"blocks_{place}_{block}",
                     )(x)
             if stage == self.num_stages:
-                x = conv(_HEAD, (1, 1), name="conv_head")(x)
-                x = relu6(norm(name="bn2", epsilon=_EPSILON)(x))
+                x = conv(HEAD, (1, 1), name="conv_head")(x)
+                x = relu6(norm(name="bn2", epsilon=EPSILON)(x))
             x = lax.stop_gradient(x) if stage <= frozen else x
             ends.append(x)
         return ends
 
-    def _blocks(self) -> list[tuple[int, int, _Group]]:
+    def blocks(self) -> list[tuple[int, int, Group]]:
         """Returns the place of its group, its place there, and its group, for each block."""
         blocks = []
         for place, group in enumerate(_GROUPS):
@@ -182,7 +182,7 @@ class InvertedBottleneck(nn.Module):
       drop_path: the share of images that skip the branch while the network trains.
     """
 
-    group: _Group
+    group: Group
     conv: ModuleMaker
     norm: ModuleMaker
     drop_path: float = 0.0
@@ -194,7 +194,7 @@ class InvertedBottleneck(nn.Module):
         y, hidden, norms = x, x.shape[-1] * expansion, iter(("bn1", "bn2", "bn3"))
         if expansion > 1:
             y = self.conv(hidden, (1, 1), name="conv_pw")(y)
-            y = relu6(self.norm(name=next(norms), epsilon=_EPSILON)(y))
+            y = relu6(self.norm(name=next(norms), epsilon=EPSILON)(y))
         y = self.conv(
             hidden,
             (kernel, kernel),
@@ -203,9 +203,9 @@ class InvertedBottleneck(nn.Module):
             feature_group_count=hidden,
             name="conv_dw",
         )(y)
-        y = relu6(self.norm(name=next(norms), epsilon=_EPSILON)(y))
+        y = relu6(self.norm(name=next(norms), epsilon=EPSILON)(y))
         y = self.conv(channels, (1, 1), name="conv_pwl" if expansion > 1 else "conv_pw")(y)
-        y = self.norm(name=next(norms), epsilon=_EPSILON)(y)
+        y = self.norm(name=next(norms), epsilon=EPSILON)(y)
         return x + drop_path_lib.drop(self, y, self.drop_path) if x.shape == y.shape else y
 
 

@@ -50,20 +50,33 @@ def test_both_tables_hold_finite_positive_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet_small", "resnet18", "resnet50", "resnet50_v1", "googlenet_v2", "vit_test"]
+    "name",
+    [
+        "resnet_small",
+        "resnet18",
+        "resnet50",
+        "resnet50_v1",
+        "googlenet_v2",
+        "efficientnet_lite0",
+        "convnext_test",
+        "vit_test",
+    ],
 )
 def test_pytorchs_side_is_the_same_network(name):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     from experiments.benchmarks import model_torch
 
     config = backbones.BACKBONES[name]
-    narrow = {"googlenet_v2": 0.125, "vit_test": 24}.get(name, 8)
-    config = dataclasses.replace(config, width=narrow)
-    if name == "vit_test":
+    narrow = {"googlenet_v2": 0.125, "efficientnet_lite0": 0.5, "vit_test": 24}.get(name, 8)
+    if name != "convnext_test":
+        config = dataclasses.replace(config, width=narrow)
+    if name in ("convnext_test", "vit_test"):
         pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
     theirs = model_torch.embedding_network(config, 16)
-    arrays = {key: value.numpy() for key, value in theirs.state_dict().items()}
+    arrays = {
+        key.removeprefix("convnext."): value.numpy() for key, value in theirs.state_dict().items()
+    }
     head = {"H_embedding.weight": arrays.pop("embedding.weight")}
     published = config.from_published(arrays) | head
     pixels = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), np.uint8)

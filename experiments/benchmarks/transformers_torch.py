@@ -1,9 +1,10 @@
-"""The vision transformer of transformers, with an embedding, for `experiments.benchmarks.model`."""
+"""Networks of transformers, with an embedding, for `experiments.benchmarks.model`."""
 
 import torch  # pyright: ignore[reportMissingImports] (optional)
 from torch import nn  # pyright: ignore[reportMissingImports] (optional)
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports] (optional)
 
+from rll_jax.networks.convnext import ConvNeXtConfig
 from rll_jax.networks.vit import ViTConfig
 
 
@@ -47,3 +48,30 @@ class EmbeddingViT(nn.Module):
         others = x.shape[-2:] != (self._side, self._side)
         tokens = self.vit(x, interpolate_pos_encoding=others).last_hidden_state
         return F.normalize(self.embedding(tokens[:, 0]).float())
+
+
+class EmbeddingConvNeXt(nn.Module):
+    """The network of a `ConvNeXtConfig` with level H, which takes the normalised mean.
+
+    Args:
+      config: the network.
+      dim: embedding dimension.
+    """
+
+    def __init__(self, config: ConvNeXtConfig, dim: int):
+        import transformers  # pyright: ignore[reportMissingImports] (optional)
+
+        super().__init__()
+        of_config, of_model = transformers.ConvNextConfig, transformers.ConvNextModel
+        if config.response_norm:
+            of_config, of_model = transformers.ConvNextV2Config, transformers.ConvNextV2Model
+        self.convnext = of_model(
+            of_config(
+                depths=[*config.stage_sizes], hidden_sizes=[*config.widths], layer_norm_eps=1e-6
+            )
+        )
+        self.embedding = nn.Linear(config.widths[-1], dim, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns (B, dim) float32 of unit length, of (B, 3, H, W) normalised pixels."""
+        return F.normalize(self.embedding(self.convnext(x).pooler_output).float())
