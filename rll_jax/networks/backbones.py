@@ -24,7 +24,7 @@ PIXELS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 
 # The width, depth and heads of vision transformers.
 _TINY, _SMALL, _BASE, _LARGE = (192, 12, 3), (384, 12, 6), (768, 12, 12), (1024, 24, 16)
-_GIANT, _SO400M = (1536, 40, 24), (1152, 27, 16)
+_HUGE, _GIANT, _SO400M = (1280, 32, 20), (1536, 40, 24), (1152, 27, 16)
 
 
 def _vit(pixels: str, patch: int, size: tuple[int, int, int], **options: Any) -> ViTConfig:
@@ -35,6 +35,9 @@ def _vit(pixels: str, patch: int, size: tuple[int, int, int], **options: Any) ->
 _augreg = functools.partial(_vit, "half")
 _dinov2 = functools.partial(_vit, "imagenet", 14, image_size=518, layer_scale=True)
 _dinov2_reg4 = functools.partial(_dinov2, registers=4, antialias=True)
+_dinov3 = functools.partial(
+    _vit, "imagenet", 16, rotary=True, registers=4, layer_scale=True, epsilon=1e-5
+)
 _swiglu: dict[str, Any] = {"activation": "swiglu", "mlp_width": 4096}
 _clip = functools.partial(_vit, "clip", pre_norm=True, activation="quick_gelu", epsilon=1e-5)
 _siglip = functools.partial(
@@ -106,6 +109,12 @@ BACKBONES: dict[str, Backbone] = {
     "vit_base_14_reg4": _dinov2_reg4(_BASE),
     "vit_large_14_reg4": _dinov2_reg4(_LARGE),
     "vit_giant_14_reg4": _dinov2_reg4(_GIANT, **_swiglu),
+    # DINOv3.
+    "vit_small_16_dinov3": _dinov3(_SMALL),
+    "vit_small_plus_16_dinov3": _dinov3(_SMALL, activation="swiglu", mlp_width=1536),
+    "vit_base_16_dinov3": _dinov3(_BASE),
+    "vit_large_16_dinov3": _dinov3(_LARGE),
+    "vit_huge_plus_16_dinov3": _dinov3(_HUGE, activation="swiglu", mlp_width=5120),
     # The vision towers of CLIP and SigLIP.
     "vit_base_32_clip": _clip(32, _BASE),
     "vit_base_16_clip": _clip(16, _BASE),

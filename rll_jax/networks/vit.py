@@ -63,6 +63,8 @@ class ViTConfig:
       activation: what the MLP computes: GELU, exact or by tanh; x * sigmoid(1.702 x); or SwiGLU,
         silu(a) * b of two halves.
       class_token: whether a class token goes along. It is what the head H takes.
+      rotary: whether queries and keys are turned by the places of their patches (DINOv3), instead
+        of position embeddings that are added to the patches. Keys have no bias then.
       registers: the number of register tokens (Darcet et al. 2024). They have no positions, and
         then the class token has none either, as in timm.
       layer_scale: whether the branches of a block have learnt scales (DINOv2).
@@ -93,6 +95,7 @@ class ViTConfig:
     mlp_width: int = 0
     activation: Activation = "gelu"
     class_token: bool = True
+    rotary: bool = False
     registers: int = 0
     layer_scale: bool = False
     pre_norm: bool = False
@@ -117,6 +120,11 @@ class ViTConfig:
                 f"image_size={self.image_size}, registers={self.registers}, "
                 f"mlp_width={self.mlp_width}, lora_rank={self.lora_rank}: expected an image of one "
                 f"patch of {self.patch} pixels or more, and nothing below 0"
+            )
+        if self.rotary and self.width // self.heads % 4:
+            raise ValueError(
+                f"rotary, width={self.width}, heads={self.heads}: expected a multiple of 4 "
+                "channels for each head"
             )
         drop_path_lib.check(self.drop_path)
         if self.activation not in get_args(Activation):
@@ -178,6 +186,8 @@ class ViTConfig:
           ValueError: there are several networks, or position embeddings of another image size.
         """
         named = vit_weights.to_timm(arrays)
+        if self.rotary:
+            vit_weights.add_zero_biases(named)
         others = self.class_token and not self.registers
         count = named["pos_embed"].shape[1] - others if "pos_embed" in named else 0
         if count and count != (self.image_size // self.patch) ** 2:
@@ -207,12 +217,15 @@ class ViTConfig:
         """
         if isinstance(x, Mapping):
             ends, x = cached_ends(x)
+            places = x.shape[1] - self.registers - self.class_token
+            grid = (math.isqrt(places), math.isqrt(places))
         else:
+            grid = (x.shape[1] // self.patch, x.shape[2] // self.patch)
             ends, x = [], self._stem(x, conv)
         for block in range(len(ends), self.depth):
             make_block = nn.remat(ViTBlock) if block + 1 in remat else ViTBlock
             rate = drop_path_lib.rate_of(self.drop_path, block, self.depth, block < frozen)
-            x = make_block(self, rate, name=f"blocks_{block}")(x)
+            x = make_block(self, grid, rate, name=f"blocks_{block}")(x)
             if block + 1 == self.depth:
                 x = _norm(self, x, "norm")
                 if self.attention_pool:
@@ -279,16 +292,18 @@ class Tokens(nn.Module):
             others.append(self.param("cls_token", nn.initializers.zeros, (1, 1, width)))
         # Beside registers, positions are those of patches alone.
         placed = len(others) if not config.registers else 0
-        positions = self.param("pos_embed", _INIT, (1, placed + grid * grid, width))
+        if not config.rotary:
+            positions = self.param("pos_embed", _INIT, (1, placed + grid * grid, width))
+            if placed:
+                others[0] = others[0] + positions[:, :1]
+            of_patches = positions[0, placed:].reshape(grid, grid, width)
+            if sides != [grid, grid]:
+                down, across = (bicubic(grid, side, config.antialias) for side in sides)
+                of_patches = jnp.einsum("yh,xw,hwc->yxc", down, across, of_patches)
+            x = x + of_patches.astype(x.dtype)
         if config.registers:
             others.append(self.param("reg_token", _INIT, (1, config.registers, width)))
-        if placed:
-            others[0] = others[0] + positions[:, :1]
-        of_patches = positions[0, placed:].reshape(grid, grid, width)
-        if sides != [grid, grid]:
-            down, across = (bicubic(grid, side, config.antialias) for side in sides)
-            of_patches = jnp.einsum("yh,xw,hwc->yxc", down, across, of_patches)
-        patches = (x + of_patches.astype(x.dtype)).reshape(batch, sides[0] * sides[1], width)
+        patches = x.reshape(batch, sides[0] * sides[1], width)
         first = [
             jnp.broadcast_to(token, (batch, *token.shape[1:])).astype(x.dtype) for token in others
         ]
@@ -300,10 +315,12 @@ class ViTBlock(nn.Module):
 
     Args:
       config: the network that the block belongs to.
+      grid: the number of patches down and across.
       drop_path: the share of images that skip each of the two while the network trains.
     """
 
     config: ViTConfig
+    grid: tuple[int, int]
     drop_path: float = 0.0
 
     @nn.compact
@@ -315,7 +332,7 @@ class ViTBlock(nn.Module):
         if config.lora_rank:
             qkv = qkv + LoRA(config, name=LORA)(y)
         q, k, v = jnp.split(qkv, 3, axis=-1)
-        y = _attend(q, k, v, config.heads)
+        y = _attend(q, k, v, config.heads, self.grid if config.rotary else None)
         y = _dense(config, config.width, y, "attn_proj")
         y = LayerScale(name="ls1")(y) if config.layer_scale else y
         x = x + drop_path_lib.drop(self, y, self.drop_path)
@@ -376,9 +393,20 @@ class _FixedDense(nn.Dense):
         return lax.stop_gradient(super().param(*args, **kwargs))
 
 
+class _WithoutKeyBias(nn.Dense):
+    """A linear layer to queries, keys and values, whose bias of the keys is 0."""
+
+    def param(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        value = super().param(name, *args, **kwargs)
+        if name != "bias":
+            return value
+        return value * np.repeat(np.float32([1, 0, 1]), self.features // 3)
+
+
 def _dense(config: ViTConfig, features: int, x: jax.Array, name: str) -> jax.Array:
     """Returns a linear layer of each token."""
-    layer = _FixedDense if config.lora_rank else nn.Dense
+    layer = _WithoutKeyBias if config.rotary and name == "attn_qkv" else nn.Dense
+    layer = _FixedDense if config.lora_rank else layer
     return layer(features, dtype=x.dtype, kernel_init=_INIT, name=name)(x)
 
 
@@ -401,8 +429,41 @@ def _mlp(config: ViTConfig, x: jax.Array) -> jax.Array:
     return _dense(config, config.width, y, "mlp_fc2")
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
-    """Returns (B, queries, width) from queries, keys and values, (B, count, width) each."""
+def _attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, heads: int, grid: tuple[int, int] | None = None
+) -> jax.Array:
+    """Returns (B, queries, width) from queries, keys and values, (B, count, width) each.
+
+    Queries and keys are turned where the grid of their patches is given.
+    """
     shape = q.shape
     q, k, v = (x.reshape(*x.shape[:2], heads, shape[-1] // heads) for x in (q, k, v))
+    if grid is not None:
+        q, k = _turned(q, grid), _turned(k, grid)
     return jax.nn.dot_product_attention(q, k, v).reshape(shape)
+
+
+def _turned(x: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """Returns (B, tokens, heads, channels) whose last tokens, the patches, are turned by place.
+
+    The first and the second half of the channels are the coordinates of points in a plane each. A
+    point is turned by the patch's place down, those after a quarter by that across, from -1 to 1.
+    """
+    channels, (height, width) = x.shape[-1], grid
+    down, across = (2 * (np.arange(side) + 0.5) / side - 1 for side in grid)
+    speeds = 2 * np.pi / 100 ** np.arange(0, 1, 4 / channels)
+    angles = np.concatenate(
+        [
+            np.broadcast_to(down[:, None, None] * speeds, (height, width, channels // 4)),
+            np.broadcast_to(across[:, None] * speeds, (height, width, channels // 4)),
+        ],
+        axis=-1,
+    )
+    angles = np.tile(angles.reshape(height * width, 1, channels // 2), 2)
+    others, patches = jnp.split(x, [x.shape[1] - height * width], axis=1)
+    first, second = jnp.split(patches, 2, axis=-1)
+    across_plane = jnp.concatenate([-second, first], axis=-1)
+    patches = patches * np.cos(angles).astype(x.dtype) + across_plane * np.sin(angles).astype(
+        x.dtype
+    )
+    return jnp.concatenate([others, patches], axis=1)

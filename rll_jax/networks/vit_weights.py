@@ -14,24 +14,25 @@ _PATCH_KERNELS = (
     "patch_embed.proj.weight",
     "embeddings.patch_embeddings.projection.weight",
     "embeddings.patch_embedding.weight",
+    "embeddings.patch_embeddings.weight",
 )
 # Parts of names to replace, in this order. First Hugging Face's, of files and of transformers 5.
 _TO_TIMM = [
     (r"^embeddings\.(cls_token|mask_token)$", r"\1"),
     (r"^embeddings\.class_embedding$", "cls_token"),
-    (r"^(?:embeddings\.)?register_tokens$", "reg_token"),
+    (r"^(?:(?:embeddings\.)?register_tokens|storage_tokens)$", "reg_token"),
     (r"^embeddings\.position_embeddings?(?:\.weight)?$", "pos_embed"),
     (r"^embeddings\.patch_embeddings?\.(?:projection\.)?", "patch_embed.proj."),
     (r"^pre_layrnorm\.", "norm_pre."),
     (r"^(?:layernorm|post_layernorm)\.", "norm."),
-    (r"^(?:encoder\.)?layers?\.(\d+)\.", r"blocks.\1."),
+    (r"^(?:encoder\.|model\.)?layers?\.(\d+)\.", r"blocks.\1."),
     (r"^head\.probe$", "attn_pool.latent"),
     (r"^head\.(?=attention|layernorm|mlp)", "attn_pool."),
     (r"(?<=^attn_pool\.)layernorm\.", "norm."),
     (r"(?<=^attn_pool\.)attention\.out_proj\.", "proj."),
     (r"\.(?:layernorm_before|layer_norm1)\.", ".norm1."),
     (r"\.(?:layernorm_after|layer_norm2)\.", ".norm2."),
-    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"\.(?:layer_scale([12])\.lambda1|gamma_([12]))$", r".ls\1\2.gamma"),
     (r"\.(?:attention\.attention\.|attention\.|self_attn\.)(query|key|value)\.", r".attn.\1."),
     (r"\.(?:attention|self_attn)\.([qkv])_proj\.", r".attn.\1_proj."),
     (r"\.(?:attention\.output\.dense|attention\.o_proj|self_attn\.out_proj)\.", ".attn.proj."),
@@ -39,6 +40,9 @@ _TO_TIMM = [
     (r"(?<=\d)\.output\.dense\.", ".mlp.fc2."),
     (r"\.mlp\.(?:weights_in|w12)\.", ".mlp.fc1."),
     (r"\.mlp\.(?:weights_out|down_proj|w3)\.", ".mlp.fc2."),
+    (r"\.mlp\.(?:w1|fc1_g)\.", ".mlp.gate_proj."),
+    (r"\.mlp\.(?:w2|fc1_x)\.", ".mlp.up_proj."),
+    (r"\.attn\.([qv])_bias$", r".attn.\1_proj.bias"),
 ]
 # Parts of timm's names to replace for each of Hugging Face's families of names.
 _TO_HUGGINGFACE = {
@@ -64,6 +68,17 @@ _TO_HUGGINGFACE = {
         (r"^blocks\.", "encoder.layer."),
         (r"\.attn\.(query|key|value)\.", r".attention.attention.\1."),
         (r"\.attn\.proj\.", ".attention.output.dense."),
+        (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1"),
+    ],
+    "dinov3": [
+        (r"^(cls_token|mask_token)$", r"embeddings.\1"),
+        (r"^reg_token$", "embeddings.register_tokens"),
+        (r"^patch_embed\.proj\.", "embeddings.patch_embeddings."),
+        (r"^blocks\.", "layer."),
+        (r"\.attn\.(q|k|v)[a-z]+\.", r".attention.\1_proj."),
+        (r"\.attn\.proj\.", ".attention.o_proj."),
+        (r"\.mlp\.fc1\.", ".mlp.up_proj."),
+        (r"\.mlp\.fc2\.", ".mlp.down_proj."),
         (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1"),
     ],
     "clip": [
@@ -93,7 +108,9 @@ _JOINED = [
     (("attn.q_proj", "attn.k_proj", "attn.v_proj"), "attn.qkv"),
     (("mlp.gate_proj", "mlp.up_proj"), "mlp.fc1"),
 ]
-_IGNORED = ("mask_token", "pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids")
+_IGNORED = re.compile(
+    r"mask_token$|pooler\.dense\.|embeddings\.position_ids$|rope\w*\.|local_cls_norm\.|.*\.bias_mask$"
+)
 
 
 def to_timm(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -112,9 +129,11 @@ def to_timm(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
       ValueError: there are several towers.
     """
     named = _renamed(_tower(arrays), _TO_TIMM)
-    named = {name: x for name, x in named.items() if name not in _IGNORED}
+    _mask_key_biases(named)
+    named = {name: x for name, x in named.items() if not _IGNORED.match(name)}
     for parts, whole in _JOINED:
         _join(named, parts, whole)
+    named = _renamed(named, [(r"\.mlp\.up_proj\.", ".mlp.fc1.")])  # no gate beside it
     _split_pool(named)
     for name in ("cls_token", "pos_embed"):
         if name in named and named[name].ndim < 3:
@@ -127,26 +146,15 @@ def to_huggingface(arrays: Mapping[str, np.ndarray], swiglu: bool) -> dict[str, 
     """Returns arrays under timm's names under those of Hugging Face's published files.
 
     They are the names of CLIP and SigLIP where there is a norm before the blocks or an attention
-    pool, of DINOv2 where there are layer scales, and of ViT otherwise.
+    pool, of DINOv3 where there are no positions, of DINOv2 where there are layer scales, and of ViT
+    otherwise.
 
     Args:
       arrays: {name: array}, as `to_timm` returns them. Heads may be among them.
       swiglu: whether the MLPs are SwiGLU.
     """
-    named = dict(arrays)
-    if any(name.startswith(("norm_pre.", "attn_pool.")) for name in named):
-        family = "clip"
-        for name in {"cls_token", "pos_embed"} & named.keys():
-            named[name] = named[name][0]
-        if "cls_token" in named:
-            named["cls_token"] = named["cls_token"][0]
-    else:
-        family = "dinov2" if any(name.endswith(".ls1.gamma") for name in named) else "vit"
-    if family == "dinov2":
-        named["mask_token"] = np.zeros_like(named["cls_token"][0])
-        if "reg_token" in named:  # the class token holds its position
-            nowhere = np.zeros_like(named["cls_token"])
-            named["pos_embed"] = np.concatenate([nowhere, named["pos_embed"]], axis=1)
+    family, named = _family(arrays), dict(arrays)
+    _tokens_as_published(named, family)
     for name in [name for name in named if ".attn.qkv." in name]:
         thirds = np.split(named.pop(name), 3)
         for part, array in zip(("query", "key", "value"), thirds, strict=True):
@@ -156,9 +164,45 @@ def to_huggingface(arrays: Mapping[str, np.ndarray], swiglu: bool) -> dict[str, 
             pieces = [named.pop(f"attn_pool.{part}.{kind}") for part in ("q", "kv")]
             named[f"attn_pool.in_proj_{kind}"] = np.concatenate(pieces)
     renamed = _TO_HUGGINGFACE[family]
-    if swiglu:
+    if family == "dinov3":
+        named = _pieces_of_dinov3(named, swiglu)
+    elif swiglu:
         renamed = [*renamed, *_SWIGLU_TO_HUGGINGFACE]
     return _renamed(named, renamed)
+
+
+def _family(arrays: Mapping[str, np.ndarray]) -> str:
+    """Returns which of Hugging Face's families of names arrays under timm's names belong to."""
+    if any(name.startswith(("norm_pre.", "attn_pool.")) for name in arrays):
+        return "clip"
+    if "pos_embed" not in arrays:
+        return "dinov3"
+    return "dinov2" if any(name.endswith(".ls1.gamma") for name in arrays) else "vit"
+
+
+def _tokens_as_published(named: dict[str, np.ndarray], family: str) -> None:
+    """Gives tokens and positions the shapes of a family, in place; adds the mask token."""
+    if family == "clip":
+        for name in {"cls_token", "pos_embed"} & named.keys():
+            named[name] = named[name][0]
+        if "cls_token" in named:
+            named["cls_token"] = named["cls_token"][0]
+    elif family == "dinov2":
+        named["mask_token"] = np.zeros_like(named["cls_token"][0])
+        if "reg_token" in named:  # the class token holds its position
+            nowhere = np.zeros_like(named["cls_token"])
+            named["pos_embed"] = np.concatenate([nowhere, named["pos_embed"]], axis=1)
+    elif family == "dinov3":
+        named["mask_token"] = np.zeros_like(named["cls_token"])
+
+
+def _pieces_of_dinov3(named: Mapping[str, np.ndarray], swiglu: bool) -> dict[str, np.ndarray]:
+    """Returns arrays without the keys' biases, which are 0, and with SwiGLU in two pieces."""
+    pieces = {name: x for name, x in named.items() if not name.endswith(".attn.key.bias")}
+    for name in [name for name in pieces if swiglu and ".mlp.fc1." in name]:
+        for part, array in zip(("gate_proj", "fc1"), np.split(pieces.pop(name), 2), strict=True):
+            pieces[name.replace("fc1", part)] = array
+    return pieces
 
 
 def _tower(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -182,6 +226,25 @@ def _tower(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         for name, array in arrays.items()
         if name.startswith(prefix)
     }
+
+
+def _mask_key_biases(named: dict[str, np.ndarray]) -> None:
+    """Makes the keys' biases 0, in place, where DINOv3's have none."""
+    for name in [name for name in named if name.endswith("attn.qkv.bias_mask")]:
+        bias = name.removesuffix("_mask")
+        third = len(named[bias]) // 3
+        named[bias] = np.concatenate(
+            [named[bias][:third], np.zeros(third, named[bias].dtype), named[bias][2 * third :]]
+        )
+    for name in [name for name in named if name.endswith("attn.q_proj.bias")]:
+        named.setdefault(name.replace("q_proj", "k_proj"), np.zeros_like(named[name]))
+
+
+def add_zero_biases(named: dict[str, np.ndarray]) -> None:
+    """Adds biases of 0 to queries, keys and values, in place, where timm's DINOv3 has none."""
+    for name in [name for name in named if name.endswith(".attn.qkv.weight")]:
+        bias = name.removesuffix("weight") + "bias"
+        named.setdefault(bias, np.zeros(len(named[name]), named[name].dtype))
 
 
 def _join(named: dict[str, np.ndarray], parts: tuple[str, ...], whole: str) -> None:

@@ -14,11 +14,14 @@ from rll_jax.networks import _bicubic, backbones, embedding_net, vit, weights
 from tests.helpers.networks import variables_of
 
 SMALL = dict(patch=8, width=24, depth=3, heads=2, image_size=32)
+DINOV3 = dict(SMALL, layer_scale=True, rotary=True, registers=4, epsilon=1e-5)
 CASES = {
     "vit": vit.ViTConfig(**SMALL),
     "dinov2": vit.ViTConfig(**SMALL, layer_scale=True),
     "swiglu": vit.ViTConfig(**SMALL, layer_scale=True, activation="swiglu", mlp_width=64),
     "registers": vit.ViTConfig(**SMALL, layer_scale=True, registers=4, antialias=True),
+    "dinov3": vit.ViTConfig(**DINOV3),
+    "dinov3_swiglu": vit.ViTConfig(**DINOV3, activation="swiglu", mlp_width=40),
     "clip": vit.ViTConfig(**SMALL, pre_norm=True, activation="quick_gelu", epsilon=1e-5),
     "siglip": vit.ViTConfig(
         **SMALL, class_token=False, attention_pool=True, activation="gelu_tanh", mlp_width=40
@@ -29,6 +32,8 @@ FAMILIES = {
     "dinov2": ("Dinov2Config", "Dinov2Model"),
     "swiglu": ("Dinov2Config", "Dinov2Model"),
     "registers": ("Dinov2WithRegistersConfig", "Dinov2WithRegistersModel"),
+    "dinov3": ("DINOv3ViTConfig", "DINOv3ViTModel"),
+    "dinov3_swiglu": ("DINOv3ViTConfig", "DINOv3ViTModel"),
     "clip": ("CLIPVisionConfig", "CLIPVisionModel"),
     "siglip": ("SiglipVisionConfig", "SiglipVisionModel"),
 }
@@ -57,7 +62,13 @@ def their_options(name, config):
         intermediate_size=config.mlp_width or 4 * config.width,
         attn_implementation="eager",
     )
-    return options | (dict(use_swiglu_ffn=True) if name == "swiglu" else {})
+    if name.startswith("dinov3"):  # whose training sees other places each time
+        options |= dict(num_register_tokens=4, pos_embed_rescale=None)
+    others = {
+        "swiglu": dict(use_swiglu_ffn=True),
+        "dinov3_swiglu": dict(use_gated_mlp=True, hidden_act="silu"),
+    }
+    return options | others.get(name, {})
 
 
 def randomize(theirs):
@@ -96,7 +107,7 @@ def their_ends(theirs, name, config, pixels, train=False):
     import torch
 
     x = (pixels.astype(np.float32) - np.float32(config.mean)) / np.float32(config.std)
-    always = name in ("dinov2", "swiglu", "registers")
+    always = name in ("dinov2", "swiglu", "registers", "dinov3", "dinov3_swiglu")
     options = {} if always else {"interpolate_pos_encoding": True}
     theirs.train(train)
     with torch.no_grad():
@@ -139,6 +150,8 @@ def test_levels_are_those_of_hugging_face(name, sides, train, transformers):
     [
         ("dinov2", "vit_small_14", 224),
         ("registers", "vit_small_14_reg4", 252),
+        ("dinov3", "vit_small_16_dinov3", 240),
+        ("dinov3_swiglu", "vit_small_plus_16_dinov3", 224),
         ("vit", "vit_small_16", 224),
         ("clip", "vit_base_16_clip", 160),
         ("siglip", "vit_base_16_siglip", 224),
@@ -185,6 +198,56 @@ def test_published_files(name, transformers, tmp_path):
         randomize(whole).save_pretrained(tmp_path / "whole")
         file = weights.read(tmp_path / "whole/model.safetensors")
         assert_loads(file, loaded(arrays_of(getattr(whole, part)), config)[1])
+
+
+@pytest.mark.parametrize("publisher", ["authors", "timm", "timm, without biases"])
+@pytest.mark.parametrize("name", ["dinov3", "dinov3_swiglu"])
+def test_names_of_dinov3(name, publisher):
+    config = CASES[name]
+    model = embedding_net.EmbeddingNet(config, 8)
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda x: rng.normal(size=x.shape).astype(np.float32), variables_of(model, 32)
+    )
+    for block in range(3):  # keys have no bias
+        bias = variables["params"][f"blocks_{block}"]["attn_qkv"]["bias"]
+        bias[slice(None) if "without" in publisher else slice(24, 48)] = 0
+    theirs = {"rope_embed.periods": np.ones(3, np.float32)}
+    for ours, array in weights.to_named_arrays(variables, config).items():
+        part = ours.rpartition(".")[0]
+        gated = name == "dinov3_swiglu" and ".mlp.fc1" in ours
+        if publisher == "authors":
+            key = ours.replace("reg_token", "storage_tokens")
+            key = key.replace("mlp.fc2", "mlp.w3") if config.activation == "swiglu" else key
+            pieces = {key: array}
+            if gated:
+                pieces = {
+                    key.replace("fc1", piece): half
+                    for piece, half in zip(("w1", "w2"), np.split(array, 2), strict=True)
+                }
+            if ours.endswith("attn.qkv.bias"):
+                theirs[f"{key}_mask"] = np.repeat(np.float32([1, 0, 1]), 24)
+                pieces[key] = array + np.repeat(np.float32([0, np.nan, 0]), 24)
+        else:
+            key = ours.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2")
+            pieces = {key: array}
+            if gated:
+                pieces = {
+                    key.replace("fc1", piece): half
+                    for piece, half in zip(("fc1_g", "fc1_x"), np.split(array, 2), strict=True)
+                }
+            if ours.endswith("attn.qkv.bias"):
+                before = part.removesuffix("qkv")
+                q, _, v = np.split(array, 3)
+                pieces = (
+                    {} if "without" in publisher else {f"{before}q_bias": q, f"{before}v_bias": v}
+                )
+        theirs |= pieces
+    del theirs["H_embedding.weight"]
+    found = loaded(theirs, config)[1]["params"]
+    expected = variables["params"]
+    for module in set(expected) - {"H_embedding"}:
+        jax.tree.map(np.testing.assert_array_equal, found[module], expected[module])
 
 
 def test_names_of_the_authors(tmp_path):
