@@ -460,7 +460,7 @@ def _turned(x: jax.Array, grid: tuple[int, int]) -> jax.Array:
         axis=-1,
     )
     angles = np.tile(angles.reshape(height * width, 1, channels // 2), 2)
-    others, patches = jnp.split(x, [x.shape[1] - height * width], axis=1)
+    others, patches = x[:, : -height * width], x[:, -height * width :]
     first, second = jnp.split(patches, 2, axis=-1)
     across_plane = jnp.concatenate([-second, first], axis=-1)
     patches = patches * np.cos(angles).astype(x.dtype) + across_plane * np.sin(angles).astype(
