@@ -400,7 +400,7 @@ class _WithoutKeyBias(nn.Dense):
         value = super().param(name, *args, **kwargs)
         if name != "bias":
             return value
-        return value * np.repeat(np.float32([1, 0, 1]), self.features // 3)
+        return value * np.repeat(np.array([1, 0, 1], np.float32), self.features // 3)
 
 
 def _dense(config: ViTConfig, features: int, x: jax.Array, name: str) -> jax.Array:
