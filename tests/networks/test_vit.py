@@ -212,37 +212,27 @@ def test_names_of_dinov3(name, publisher):
     for block in range(3):  # keys have no bias
         bias = variables["params"][f"blocks_{block}"]["attn_qkv"]["bias"]
         bias[slice(None) if "without" in publisher else slice(24, 48)] = 0
+    authors, gated = publisher == "authors", config.activation == "swiglu"
+    names = {"reg_token": "storage_tokens"} if authors else {"ls1.gamma": "gamma_1"}
+    names |= {"mlp.fc2": "mlp.w3"} if authors and gated else {}
+    names |= {} if authors else {"ls2.gamma": "gamma_2"}
+    halves = ("w1", "w2") if authors else ("fc1_g", "fc1_x")
     theirs = {"rope_embed.periods": np.ones(3, np.float32)}
-    for ours, array in weights.to_named_arrays(variables, config).items():
-        part = ours.rpartition(".")[0]
-        gated = name == "dinov3_swiglu" and ".mlp.fc1" in ours
-        if publisher == "authors":
-            key = ours.replace("reg_token", "storage_tokens")
-            key = key.replace("mlp.fc2", "mlp.w3") if config.activation == "swiglu" else key
-            pieces = {key: array}
-            if gated:
-                pieces = {
-                    key.replace("fc1", piece): half
-                    for piece, half in zip(("w1", "w2"), np.split(array, 2), strict=True)
-                }
-            if ours.endswith("attn.qkv.bias"):
-                theirs[f"{key}_mask"] = np.repeat(np.float32([1, 0, 1]), 24)
-                pieces[key] = array + np.repeat(np.float32([0, np.nan, 0]), 24)
-        else:
-            key = ours.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2")
-            pieces = {key: array}
-            if gated:
-                pieces = {
-                    key.replace("fc1", piece): half
-                    for piece, half in zip(("fc1_g", "fc1_x"), np.split(array, 2), strict=True)
-                }
-            if ours.endswith("attn.qkv.bias"):
-                before = part.removesuffix("qkv")
-                q, _, v = np.split(array, 3)
-                pieces = (
-                    {} if "without" in publisher else {f"{before}q_bias": q, f"{before}v_bias": v}
-                )
-        theirs |= pieces
+    for name, array in weights.to_named_arrays(variables, config).items():
+        for before, after in names.items():
+            name = name.replace(before, after)
+        theirs[name] = array
+        if gated and ".mlp.fc1" in name:
+            for half, part in zip(halves, np.split(theirs.pop(name), 2), strict=True):
+                theirs[name.replace("fc1", half)] = part
+        if name.endswith("qkv.bias") and authors:
+            theirs[f"{name}_mask"] = np.repeat(np.float32([1, 0, 1]), 24)
+            theirs[name] = array + np.repeat(np.float32([0, np.nan, 0]), 24)
+        elif name.endswith("qkv.bias"):
+            q, _, v = np.split(theirs.pop(name), 3)
+            if publisher == "timm":
+                before = name.removesuffix("qkv.bias")
+                theirs |= {f"{before}q_bias": q, f"{before}v_bias": v}
     del theirs["H_embedding.weight"]
     found = loaded(theirs, config)[1]["params"]
     expected = variables["params"]
