@@ -24,7 +24,7 @@ class EmbeddingViT(nn.Module):
 
         super().__init__()
         special = config.registers, config.layer_scale, config.pre_norm, config.attention_pool
-        if any(special) or config.activation != "gelu" or not config.class_token:
+        if any(special) or config.rotary or config.activation != "gelu" or not config.class_token:
             raise ValueError(f"transformers' ViTModel is another network than {config}")
         self.vit = transformers.ViTModel(
             transformers.ViTConfig(

@@ -71,9 +71,9 @@ class NetworkOptions(Section):
     pixel_norm: str = option(
         "auto",
         "The mean and standard deviation of the pixels that the network gets: ImageNet's, a half "
-        "and a half, CLIP's, or Caffe's. auto: those of the weights that --pretrained names, where "
-        "the name of a vision transformer (dino, augreg, clip, siglip, ...) or a ConvNeXt (clip, "
-        "laion) tells; else the backbone's own.",
+        "and a half, CLIP's, DINOv3's of satellite images, or Caffe's. auto: those of the weights "
+        "that --pretrained names, where the name of a vision transformer (dino, augreg, clip, "
+        "siglip, ...) or a ConvNeXt (clip, laion) tells; else the backbone's own.",
         choices=("auto", *backbones.PIXELS),
     )
     position_size: int = option(
@@ -260,6 +260,11 @@ class NetworkOptions(Section):
 
     def _as_published(self, config: vit.ViTConfig) -> vit.ViTConfig:
         """Returns a vision transformer as its options and the name of --pretrained say."""
+        if self.position_size and config.rotary:
+            raise ValueError(
+                f"--position_size={self.position_size}: --backbone={self.backbone} has no position "
+                "embeddings: leave it out"
+            )
         if self.position_size:
             try:
                 config = dataclasses.replace(config, image_size=self.position_size)
@@ -269,7 +274,7 @@ class NetworkOptions(Section):
             config = dataclasses.replace(
                 config, lora_rank=self.lora_rank, lora_alpha=self.lora_alpha
             )
-        timms = vit_weights.is_timms(self._published_name)
+        timms = vit_weights.is_timms(self._published_name) and not config.rotary
         return dataclasses.replace(config, antialias=True) if timms else config
 
     @property

@@ -85,18 +85,20 @@ def check_same_queries(scores: QueryScores, data: EncodedImageDataset, workdir: 
     for label in sorted(here.keys() | scored.keys()):
         if scored[label] > here[label] or (not scored[label] and _has_a_match(data, label)):
             raise ValueError(
-                f"--baseline={workdir} scored {scored.total()} queries of {len(scored)} classes; "
-                f"class {label} has {scored[label]} of them, and {here[label]} here: give a run on "
-                "the same test images"
+                f"--baseline={workdir} scored {scored.total()} queries of {len(scored)} classes: "
+                f"{scored[label]} of class {label}, of which there are {here[label]} here; give a "
+                "run on the same test images"
             )
 
 
 def _has_a_match(data: EncodedImageDataset, label: int) -> bool:
     """Returns whether a class surely has a scored query: two images of it can be read."""
-    if data.in_gallery is not None or data.groups is not None:
+    kept_apart = (data.in_gallery, data.groups, data.image_ids)
+    rows = np.flatnonzero(data.labels == label)
+    if len(rows) < 2 or any(column is not None for column in kept_apart):
         return False
     readable = 0
-    for row in np.flatnonzero(data.labels == label):
+    for row in rows:
         with contextlib.suppress(images.BadImageError):
             data.decoded_image(int(row))
             readable += 1

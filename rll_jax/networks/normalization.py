@@ -1,4 +1,4 @@
-"""What follows a convolution: batch norm and ReLU, as in Flax, but fast on CPUs too.
+"""What follows a convolution: batch norm and ReLU, as in Flax, but fast on CPUs too; exact GELU.
 
 XLA's CPU compiler sums over the rows of a map at a twentieth of the memory's speed, and computes a
 ReLU again for everything that reads it. Here the sums are taken in groups of rows on a CPU, of

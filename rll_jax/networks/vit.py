@@ -56,7 +56,7 @@ class ViTConfig:
         a third, at two thirds and at the end.
       heads: the number of heads of an attention; they share the width.
       image_size: the side of the images in pixels that the position embeddings were learnt on. They
-        are interpolated to images of other sides.
+        are interpolated to images of other sides. Without effect where `rotary`.
       antialias: whether position embeddings are interpolated as by PyTorch's bicubic interpolation
         with antialias (timm, DINOv2 with registers) or without it.
       mlp_width: the channels inside the MLP of a block; 0: 4 times the width.
@@ -121,10 +121,12 @@ class ViTConfig:
                 f"mlp_width={self.mlp_width}, lora_rank={self.lora_rank}: expected an image of one "
                 f"patch of {self.patch} pixels or more, and nothing below 0"
             )
-        if self.rotary and self.width // self.heads % 4:
+        fits = self.class_token and not self.attention_pool and self.width // self.heads % 4 == 0
+        if self.rotary and not fits:
             raise ValueError(
-                f"rotary, width={self.width}, heads={self.heads}: expected a multiple of 4 "
-                "channels for each head"
+                f"rotary, class_token={self.class_token}, attention_pool={self.attention_pool}, "
+                f"width={self.width}, heads={self.heads}: expected a class token, no attention "
+                "pool, and a multiple of 4 channels for each head"
             )
         drop_path_lib.check(self.drop_path)
         if self.activation not in get_args(Activation):
@@ -185,9 +187,17 @@ class ViTConfig:
         Raises:
           ValueError: there are several networks, or position embeddings of another image size.
         """
-        named = vit_weights.to_timm(arrays)
-        if self.rotary:
-            vit_weights.add_zero_biases(named)
+        named = vit_weights.to_timm(arrays, rotary=self.rotary)
+        if "pos_embed" in named and self.rotary:
+            raise ValueError(
+                "the weights have position embeddings, and this network has none: they are not "
+                "DINOv3's"
+            )
+        if "patch_embed.proj.weight" in named and "pos_embed" not in named and not self.rotary:
+            raise ValueError(
+                "the weights have no position embeddings, as DINOv3's: take a network with rotary "
+                "places for those (--backbone=vit_small_16_dinov3)"
+            )
         others = self.class_token and not self.registers
         count = named["pos_embed"].shape[1] - others if "pos_embed" in named else 0
         if count and count != (self.image_size // self.patch) ** 2:
@@ -217,8 +227,7 @@ class ViTConfig:
         """
         if isinstance(x, Mapping):
             ends, x = cached_ends(x)
-            places = x.shape[1] - self.registers - self.class_token
-            grid = (math.isqrt(places), math.isqrt(places))
+            grid = self._square_grid(x)
         else:
             grid = (x.shape[1] // self.patch, x.shape[2] // self.patch)
             ends, x = [], self._stem(x, conv)
@@ -248,13 +257,21 @@ class ViTConfig:
           tokens: (B, tokens, width).
           sides: the height and the width of the images in pixels; None: they are square.
         """
-        others = self.registers + self.class_token
         if sides is None:
-            height = width = math.isqrt(tokens.shape[1] - others)
+            height, width = self._square_grid(tokens)
         else:
             height, width = (side // self.patch for side in sides)
         patches = tokens[:, -height * width :]
         return patches.reshape(tokens.shape[0], height, width, self.width)
+
+    def _square_grid(self, tokens: jax.Array) -> tuple[int, int]:
+        """Returns the number of patches down and across of square images, from a stage's end."""
+        count = tokens.shape[1] - self.registers - self.class_token
+        side = math.isqrt(count)
+        # The attention pool's token comes before those of the last stage.
+        if count not in (side * side, side * side + self.attention_pool):
+            raise ValueError(f"{count} patches of an image: expected those of a square image")
+        return side, side
 
     def _stem(self, x: jax.Array, conv: ModuleMaker) -> jax.Array:
         """Returns the tokens before the first block from (B, H, W, 3) normalised images."""
@@ -394,7 +411,7 @@ class _FixedDense(nn.Dense):
 
 
 class _WithoutKeyBias(nn.Dense):
-    """A linear layer to queries, keys and values, whose bias of the keys is 0."""
+    """A linear layer to queries, keys and values, whose bias of the keys stays as it is: 0."""
 
     def param(self, name: str, *args: Any, **kwargs: Any) -> Any:
         value = super().param(name, *args, **kwargs)
@@ -446,24 +463,26 @@ def _attend(
 def _turned(x: jax.Array, grid: tuple[int, int]) -> jax.Array:
     """Returns (B, tokens, heads, channels) whose last tokens, the patches, are turned by place.
 
-    The first and the second half of the channels are the coordinates of points in a plane each. A
-    point is turned by the patch's place down, those after a quarter by that across, from -1 to 1.
+    Channel i and channel i + half are a point in a plane, and the point is turned. The first half
+    of the points turn by the patch's row, the others by its column; both go from -1 to 1.
     """
-    channels, (height, width) = x.shape[-1], grid
-    down, across = (2 * (np.arange(side) + 0.5) / side - 1 for side in grid)
-    speeds = 2 * np.pi / 100 ** np.arange(0, 1, 4 / channels)
-    angles = np.concatenate(
-        [
-            np.broadcast_to(down[:, None, None] * speeds, (height, width, channels // 4)),
-            np.broadcast_to(across[:, None] * speeds, (height, width, channels // 4)),
-        ],
-        axis=-1,
-    )
-    angles = np.tile(angles.reshape(height * width, 1, channels // 2), 2)
+    (height, width), quarter = grid, x.shape[-1] // 4
+    speeds = 2 * np.pi / 100 ** (np.arange(quarter) / quarter)
+    angles = [(2 * (np.arange(side) + 0.5) / side - 1)[:, None] * speeds for side in grid]
+
+    def table(function: Callable[[np.ndarray], np.ndarray]) -> jax.Array:
+        """Returns (patches, 1, channels); the program has those of rows and columns alone."""
+        rows, columns = (jnp.asarray(function(part), x.dtype) for part in angles)
+        half = jnp.concatenate(
+            [
+                jnp.broadcast_to(rows[:, None], (height, width, quarter)),
+                jnp.broadcast_to(columns[None], (height, width, quarter)),
+            ],
+            axis=-1,
+        )
+        return jnp.tile(half.reshape(height * width, 1, 2 * quarter), 2)
+
     others, patches = x[:, : -height * width], x[:, -height * width :]
     first, second = jnp.split(patches, 2, axis=-1)
-    across_plane = jnp.concatenate([-second, first], axis=-1)
-    patches = patches * np.cos(angles).astype(x.dtype) + across_plane * np.sin(angles).astype(
-        x.dtype
-    )
-    return jnp.concatenate([others, patches], axis=1)
+    turned = patches * table(np.cos) + jnp.concatenate([-second, first], axis=-1) * table(np.sin)
+    return jnp.concatenate([others, turned], axis=1)

@@ -109,31 +109,37 @@ _JOINED = [
     (("mlp.gate_proj", "mlp.up_proj"), "mlp.fc1"),
 ]
 _IGNORED = re.compile(
-    r"mask_token$|pooler\.dense\.|embeddings\.position_ids$|rope\w*\.|local_cls_norm\.|.*\.bias_mask$"
+    r"mask_token$|pooler\.dense\.|embeddings\.position_ids$|rope\w*\.|.*\.bias_mask$"
 )
 
 
-def to_timm(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def to_timm(arrays: Mapping[str, np.ndarray], *, rotary: bool = False) -> dict[str, np.ndarray]:
     """Returns a vision transformer's arrays under timm's names and in its pieces.
 
     A tower in a larger file is found by the kernel of its patches; of a student and a teacher the
-    teacher is taken. What stands beside it, such as a
-    text tower, is left out; and so are poolers and mask tokens. Arrays that are no vision
-    transformer's stay as they are.
+    teacher is taken. What stands beside it, such as a text tower, is left out; and so are poolers,
+    mask tokens, and what DINOv3's files have for its turns. Arrays that are no vision transformer's
+    stay as they are.
 
     Args:
       arrays: {name: array} in PyTorch's layout, under timm's or Hugging Face's names or those of
-        the files that the authors of DINO and DINOv2 published.
+        the files that the authors of DINO, DINOv2 and DINOv3 published.
+      rotary: whether they are DINOv3's: the biases of queries and values may be missing, and those
+        of the keys are 0.
 
     Raises:
-      ValueError: there are several towers.
+      ValueError: there are several towers; or keys have biases, and DINOv3's have none.
     """
     named = _renamed(_tower(arrays), _TO_TIMM)
-    _mask_key_biases(named)
     named = {name: x for name, x in named.items() if not _IGNORED.match(name)}
+    if rotary:
+        _add_key_biases(named)
     for parts, whole in _JOINED:
         _join(named, parts, whole)
-    named = _renamed(named, [(r"\.mlp\.up_proj\.", ".mlp.fc1.")])  # no gate beside it
+    # Hugging Face's name of an MLP's first layer in a DINOv3 without gates.
+    named = _renamed(named, [(r"\.mlp\.up_proj\.", ".mlp.fc1.")])
+    if rotary:
+        _clear_key_biases(named)
     _split_pool(named)
     for name in ("cls_token", "pos_embed"):
         if name in named and named[name].ndim < 3:
@@ -228,23 +234,23 @@ def _tower(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def _mask_key_biases(named: dict[str, np.ndarray]) -> None:
-    """Makes the keys' biases 0, in place, where DINOv3's have none."""
-    for name in [name for name in named if name.endswith("attn.qkv.bias_mask")]:
-        bias = name.removesuffix("_mask")
-        third = len(named[bias]) // 3
-        named[bias] = np.concatenate(
-            [named[bias][:third], np.zeros(third, named[bias].dtype), named[bias][2 * third :]]
-        )
-    for name in [name for name in named if name.endswith("attn.q_proj.bias")]:
-        named.setdefault(name.replace("q_proj", "k_proj"), np.zeros_like(named[name]))
+def _add_key_biases(named: dict[str, np.ndarray]) -> None:
+    """Adds biases of 0 to the keys, in place, where queries have some and keys have not."""
+    for name in [name for name in named if name.endswith(".attn.q_proj.bias")]:
+        bias = named.setdefault(name.replace("q_proj", "k_proj"), np.zeros_like(named[name]))
+        if np.any(bias):
+            raise ValueError(
+                f"{name.replace('q_proj', 'k_proj')} is not 0: the keys of a DINOv3 have no bias"
+            )
 
 
-def add_zero_biases(named: dict[str, np.ndarray]) -> None:
-    """Adds biases of 0 to queries, keys and values, in place, where timm's DINOv3 has none."""
+def _clear_key_biases(named: dict[str, np.ndarray]) -> None:
+    """Makes the keys' biases 0, in place: a mask hides them. Without any biases all are 0."""
     for name in [name for name in named if name.endswith(".attn.qkv.weight")]:
-        bias = name.removesuffix("weight") + "bias"
-        named.setdefault(bias, np.zeros(len(named[name]), named[name].dtype))
+        key = name.removesuffix("weight") + "bias"
+        bias = named.get(key, np.zeros(len(named[name]), named[name].dtype)).copy()
+        bias[len(bias) // 3 : 2 * len(bias) // 3] = 0
+        named[key] = bias
 
 
 def _join(named: dict[str, np.ndarray], parts: tuple[str, ...], whole: str) -> None:
@@ -297,6 +303,8 @@ def pixels_of(name: str) -> str | None:
     Args:
       name: a name of the Hugging Face hub, or of a file: timm/vit_small_patch16_224.dino.
     """
+    if "sat493m" in name.lower():
+        return "satellite"
     for pattern, pixels in (
         ("siglip", "half"),
         ("clip", "clip"),

@@ -72,7 +72,7 @@ def test_a_baseline_on_other_images_is_refused_before_any_is_embedded(workdir, t
         query_scores.write(tmp_path, other)
         result = run(*given, name="evaluate")
         assert (
-            result.returncode == 2 and "here: give a run on the same test images" in result.stderr
+            result.returncode == 2 and "here; give a run on the same test images" in result.stderr
         )
         assert "embedding" not in result.stderr
 

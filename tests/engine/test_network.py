@@ -199,6 +199,7 @@ def test_stem_width_and_stages_are_free(options, expected):
         (dict(pretrained="files/dino_vits16.pth", pixel_norm="clip"), "clip", False),
         (dict(backbone="vit_small_14"), "imagenet", False),
         (dict(backbone="vit_small_14_reg4"), "imagenet", True),
+        (dict(backbone="vit_large_16_dinov3", pretrained="a/dinov3.sat493m"), "satellite", False),
         (dict(backbone="vit_base_16_clip", pretrained="a/clip-vit-base"), "clip", False),
         (dict(backbone="vit_base_16_siglip", pretrained="a/clip-siglip"), "half", False),
         (dict(backbone="resnet50", pretrained="a/dino_resnet50", pixel_norm="half"), "half", None),
@@ -223,6 +224,10 @@ def test_vision_transformers_have_options_of_their_own():
     for wrong, text in (
         (dict(tiny, position_size=4), "--position_size=4: .*expected an image of one patch"),
         (dict(position_size=32), "--position_size=32 is of vision transformers"),
+        (
+            dict(backbone="vit_small_16_dinov3", position_size=32),
+            "--backbone=vit_small_16_dinov3 has no position embeddings: leave it out",
+        ),
         (dict(tiny, frozen_stages=4), "expected at most the 3 stages of --backbone=vit_test$"),
         (dict(tiny, width=8), "are of ResNets"),
         (dict(frozen_stages=1), "and --batch_norm=frozen"),

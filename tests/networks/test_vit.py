@@ -240,6 +240,67 @@ def test_names_of_dinov3(name, publisher):
         jax.tree.map(np.testing.assert_array_equal, found[module], expected[module])
 
 
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_keys_of_dinov3_have_no_bias(lora_rank):
+    config = vit.ViTConfig(**DINOV3, lora_rank=lora_rank)
+    model = embedding_net.EmbeddingNet(config, 8)
+    rng = np.random.default_rng(0)
+    drawn = jax.tree.map(
+        lambda x: rng.normal(1, 0.3, x.shape).astype(np.float32), variables_of(model, 32)
+    )
+    arrays = weights.to_named_arrays(drawn, config)
+    _, found = loaded(arrays, config)
+    bias = found["params"]["blocks_1"]["attn_qkv"]["bias"]
+    assert not bias[24:48].any() and bias[:24].all() and bias[48:].all()
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), np.uint8)
+
+    def total(params):
+        return model.apply({"params": params}, pixels)["H"][:, 0].sum()
+
+    params = found["params"] | {"H_embedding": drawn["params"]["H_embedding"]}
+    gradient = jax.grad(total)(params)["blocks_1"]["attn_qkv"]["bias"]
+    assert not gradient[24:48].any() and gradient[48:].any() == (lora_rank == 0)
+    theirs = config.to_huggingface(arrays)
+    assert not any("k_proj.bias" in name for name in theirs)
+    with pytest.raises(ValueError, match=r"k_proj.bias is not 0: the keys of a DINOv3"):
+        loaded({**theirs, "layer.0.attention.k_proj.bias": np.ones(24)}, config)
+
+
+def test_dinov3_and_the_others_are_not_taken_for_each_other():
+    for name, other, text in (
+        ("dinov3", "registers", "have no position embeddings, as DINOv3's"),
+        ("registers", "dinov3", "have position embeddings, and this network has none"),
+    ):
+        ones = jax.tree.map(
+            np.ones_like, variables_of(embedding_net.EmbeddingNet(CASES[name], 8), 32)
+        )
+        with pytest.raises(ValueError, match=text):
+            loaded(weights.to_named_arrays(ones, CASES[name]), CASES[other])
+    for wrong in (dict(class_token=False), dict(width=20, heads=2)):
+        with pytest.raises(ValueError, match="rotary, class_token"):
+            vit.ViTConfig(**DINOV3 | wrong)
+
+
+def test_cached_places_of_a_dinov3_are_those_of_a_square():
+    config = CASES["dinov3"]
+    model = embedding_net.EmbeddingNet(config, 8)
+    variables = jax.tree.map(
+        lambda x: np.random.default_rng(0).normal(0, 0.3, x.shape).astype(np.float32),
+        variables_of(model, 32),
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 24, 3), np.uint8)
+    for side, tokens in ((24, 14), (32, 17)):
+        ends = model.apply(variables, pixels[:, :side], features=True)
+        cached = model.clone(cached_stages=((1, (tokens, 24)),))
+        values = np.asarray(ends[0]).reshape(2, -1)
+        if side == 32:
+            with pytest.raises(ValueError, match="12 patches of an image: expected those of a sq"):
+                cached.apply(variables, values)
+            continue
+        expected = model.apply(variables, pixels[:, :side])["H"]
+        np.testing.assert_allclose(cached.apply(variables, values)["H"], expected, atol=1e-6)
+
+
 def test_names_of_the_authors(tmp_path):
     """DINOv2's files: mask tokens, SwiGLU and registers under other names, in a .pth."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
