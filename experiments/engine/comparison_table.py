@@ -123,9 +123,10 @@ def plot(rows: Sequence[Row], path: pathlib.Path) -> None:
             _draw_entry(axes, place, row, row[score])
         if rows[0][score]["mean"] is not None:
             axes.axvline(rows[0][score]["mean"], color="grey", linewidth=0.8, linestyle=":")
-        axes.set(xlabel=f"{SCORES[score]}, percent: mean, standard deviation, seeds")
+        axes.set(xlabel=f"{SCORES[score]}, percent")
         axes.grid(axis="x", alpha=0.3)
     figure.axes[0].set_yticks(places, [row["title"] for row in rows])
+    figure.suptitle("mean, standard deviation and seeds", fontsize="medium")
     figure.savefig(path, dpi=110, format="png")
 
 
