@@ -9,7 +9,7 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
-from experiments.engine import processes
+from experiments.engine import processes, signals
 from experiments.engine.bad_images import whole_lines
 from rll_jax.data import files
 
@@ -70,11 +70,12 @@ class MetricsLog:
         with files.errors_of(self._file.name):
             self._file.write(json.dumps({"step": step, **finite}) + "\n")
             self._file.flush()
-        for name, value in {**numbers, **(board_only or {})}.items():
-            # TensorBoard's names have no @.
-            self._board.add_scalar(name.replace("@", "_at_"), value, step)
-        for name in values.keys() - numbers.keys():
-            self._add_histogram(name, np.asarray(values[name], float), step)
+        with signals.deferred():
+            for name, value in {**numbers, **(board_only or {})}.items():
+                # TensorBoard's names have no @.
+                self._board.add_scalar(name.replace("@", "_at_"), value, step)
+            for name in values.keys() - numbers.keys():
+                self._add_histogram(name, np.asarray(values[name], float), step)
 
     def _add_histogram(self, name: str, counts: np.ndarray, step: int) -> None:
         edges = np.linspace(0, 2, len(counts) + 1)
@@ -95,7 +96,8 @@ class MetricsLog:
         """Writes a text for TensorBoard."""
         if self._board is not None:
             text = text.encode(errors="backslashreplace").decode()
-            self._board.add_text(name, f"```\n{text}\n```", 0)
+            with signals.deferred():
+                self._board.add_text(name, f"```\n{text}\n```", 0)
 
     def __enter__(self) -> "MetricsLog":
         return self

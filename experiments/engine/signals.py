@@ -13,6 +13,7 @@ from importlib import machinery
 import os
 import signal
 import sys
+import threading
 import time
 import types
 
@@ -119,6 +120,30 @@ def raised() -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         sys.unraisablehook = hook
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Has Ctrl-C and SIGTERM wait for the block's end. It does nothing outside of the main thread.
+
+    For calls into queues of others: an exception in the middle of `threading.Condition.notify`
+    makes the next one wake nobody, and whoever closes the queue then waits for ever.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in _ERRORS}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    try:
+        for number in handlers:
+            signal.signal(number, lambda number, _: came.append(number))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for number in came:
+        signal.raise_signal(number)
 
 
 def _stop_behind(error: BaseException | None) -> BaseException | None:

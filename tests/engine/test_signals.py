@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from experiments.engine import signals
+from experiments.engine import logs, signals
 from rll_jax.data import array_records
 from tests.helpers.commands import command
 from tests.helpers.paths import ROOT
@@ -151,7 +151,7 @@ def test_an_extension_is_imported_to_its_end():
     """It would turn the exception into its own ImportError, which its importer may drop."""
     code = """
 import signal, sys, time
-from experiments.engine import signals
+from experiments.engine import logs, signals
 def send(event, given):
     if event == "import" and given[0] == "simplejpeg._jpeg" and given[1]:
         signal.raise_signal(signal.SIGINT)
@@ -168,3 +168,28 @@ except KeyboardInterrupt:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert ended.stdout == "True\n" and not ended.stderr
+
+
+@pytest.mark.parametrize(
+    "number, error", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_a_signal_waits_for_tensorboards_queue(number, error, tmp_path, monkeypatch):
+    """In the middle of it, the queue's next item would wake nobody: the run would never end."""
+    before = {known: signal.signal(known, signal.default_int_handler) for known in CODES}
+    try:
+        with pytest.raises(error), signals.raised(), logs.MetricsLog(tmp_path, 0) as log:
+            written = []
+            put = log._board.add_scalar
+
+            def interrupted(name, *values):
+                signal.raise_signal(number)
+                put(name, *values)
+                written.append(name)
+
+            monkeypatch.setattr(log._board, "add_scalar", interrupted)
+            log.write(1, {"loss": 0.5, "recall@1": 0.25})
+    finally:
+        for known, handler in before.items():
+            signal.signal(known, handler)
+    assert written == ["loss", "recall_at_1"]
+    assert '"loss": 0.5' in (tmp_path / "metrics.jsonl").read_text()
