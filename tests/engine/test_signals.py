@@ -151,7 +151,7 @@ def test_an_extension_is_imported_to_its_end():
     """It would turn the exception into its own ImportError, which its importer may drop."""
     code = """
 import signal, sys, time
-from experiments.engine import logs, signals
+from experiments.engine import signals
 def send(event, given):
     if event == "import" and given[0] == "simplejpeg._jpeg" and given[1]:
         signal.raise_signal(signal.SIGINT)
