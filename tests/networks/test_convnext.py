@@ -213,7 +213,7 @@ def test_levels_frozen_stages_and_their_cached_ends():
     model, variables = random_variables(config, ("L", "M", "H"))
     model = model.clone(frozen_stages=2)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
-    ends = model.apply(variables, pixels, features=True)
+    ends = jax.jit(functools.partial(model.apply, features=True))(variables, pixels)
     assert [end.shape for end in ends] == [(2, 16, 16, 8), (2, 8, 8, 16), (2, 4, 4, 24), (2, 5, 32)]
 
     def loss(params):
@@ -226,8 +226,8 @@ def test_levels_frozen_stages_and_their_cached_ends():
         frozen = not module.startswith(("L_", "M_", "H_")) and config.stage_of(module) <= 2
         assert moved != frozen, module
     cached = model.clone(cached_stages=((2, (8, 8, 16)),))
-    again = cached.apply(variables, np.asarray(ends[1]).reshape(2, -1))
-    for level, expected in model.apply(variables, pixels).items():
+    again = jax.jit(cached.apply)(variables, np.asarray(ends[1]).reshape(2, -1))
+    for level, expected in jax.jit(model.apply)(variables, pixels).items():
         np.testing.assert_allclose(again[level], expected, atol=1e-5)
 
 
