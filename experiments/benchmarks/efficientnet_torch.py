@@ -77,12 +77,14 @@ class Convolution(nn.Conv2d):
     def __init__(self, before: int, after: int, kernel: int, stride: int = 1, groups: int = 1):
         super().__init__(before, after, kernel, stride, groups=groups, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Returns (B, channels, h / stride, w / stride), rounded up, of (B, channels, h, w)."""
         kernel, stride = self.kernel_size[0], self.stride[0]
-        pads = [max(((side - 1) // stride) * stride + kernel - side, 0) for side in x.shape[-2:]]
+        pads = [
+            max(((side - 1) // stride) * stride + kernel - side, 0) for side in input.shape[-2:]
+        ]
         around = [part for pad in reversed(pads) for part in (pad // 2, pad - pad // 2)]
-        return super().forward(F.pad(x, around) if any(around) else x)
+        return super().forward(F.pad(input, around) if any(around) else input)
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:

@@ -62,14 +62,12 @@ class EmbeddingConvNeXt(nn.Module):
         import transformers  # pyright: ignore[reportMissingImports] (optional)
 
         super().__init__()
-        of_config, of_model = transformers.ConvNextConfig, transformers.ConvNextModel
+        depths, widths = [*config.stage_sizes], [*config.widths]
+        sizes = {"depths": depths, "hidden_sizes": widths, "layer_norm_eps": 1e-6}
         if config.response_norm:
-            of_config, of_model = transformers.ConvNextV2Config, transformers.ConvNextV2Model
-        self.convnext = of_model(
-            of_config(
-                depths=[*config.stage_sizes], hidden_sizes=[*config.widths], layer_norm_eps=1e-6
-            )
-        )
+            self.convnext = transformers.ConvNextV2Model(transformers.ConvNextV2Config(**sizes))
+        else:
+            self.convnext = transformers.ConvNextModel(transformers.ConvNextConfig(**sizes))
         self.embedding = nn.Linear(config.widths[-1], dim, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
