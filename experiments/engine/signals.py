@@ -7,7 +7,7 @@ fast.
 """
 
 import atexit
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 from importlib import machinery
 import os
@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import types
+from typing import Any
 
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 RUN_AGAIN = 75  # the exit code of a program that SIGTERM ended (EX_TEMPFAIL)
@@ -105,8 +106,7 @@ def raised() -> Iterator[None]:
                 return
         hook(dropped)
 
-    handlers = {number: signal.getsignal(number) for number in _ERRORS}
-    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    handlers = _python_handlers()
     try:
         sys.unraisablehook = raise_again
         for number in handlers:
@@ -133,8 +133,7 @@ def deferred() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in _ERRORS}
-    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    handlers = _python_handlers()
     try:
         for number in handlers:
             signal.signal(number, lambda number, _: came.append(number))
@@ -144,6 +143,12 @@ def deferred() -> Iterator[None]:
             signal.signal(number, handler)
     for number in came:
         signal.raise_signal(number)
+
+
+def _python_handlers() -> dict[int, Callable[[int, types.FrameType | None], Any]]:
+    """Returns the handlers of Ctrl-C and SIGTERM, without those that are left to the system."""
+    handlers = {number: signal.getsignal(number) for number in _ERRORS}
+    return {number: handler for number, handler in handlers.items() if callable(handler)}
 
 
 def _stop_behind(error: BaseException | None) -> BaseException | None:

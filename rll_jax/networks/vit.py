@@ -227,9 +227,10 @@ class ViTConfig:
         """
         if isinstance(x, Mapping):
             ends, x = cached_ends(x)
-            grid = self._square_grid(x)
+            grid = self._square_grid(x) if self.rotary else None
         else:
-            grid = (x.shape[1] // self.patch, x.shape[2] // self.patch)
+            sides = (x.shape[1] // self.patch, x.shape[2] // self.patch)
+            grid = sides if self.rotary else None
             ends, x = [], self._stem(x, conv)
         for block in range(len(ends), self.depth):
             make_block = nn.remat(ViTBlock) if block + 1 in remat else ViTBlock
@@ -332,12 +333,12 @@ class ViTBlock(nn.Module):
 
     Args:
       config: the network that the block belongs to.
-      grid: the number of patches down and across.
+      grid: the number of patches down and across, where queries and keys are turned; else None.
       drop_path: the share of images that skip each of the two while the network trains.
     """
 
     config: ViTConfig
-    grid: tuple[int, int]
+    grid: tuple[int, int] | None
     drop_path: float = 0.0
 
     @nn.compact
@@ -349,7 +350,7 @@ class ViTBlock(nn.Module):
         if config.lora_rank:
             qkv = qkv + LoRA(config, name=LORA)(y)
         q, k, v = jnp.split(qkv, 3, axis=-1)
-        y = _attend(q, k, v, config.heads, self.grid if config.rotary else None)
+        y = _attend(q, k, v, config.heads, self.grid)
         y = _dense(config, config.width, y, "attn_proj")
         y = LayerScale(name="ls1")(y) if config.layer_scale else y
         x = x + drop_path_lib.drop(self, y, self.drop_path)
@@ -456,23 +457,26 @@ def _attend(
     shape = q.shape
     q, k, v = (x.reshape(*x.shape[:2], heads, shape[-1] // heads) for x in (q, k, v))
     if grid is not None:
-        q, k = _turned(q, grid), _turned(k, grid)
+        cosines, sines = _turns(grid, q.shape[-1], q.dtype)
+        q, k = (_turned(x, cosines, sines) for x in (q, k))
     return jax.nn.dot_product_attention(q, k, v).reshape(shape)
 
 
-def _turned(x: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """Returns (B, tokens, heads, channels) whose last tokens, the patches, are turned by place.
+def _turns(
+    grid: tuple[int, int], channels: int, dtype: jnp.dtype[Any]
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the cosines and the sines, (patches, 1, channels) each, that patches are turned by.
 
-    Channel i and channel i + half are a point in a plane, and the point is turned. The first half
-    of the points turn by the patch's row, the others by its column; both go from -1 to 1.
+    The first half of the points of `_turned` turn by the patch's row, the others by its column;
+    both go from -1 to 1.
     """
-    (height, width), quarter = grid, x.shape[-1] // 4
+    (height, width), quarter = grid, channels // 4
     speeds = 2 * np.pi / 100 ** (np.arange(quarter) / quarter)
     angles = [(2 * (np.arange(side) + 0.5) / side - 1)[:, None] * speeds for side in grid]
 
     def table(function: Callable[[np.ndarray], np.ndarray]) -> jax.Array:
-        """Returns (patches, 1, channels); the program has those of rows and columns alone."""
-        rows, columns = (jnp.asarray(function(part), x.dtype) for part in angles)
+        # Small constants, broadcast in the program: whole tables would make it large.
+        rows, columns = (jnp.asarray(function(part), dtype) for part in angles)
         half = jnp.concatenate(
             [
                 jnp.broadcast_to(rows[:, None], (height, width, quarter)),
@@ -482,7 +486,15 @@ def _turned(x: jax.Array, grid: tuple[int, int]) -> jax.Array:
         )
         return jnp.tile(half.reshape(height * width, 1, 2 * quarter), 2)
 
-    others, patches = x[:, : -height * width], x[:, -height * width :]
+    return table(np.cos), table(np.sin)
+
+
+def _turned(x: jax.Array, cosines: jax.Array, sines: jax.Array) -> jax.Array:
+    """Returns (B, tokens, heads, channels) whose last tokens, the patches, are turned.
+
+    Channel i and channel i + half are a point in a plane, and the point is turned.
+    """
+    others, patches = jnp.split(x, (x.shape[1] - len(cosines),), axis=1)
     first, second = jnp.split(patches, 2, axis=-1)
-    turned = patches * table(np.cos) + jnp.concatenate([-second, first], axis=-1) * table(np.sin)
+    turned = patches * cosines + jnp.concatenate([-second, first], axis=-1) * sines
     return jnp.concatenate([others, turned], axis=1)

@@ -237,11 +237,9 @@ def _tower(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _add_key_biases(named: dict[str, np.ndarray]) -> None:
     """Adds biases of 0 to the keys, in place, where queries have some and keys have not."""
     for name in [name for name in named if name.endswith(".attn.q_proj.bias")]:
-        bias = named.setdefault(name.replace("q_proj", "k_proj"), np.zeros_like(named[name]))
-        if np.any(bias):
-            raise ValueError(
-                f"{name.replace('q_proj', 'k_proj')} is not 0: the keys of a DINOv3 have no bias"
-            )
+        key = name.replace("q_proj", "k_proj")
+        if np.any(named.setdefault(key, np.zeros_like(named[name]))):
+            raise ValueError(f"{key} is not 0: the keys of a DINOv3 have no bias")
 
 
 def _clear_key_biases(named: dict[str, np.ndarray]) -> None:
@@ -303,9 +301,8 @@ def pixels_of(name: str) -> str | None:
     Args:
       name: a name of the Hugging Face hub, or of a file: timm/vit_small_patch16_224.dino.
     """
-    if "sat493m" in name.lower():
-        return "satellite"
     for pattern, pixels in (
+        ("sat493m", "satellite"),
         ("siglip", "half"),
         ("clip", "clip"),
         ("dino|deit|mae", "imagenet"),

@@ -301,6 +301,23 @@ def test_cached_places_of_a_dinov3_are_those_of_a_square():
         np.testing.assert_allclose(cached.apply(variables, values)["H"], expected, atol=1e-6)
 
 
+def test_cached_tokens_of_other_images_than_square_need_no_grid():
+    config = CASES["dinov2"]
+    model = embedding_net.EmbeddingNet(config, 8)
+    variables = jax.tree.map(
+        lambda x: np.random.default_rng(0).normal(0, 0.3, x.shape).astype(np.float32),
+        variables_of(model, 32),
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 24, 3), np.uint8)
+    tokens = np.asarray(model.apply(variables, pixels, features=True)[0])
+    cached = model.clone(cached_stages=((1, tokens.shape[1:]),))
+    np.testing.assert_allclose(
+        cached.apply(variables, tokens.reshape(2, -1))["H"],
+        model.apply(variables, pixels)["H"],
+        atol=1e-6,
+    )
+
+
 def test_names_of_the_authors(tmp_path):
     """DINOv2's files: mask tokens, SwiGLU and registers under other names, in a .pth."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
