@@ -1,10 +1,12 @@
 """What the families of backbones share."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Makes a module, as `flax.linen.Conv` without a bias or a batch norm does.
 ModuleMaker = Callable[..., Any]
@@ -22,6 +24,22 @@ def cached_ends(maps: Mapping[int, jax.Array]) -> tuple[list[jax.Array | None], 
     """
     last = max(maps)
     return [maps.get(stage) for stage in range(1, last + 1)], maps[last]
+
+
+def renamed(
+    arrays: Mapping[str, np.ndarray],
+    patterns: Sequence[tuple[str, str | Callable[[re.Match[str]], str]]],
+) -> dict[str, np.ndarray]:
+    """Returns arrays whose names have parts replaced.
+
+    Args:
+      arrays: {name: array}.
+      patterns: (regular expression, what replaces it as by `re.sub`), in their order.
+    """
+    named = dict(arrays)
+    for pattern, new in patterns:
+        named = {re.sub(pattern, new, name): array for name, array in named.items()}
+    return named
 
 
 def as_varying(*arrays: jax.Array) -> list[jax.Array]:

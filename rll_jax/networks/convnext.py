@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rll_jax.networks import drop_path as drop_path_lib
-from rll_jax.networks._stages import ModuleMaker, cached_ends
+from rll_jax.networks._stages import ModuleMaker, cached_ends, renamed
 from rll_jax.networks.convolution import convolve_patches
 from rll_jax.networks.normalization import gelu
 from rll_jax.networks.resnet import IMAGENET_MEAN, IMAGENET_STD
@@ -158,9 +158,8 @@ class ConvNeXtConfig:
     def from_published(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Returns arrays that others named under timm's names. What stands before them stays."""
         named: dict[str, np.ndarray] = {}
-        for name, array in _without_model(arrays).items():
-            for pattern, new in _TO_TIMM:
-                name = re.sub(rf"(?<![^.]){pattern}", new, name)
+        patterns = [(rf"(?<![^.]){pattern}", new) for pattern, new in _TO_TIMM]
+        for name, array in renamed(_without_model(arrays), patterns).items():
             if not _INSIDE.search(name):
                 name = _LAST_NORM.sub("head.norm.", name)
             if ".mlp.fc" in name and array.ndim == 4:  # timm's 1x1 convolutions
@@ -171,13 +170,11 @@ class ConvNeXtConfig:
 
     def to_huggingface(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Returns arrays under timm's names under Hugging Face's, of both versions."""
-        named = {}
-        for name, array in arrays.items():
-            array = array.reshape(1, 1, 1, -1) if ".mlp.grn." in name else array
-            for pattern, new in _TO_HUGGINGFACE:
-                name = re.sub(pattern, new, name)
-            named[name] = array
-        return named
+        shaped = {
+            name: array.reshape(1, 1, 1, -1) if ".mlp.grn." in name else array
+            for name, array in arrays.items()
+        }
+        return renamed(shaped, _TO_HUGGINGFACE)
 
     def stage_ends(
         self,

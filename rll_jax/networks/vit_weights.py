@@ -4,10 +4,12 @@ The project's own names are timm's. Others are renamed, and what is stored in ot
 or split: queries, keys and values, the two halves of SwiGLU, positions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import re
 
 import numpy as np
+
+from rll_jax.networks._stages import renamed
 
 # The kernel of the patches, by which a vision tower is found in a larger file.
 _PATCH_KERNELS = (
@@ -130,14 +132,14 @@ def to_timm(arrays: Mapping[str, np.ndarray], *, rotary: bool = False) -> dict[s
     Raises:
       ValueError: there are several towers; or keys have biases, and DINOv3's have none.
     """
-    named = _renamed(_tower(arrays), _TO_TIMM)
+    named = renamed(_tower(arrays), _TO_TIMM)
     named = {name: x for name, x in named.items() if not _IGNORED.match(name)}
     if rotary:
         _add_key_biases(named)
     for parts, whole in _JOINED:
         _join(named, parts, whole)
     # Hugging Face's name of an MLP's first layer in a DINOv3 without gates.
-    named = _renamed(named, [(r"\.mlp\.up_proj\.", ".mlp.fc1.")])
+    named = renamed(named, [(r"\.mlp\.up_proj\.", ".mlp.fc1.")])
     if rotary:
         _clear_key_biases(named)
     _split_pool(named)
@@ -169,12 +171,12 @@ def to_huggingface(arrays: Mapping[str, np.ndarray], swiglu: bool) -> dict[str, 
         if f"attn_pool.q.{kind}" in named:
             pieces = [named.pop(f"attn_pool.{part}.{kind}") for part in ("q", "kv")]
             named[f"attn_pool.in_proj_{kind}"] = np.concatenate(pieces)
-    renamed = _TO_HUGGINGFACE[family]
+    patterns = _TO_HUGGINGFACE[family]
     if family == "dinov3":
         named = _pieces_of_dinov3(named, swiglu)
     elif swiglu:
-        renamed = [*renamed, *_SWIGLU_TO_HUGGINGFACE]
-    return _renamed(named, renamed)
+        patterns = [*patterns, *_SWIGLU_TO_HUGGINGFACE]
+    return renamed(named, patterns)
 
 
 def _family(arrays: Mapping[str, np.ndarray]) -> str:
@@ -285,14 +287,6 @@ def _place_beside_registers(named: dict[str, np.ndarray]) -> None:
 
 def _is_square(count: int) -> bool:
     return round(count**0.5) ** 2 == count
-
-
-def _renamed(
-    named: Mapping[str, np.ndarray], patterns: Sequence[tuple[str, str]]
-) -> dict[str, np.ndarray]:
-    for pattern, replacement in patterns:
-        named = {re.sub(pattern, replacement, name): array for name, array in named.items()}
-    return dict(named)
 
 
 def pixels_of(name: str) -> str | None:
