@@ -38,7 +38,7 @@ from experiments.engine import (
 from experiments.engine.copies_page import Kind
 from experiments.engine.image_facts import Facts
 from experiments.engine.trained_network import TrainedNetwork
-from rll_jax.data import copies, files, image_dataset, listings
+from rll_jax.data import copies, image_dataset, listings
 from rll_jax.data.image_dataset import EncodedImageDataset
 from rll_jax.networks import embedding_net
 
@@ -200,10 +200,8 @@ def main(_: Any) -> None:
         print("\n".join(lines), flush=True)
         title = f"The images of {config.runtime.data_dir or config.data.dataset}"
         with phases.told("drawing the page"):
-            page = copies_page.page(title, lines, data, names[rows], kinds, faults)
-        out = out or _free_page()
-        with files.atomic_write(out) as temporary:
-            temporary.write_text(page, encoding="utf-8", errors="replace")
+            out = out or _free_page()
+            copies_page.write(out, title, lines, data, names[rows], kinds, faults)
         print(f"page: {out}")
         if groups_out is not None:
             of_all = np.arange(len(whole))

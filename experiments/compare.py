@@ -17,8 +17,8 @@ into --workdir, or into --out.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import contextlib
 import functools
-import json
 import pathlib
 import signal
 import sys
@@ -31,6 +31,7 @@ from experiments.engine import (
     command,
     comparison_table,
     flags,
+    logs,
     many_runs,
     options,
     query_scores,
@@ -245,7 +246,8 @@ def _over_classes(
 ) -> dict[str, dict[str, metrics.Interval]]:
     """Returns the intervals of the differences to the first entry, by drawing test classes.
 
-    Runs of earlier versions have not kept the scores of each query, and are left out.
+    Left out are runs of earlier versions, which have not kept the scores of each query, and entries
+    whose runs scored other queries than the first entry's.
     """
     kept: dict[str, dict[int, query_scores.QueryScores]] = {name: {} for name in names}
     for (name, seed), run in compared.items():
@@ -258,17 +260,17 @@ def _over_classes(
             mine, first = (
                 query_scores.join([kept[of][seed] for seed in seeds]) for of in (name, names[0])
             )
-            found[name] = query_scores.intervals(mine, (1,), first)
+            with contextlib.suppress(ValueError):  # the runs skipped different images
+                found[name] = query_scores.intervals(mine, (1,), first)
     return found
 
 
 def _untrained(runs: Sequence[Config]) -> Mapping[str, float] | None:
     """Returns the scores before any step, of the first run that has some."""
     for run in runs:
-        written = pathlib.Path(run.runtime.workdir, "metrics.jsonl")
-        first = json.loads(written.open().readline()) if written.exists() else {}
-        if first.get("step") == 0 and "recall@1" in first:
-            return first
+        lines = logs.read_lines(pathlib.Path(run.runtime.workdir, "metrics.jsonl"))
+        if lines and lines[0]["step"] == 0 and "recall@1" in lines[0]:
+            return lines[0]
     return None
 
 

@@ -31,7 +31,7 @@ from experiments.engine import (
     trained_network,
     zero_shot,
 )
-from experiments.engine.config import Config
+from experiments.engine.config import OPTIONS, Config
 from experiments.engine.query_scores import QueryScores
 from experiments.engine.scoring import ScoreTable
 from experiments.engine.trained_network import TrainedNetwork
@@ -54,6 +54,15 @@ def _as_text(table: ScoreTable) -> str:
     )
 
 
+def _given_data() -> dict[str, Any]:
+    """Returns {option: value} of what chooses another dataset than the run's."""
+    given = {name: flags.FLAGS[name].value for name in _DATA if flags.FLAGS[name].value}
+    if "dataset" in given:  # a table and a split of classes are those of the run's own dataset
+        own = ("index", "test_classes", "validation_share")
+        given = {name: OPTIONS[name].default for name in own} | given
+    return given
+
+
 def _open_test_images(
     config: Config,
     workdir: str,
@@ -63,7 +72,7 @@ def _open_test_images(
     """Returns the test images, and prints those that are skipped.
 
     Args:
-      config: the run's options.
+      config: the run's options, with the dataset to evaluate.
       workdir: its folder.
       groups: what --groups holds, or None.
       baseline: the scores of --baseline, or None.
@@ -72,13 +81,11 @@ def _open_test_images(
       ValueError: the images are not the run's, the groups' or the baseline's.
     """
     options = flags.FLAGS
-    given = {name: options[name].value for name in _DATA if options[name].value}
-    config = config.replace(**given)
     splits, skipped = datasets.open_usable(
         config.data, config.runtime, all_classes=options.all_classes
     )
     _print_left_out(skipped)
-    if not given and not options.all_classes:
+    if not _given_data() and not options.all_classes:
         checks.check_same_data(pathlib.Path(workdir), splits)
     if groups is not None:
         splits["test"] = copy_groups.leave_out(splits["test"], groups)
@@ -154,9 +161,10 @@ def main(_: Any) -> None:
         if options.baseline:
             baseline = query_scores.read(pathlib.Path(options.baseline))
         trained = trained_network.load_from_flags()
-        test = _open_test_images(trained.config, options.workdir, groups, baseline)
+        config = trained.config.replace(**_given_data())
+        test = _open_test_images(config, options.workdir, groups, baseline)
         data, levels = _embed(trained, test)
-        ks = trained.config.data.entry.ks
+        ks = config.data.entry.ks
         by_query = scoring.score_levels(levels, data, ks)
         table = scoring.make_table(by_query, data, ks)
         if options.clustering:

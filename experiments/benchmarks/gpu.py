@@ -112,7 +112,7 @@ def run(todo: Sequence[Stage], out: pathlib.Path, seconds: float) -> bool:
         print(f"{stage.name}: at most {left:.0f} s", flush=True)
         start = time.monotonic()
         code = _run_stage(stage, out, left)
-        cut_off = code == signals.RUN_AGAIN if stage.resumes else code is None
+        cut_off = code is None or (stage.resumes and code == signals.RUN_AGAIN)
         if cut_off and (stage.resumes or not is_first):
             return False
         is_first = False

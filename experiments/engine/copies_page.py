@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Sequence
 import html
+import pathlib
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
 import numpy as np
+from PIL import Image
 
 from experiments.engine import html_page
 from rll_jax.data import copies, images
@@ -39,17 +41,19 @@ class _Pair(NamedTuple):
     distance: str
 
 
-def page(
+def write(
+    path: pathlib.Path,
     title: str,
     summary: Sequence[str],
     data: EncodedImageDataset,
     splits: np.ndarray,
     kinds: Sequence[Kind],
     faults: Sequence[str],
-) -> str:
-    """Returns the page.
+) -> None:
+    """Writes the page.
 
     Args:
+      path: its file.
       title: its title.
       summary: the lines that the command prints.
       data: the images that can be read.
@@ -61,18 +65,21 @@ def page(
     sections = [
         _section(relation, name, data, splits, kinds) for relation, name in enumerate(RELATIONS)
     ]
-    unreadable = "<p>All images can be read.</p>"
+    unreadable = html_page.paragraph("All images can be read.")
     if faults:
         more = f"\n{len(faults) - _FAULTS:,} more" if len(faults) > _FAULTS else ""
-        unreadable = f"<pre>{html.escape(chr(10).join(faults[:_FAULTS]))}{more}</pre>"
-    body = f"""<h1>{html.escape(title)}</h1>
-<pre>{html.escape(chr(10).join(summary))}</pre>
-<h2>Images per class</h2>{plot}
-<h2>Copies</h2><p>Each image with the copy that is nearest to it, the most suspicious pairs
-first.</p>
-{"".join(sections)}
-<h2>Images that cannot be read</h2>{unreadable}"""
-    return html_page.page(title, body)
+        unreadable = html_page.preformatted("\n".join(faults[:_FAULTS]) + more)
+    about_copies = html_page.paragraph(
+        "Each image with the copy that is nearest to it, the most suspicious pairs first."
+    )
+    body = (
+        f"<h1>{html.escape(title)}</h1>\n",
+        html_page.preformatted("\n".join(summary)),
+        html_page.section("Images per class", plot),
+        html_page.section("Copies", about_copies, *sections),
+        html_page.section("Images that cannot be read", unreadable),
+    )
+    html_page.write(path, title, "".join(body))
 
 
 def _images_per_class(data: EncodedImageDataset, splits: np.ndarray) -> Figure:
@@ -126,10 +133,9 @@ def _pairs(relation: int, kinds: Sequence[Kind]) -> list[_Pair]:
 
 
 def _picture(data: EncodedImageDataset, row: int) -> str:
-    """Returns a thumbnail, or a sentence where there is no picture to show."""
     path = str(data.paths[row])
-    try:
-        encoded, box = data.image(row).encoded, data.box(row)
-        return html_page.thumbnail(images.shrink(encoded, path, _SIDE, crop=box), path)
-    except images.BadImageError:
-        return f"<span>{html.escape(path)} cannot be shown: it could be read before.</span>"
+
+    def load() -> Image.Image:
+        return images.shrink(data.image(row).encoded, path, _SIDE, crop=data.box(row))
+
+    return html_page.thumbnail_or_sentence(load, path)

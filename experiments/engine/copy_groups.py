@@ -12,7 +12,7 @@ import pathlib
 
 import numpy as np
 
-from rll_jax.data import files, folders, listings
+from rll_jax.data import files, folders, listings, paths
 from rll_jax.data.image_dataset import EncodedImageDataset, number_names
 
 _BOX = ("x_1", "y_1", "x_2", "y_2")
@@ -80,18 +80,10 @@ def read(path: str) -> dict[str, str]:
 def check_names(data: EncodedImageDataset) -> None:
     """Raises ValueError where a name cannot be written so that a table's readers read it."""
     for path in data.paths.tolist():
-        if "\n" in path or "\r" in path or not _is_text(path):
+        if "\n" in path or "\r" in path or not paths.is_utf8(path):
             raise ValueError(
                 f"--groups_out: the name {path!r} cannot stand in a table: rename the file"
             )
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def leave_out(data: EncodedImageDataset, groups: Mapping[str, str]) -> EncodedImageDataset:

@@ -107,7 +107,7 @@ def update(
 def _index_folder(
     workdir: pathlib.Path, trained: TrainedNetwork, root: pathlib.Path
 ) -> pathlib.Path:
-    name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
+    name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
     directory = workdir / "index" / f"{name}-{build.weights_digest(trained.variables)}"
     directory.mkdir(parents=True, exist_ok=True)
     return directory

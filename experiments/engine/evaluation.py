@@ -166,8 +166,8 @@ class Evaluator:
         """Scores the backbone's own features, and keeps the scores of each query in the workdir."""
         ks = self._checked.config.data.entry.ks
         try:
-            by_query = scoring.score_embeddings(
-                features, data, ks, on_progress=self._stop_if_requested
+            by_query = scoring.score_levels(
+                {embedding_net.POOLED: features}, data, ks, on_progress=self._stop_if_requested
             )
         except ValueError as error:
             raise RunError(
@@ -175,6 +175,6 @@ class Evaluator:
                 f"before the first step: {error}; --zero_shot=False trains without their score"
             ) from error
         if processes.is_first():
-            scores = query_scores.collect(by_query, data)
+            scores = query_scores.collect(by_query[embedding_net.POOLED], data)
             query_scores.write(self._checked.workdir, scores, zero_shot.FILE)
-        return scoring.make_table({"": by_query}, data, ks)[""]
+        return scoring.make_table(by_query, data, ks)[embedding_net.POOLED]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.engine import bad_images, config, query_scores
+from experiments.engine import config, logs, query_scores
 from experiments.engine.config import Config
 from experiments.engine.query_scores import QueryScores
 from rll_jax import metrics
@@ -103,7 +103,7 @@ def short_names(folders: Sequence[pathlib.Path]) -> list[str]:
 
 
 def _read(name: str, folder: pathlib.Path) -> FinishedRun:
-    lines = read_lines(folder / "metrics.jsonl")
+    lines = logs.read_lines(folder / "metrics.jsonl")
     evaluations = [line for line in lines if "recall@1" in line]
     if not evaluations:
         raise ValueError(
@@ -120,34 +120,6 @@ def _read(name: str, folder: pathlib.Path) -> FinishedRun:
         without,
         _json_object(folder / "environment.json"),
     )
-
-
-def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the whole lines of a metrics.jsonl, or none where there is no such file.
-
-    Raises:
-      ValueError: a line is no JSON object with a step; the message names the line.
-    """
-    lines = []
-    try:
-        texts = bad_images.whole_lines(path)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    for number, text in enumerate(texts, start=1):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            line = None
-        if (
-            not isinstance(line, dict)
-            or not isinstance(line.get("step"), int)
-            or not all(isinstance(value, (int, float)) for value in line.values())
-        ):
-            raise ValueError(
-                f"{path}, line {number}: expected a JSON object of numbers, with a step"
-            )
-        lines.append(line)
-    return lines
 
 
 def _json_object(path: pathlib.Path) -> dict[str, Any]:

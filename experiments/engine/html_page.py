@@ -132,7 +132,7 @@ def _table_row(cells: Sequence[str], kinds: Sequence[str]) -> str:
 
 def _scrolling(inner: str, name: str) -> str:
     """Returns HTML in a box that scrolls, also by keyboard, where it is wider than the page."""
-    name = html.escape(name, quote=True)
+    name = html.escape(name)
     return f'<div class="scroll" role="group" tabindex="0" aria-label="{name}">{inner}</div>\n'
 
 
@@ -215,17 +215,13 @@ def plot(figure: Figure, alt: str, caption: str = "") -> str:
     inches = figure.get_figwidth()
     style = f'style="min-width:{48 * inches:.0f}px;max-width:{120 * inches:.0f}px"'
     box = view_box[0] if view_box else ""
-    svg = f'<svg {box} {style} role="img" aria-label="{_quoted(alt)}">{inner}'
+    svg = f'<svg {box} {style} role="img" aria-label="{html.escape(alt)}">{inner}'
     above = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
     return f"<figure>{above}{_scrolling(svg, alt)}</figure>\n"
 
 
 def _alt(alt: str) -> str:
-    return f'alt="{_quoted(alt)}" title="{_quoted(alt)}"'
-
-
-def _quoted(text: str) -> str:
-    return html.escape(text, quote=True)
+    return f'alt="{html.escape(alt)}" title="{html.escape(alt)}"'
 
 
 def _image(image: Image.Image, kind: str, attributes: str, **options: Any) -> str:

@@ -25,16 +25,20 @@ class MetricsLog:
     """
 
     def __init__(self, workdir: pathlib.Path, start: int) -> None:
-        """Opens the log of a run that begins or resumes after step `start`."""
+        """Opens the log of a run that begins or resumes after step `start`.
+
+        Raises:
+          ValueError: as `read_lines`, where the run resumes.
+        """
         path = workdir / "metrics.jsonl"
-        lines = [line for line in whole_lines(path) if start and json.loads(line)["step"] <= start]
-        self.kept: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        lines = read_lines(path) if start else []
+        self.kept = [line for line in lines if line["step"] <= start]
         self._written = {(entry["step"], "recall@1" in entry) for entry in self.kept}
         self._file: TextIO | None = None
         self._board: Any = None
         if processes.is_first():
             with files.atomic_write(path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in lines))
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in self.kept))
             self._file = path.open("a")
             import tensorboardX  # a second to import
 
@@ -123,6 +127,34 @@ class MetricsLog:
         writer = self._board.file_writer
         worker = getattr(writer.event_writer, "_worker", None) if writer else None
         return worker is None or worker.is_alive()
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the whole lines of a metrics.jsonl, or none where there is no such file.
+
+    Raises:
+      ValueError: a line is no JSON object with a step; the message names the line.
+    """
+    lines = []
+    try:
+        texts = whole_lines(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    for number, text in enumerate(texts, start=1):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if (
+            not isinstance(line, dict)
+            or not isinstance(line.get("step"), int)
+            or not all(isinstance(value, (int, float)) for value in line.values())
+        ):
+            raise ValueError(
+                f"{path}, line {number}: expected a JSON object of numbers, with a step"
+            )
+        lines.append(line)
+    return lines
 
 
 def device_mib() -> float:

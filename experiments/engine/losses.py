@@ -70,8 +70,8 @@ class LossOptions(Section):
 
     loss: str = option(
         "ranked_list",
-        "The loss that trains the network. The flags of this section set ranked_list; "
-        "--loss_options sets the other losses.",
+        "The loss that trains the network. The flags of this section set ranked_list and "
+        "pml_ranked_list; --loss_options sets the other losses.",
         choices=tuple(LOSSES),
         main=True,
     )
@@ -159,8 +159,7 @@ class LossOptions(Section):
     def _check_all_are_used(self) -> None:
         used = [*self.entry.flags, *(["proxy_lr_multiplier"] if self.entry.proxies else [])]
         for name in (*_VARIANT, "proxy_lr_multiplier"):
-            default = type(self).__dataclass_fields__[name].default
-            if name not in used and getattr(self, name) != default:
+            if name not in used and getattr(self, name) != getattr(type(self), name):
                 raise ValueError(f"--{name} does nothing with --loss={self.loss}: leave it out")
 
     @property

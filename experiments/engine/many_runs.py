@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent import futures
 import contextlib
 import importlib.util
-import json
 import os
 import pathlib
 import queue
@@ -17,7 +16,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments.engine import options
+from experiments.engine import logs, options
 from experiments.engine.config import OPTIONS, Config
 from rll_jax.data import files
 
@@ -115,8 +114,9 @@ def _differences(path: pathlib.Path, now: Mapping[str, str]) -> list[str]:
 
 def command(run: Config) -> list[str]:
     """Returns the command line of a run."""
-    own = importlib.util.find_spec(f"experiments.{run.data.dataset}")
-    module = run.data.dataset if own else "folder"
+    name = run.data.dataset  # tfds:NAME:VERSION may have dots
+    own = name.isidentifier() and importlib.util.find_spec(f"experiments.{name}")
+    module = name if own else "folder"
     given = [
         f"--{name}={options.to_text(value)}"
         for name, value in run.flat().items()
@@ -134,14 +134,16 @@ def scores(run: Config) -> dict[str, float] | None:
     """Returns the scores of a run's last step, or None where the run has not ended.
 
     A run has ended when it has the scores of its last step, and its report if it writes one.
+
+    Raises:
+      ValueError: as `logs.read_lines`.
     """
     written = pathlib.Path(run.runtime.workdir, "metrics.jsonl")
     if not written.exists():
         return None
     if run.runtime.report and not written.with_name("report.html").exists():
         return None
-    for line in written.read_text().split("\n")[:-1]:
-        entry = json.loads(line)
+    for entry in logs.read_lines(written):
         if entry["step"] == run.schedule.steps and "recall@1" in entry:
             unwanted = ("step", "queries_without_match")
             return {name: value for name, value in entry.items() if name not in unwanted}

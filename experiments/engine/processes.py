@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import jax
 
+from experiments.engine import errors
 from experiments.engine.options import Section, option
 
 
@@ -72,7 +73,7 @@ def join(options: ProcessOptions) -> None:
             options.process_id if options.num_processes else None,
         )
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = errors.first_line(error)
         raise ValueError(f"--multihost: cannot join the other processes: {reason}") from error
 
 

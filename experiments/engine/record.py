@@ -44,6 +44,6 @@ def write(
     """
     for ending, content in (("md", text), ("json", json.dumps(numbers, indent=1) + "\n")):
         with files.atomic_write(folder / f"{name}.{ending}") as temporary:
-            temporary.write_text(content)
+            temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
     with files.atomic_write(folder / f"{name}.png") as temporary:
         plot(temporary)

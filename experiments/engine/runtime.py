@@ -69,7 +69,8 @@ class RuntimeOptions(Section):
         "", "A:B writes a JAX profile of steps A to B - 1 into the workdir. Empty: no profile."
     )
     dry_run: bool = option(
-        False, "Build and compile everything, print what a step takes, write nothing, and stop."
+        False,
+        "Build and compile everything, print what a step takes, leave --workdir alone, and stop.",
     )
 
     def check(self) -> None:

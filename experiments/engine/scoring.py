@@ -31,7 +31,8 @@ def score_levels(
     """Scores each query by each level, each pair and the concatenation, in one pass.
 
     Args:
-      levels: {level: (N, D)} embeddings of the dataset.
+      levels: {level: (N, D)} embeddings of the dataset, or the pooled features under
+        `embedding_net.POOLED`.
       data: the dataset.
       ks: the K of Recall@K.
       only_all: score the concatenation of all levels alone.
@@ -40,7 +41,8 @@ def score_levels(
     Returns:
       {"L": {"first_rank": ..., ...}, "L,M": ..., ...}, the concatenation of all levels last.
     """
-    ordered = [level for level in embedding_net.LEVELS if level in levels]
+    names = (*embedding_net.LEVELS, embedding_net.POOLED)
+    ordered = [level for level in names if level in levels]
     rows = {level: embedding.queries_and_gallery(levels[level], data) for level in ordered}
     labels, *gallery_labels = rows[ordered[0]][1::2]
     gallery = {level: rows[level][2] for level in ordered} if gallery_labels else None
@@ -51,30 +53,6 @@ def score_levels(
             gallery,
             gallery_labels[0] if gallery_labels else None,
             combinations=[ordered] if only_all else None,
-            ks=ks,
-            progress=progress,
-            **embedding.left_out(data),
-        )
-
-
-def score_embeddings(
-    embeddings: np.ndarray,
-    data: EncodedImageDataset,
-    ks: Sequence[int],
-    *,
-    on_progress: Callable[[], None] | None = None,
-) -> ByQuery:
-    """Scores each query by embeddings that are of no level.
-
-    Args:
-      embeddings: (N, D) of the dataset.
-      data: the dataset.
-      ks: the K of Recall@K.
-      on_progress: called about twice a second.
-    """
-    with _progress_bar(on_progress) as progress:
-        return metrics.scores_by_query(
-            *embedding.queries_and_gallery(embeddings, data),
             ks=ks,
             progress=progress,
             **embedding.left_out(data),

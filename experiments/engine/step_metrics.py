@@ -41,14 +41,14 @@ class StepMetrics:
 
     def restart(self, step: int) -> None:
         """Starts the clock anew after a step, so that what came between does not count."""
-        self._step, self._time, self._waited = step, time.time(), 0.0
+        self._step, self._time, self._waited = step, time.monotonic(), 0.0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Counts the block's time as waiting for a batch."""
-        begin = time.time()
+        begin = time.monotonic()
         yield
-        self._waited += time.time() - begin
+        self._waited += time.monotonic() - begin
 
     def values(
         self, step: int, measured: Mapping[str, jax.Array], skipped: jax.Array
@@ -64,7 +64,7 @@ class StepMetrics:
         total_skipped = int(np.asarray(skipped)[2])
         images = (step - self._step) * self._batch_size
         values["learning_rate"] = np.asarray(self._learning_rate(step - 1 - total_skipped)).item()
-        values["images_per_second"] = images / (time.time() - self._time)
+        values["images_per_second"] = images / (time.monotonic() - self._time)
         values["seconds_waiting"] = self._waited
         if total_skipped:
             values["skipped_steps"] = total_skipped

@@ -1,11 +1,10 @@
 """What a run leaves to its user at the end: the scores and the report."""
 
 from collections.abc import Mapping
-import json
 
 import numpy as np
 
-from experiments.engine import query_scores, scoring, zero_shot
+from experiments.engine import logs, query_scores, scoring, zero_shot
 from experiments.engine.checks import CheckedRun
 from experiments.engine.evaluation import Evaluated
 from rll_jax.networks import embedding_net
@@ -31,11 +30,10 @@ def finish(checked: CheckedRun, evaluated: Evaluated) -> None:
         from experiments.engine import report  # more than a second to import
 
         print("writing the report ...", flush=True)
-        lines = (checked.workdir / "metrics.jsonl").read_text().splitlines()
         report.write(
             path,
             title=f"Retrieval on unseen classes: {checked.workdir.name}",
-            lines=[json.loads(line) for line in lines],
+            lines=logs.read_lines(checked.workdir / "metrics.jsonl"),
             config=config,
             test=data,
             embeddings=np.asarray(embedding_net.concatenate_levels(evaluated.levels)),

@@ -118,6 +118,7 @@ class TrainingRun:
             self._state, self._inputs = network_inputs.make_inputs(
                 config, checked.splits, checked.runner, restored.state
             )
+            self._log = stack.enter_context(MetricsLog(folder, self._start))
         except ValueError as error:
             raise RunError(error) from error
         self._saved = stack.enter_context(
@@ -126,7 +127,6 @@ class TrainingRun:
         best = None
         if config.schedule.best:
             best = stack.enter_context(checkpoint.Checkpoints(folder / "best", keep=1))
-        self._log = stack.enter_context(MetricsLog(folder, self._start))
         self._log.write_text("options", config.as_flagfile())
         if processes.is_first():
             self._log.write_text("environment", (folder / "environment.json").read_text())

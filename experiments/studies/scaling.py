@@ -75,8 +75,8 @@ BATCHES = (1024, 8192, 32_768, 131_072)  # images
 FLOAT = 4  # bytes
 BLOCK_PAIRS = 1 << 20  # rll_jax/loss/_problem.py
 LEAST_BLOCK = 64  # rll_jax/loss/_problem.py
-# Temporaries of XLA on a CPU, by gallery_gradient: matrices of a block, copies of the gallery.
-BLOCK_MATRICES = {False: 11, True: 11}
+# Temporaries of XLA on a CPU: matrices of a block; copies of the gallery, by gallery_gradient.
+BLOCK_MATRICES = 11
 GALLERY_COPIES = {False: 3, True: 4}
 # The same of a ring: matrices of a block, copies of a shard of the gallery.
 RING_MATRICES = 2
@@ -144,7 +144,7 @@ def loss_bytes(
     if gather == "ring":
         floats = RING_COPIES[gallery_gradient] * dim + RING_MATRICES * block_size(n, chips, gather)
         return FLOAT * (n // chips) * floats
-    copies, matrices = GALLERY_COPIES[gallery_gradient], BLOCK_MATRICES[gallery_gradient]
+    copies, matrices = GALLERY_COPIES[gallery_gradient], BLOCK_MATRICES
     return FLOAT * n * (copies * dim + matrices * block_size(n, chips))
 
 

@@ -59,6 +59,13 @@ def test_a_stage_that_is_cut_off_begins_again_once(tmp_path):
     assert result(tmp_path, "long") == "too long" and time.monotonic() - start < 30
 
 
+def test_a_training_that_has_to_be_killed_resumes(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "_GRACE", 1)
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    assert not gpu.run([stage("trains", code, resumes=True)], tmp_path, 2)
+    assert not (tmp_path / "trains.json").exists()
+
+
 @pytest.mark.parametrize(
     "arguments, text",
     [

@@ -249,7 +249,7 @@ def test_a_network_that_tells_nothing_apart_is_left_out(tree, monkeypatch):
     assert "raise --near_similarity" in check_data.near_by_embeddings(trained, data, 0.9, items)
 
 
-def test_a_picture_that_is_gone_is_a_sentence(tree):
+def test_a_picture_that_is_gone_is_a_sentence(tree, tmp_path):
     rows = [Row("train/a/0.jpg", 0, "train"), Row("test/d/<gone>.jpg", 1, "test")]
     data = image_dataset.all_as_test(image_dataset.from_rows(tree, rows))["test"]
     found, _ = copies.find(
@@ -258,8 +258,10 @@ def test_a_picture_that_is_gone_is_a_sentence(tree):
         copies.Items(data.labels, np.array([False, True]), np.zeros(2, int)),
     )
     kinds = [copies_page.Kind("same bytes", found, lambda _: "")]
-    page = copies_page.page("Title", [], data, np.array(["train", "test"]), kinds, [])
-    assert page.count("<img") == 1 and "&lt;gone&gt;.jpg cannot be shown" in page
+    path = tmp_path / "page.html"
+    copies_page.write(path, "Title", [], data, np.array(["train", "test"]), kinds, [])
+    page = path.read_text()
+    assert page.count("<img") == 1 and "&lt;gone&gt;.jpg: this image cannot be read now" in page
 
 
 def test_a_recall_that_copies_saturate_falls_when_they_are_left_out(tmp_path):

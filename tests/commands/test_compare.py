@@ -72,6 +72,19 @@ def test_rates_are_tried_until_the_best_is_not_at_an_end(tmp_path):
     assert len(tried["sup_con"]) == 5 and len(told) == len(set(told))
 
 
+def test_a_run_that_died_before_its_first_score_is_no_untrained_network(tmp_path):
+    runs = [
+        config.from_flat(**BASE | {"workdir": str(tmp_path / name)}) for name in ("died", "ended")
+    ]
+    write_scores(runs[1], 0.5)
+    (tmp_path / "died").mkdir()
+    (tmp_path / "died/metrics.jsonl").touch()
+    assert compare._untrained(runs)["recall@1"] == 0.01
+    (tmp_path / "died/metrics.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="died/metrics.jsonl, line 1: expected a JSON object"):
+        many_runs.scores(runs[0])
+
+
 def test_the_table_is_of_the_runs_scores(tmp_path):
     found = {"rll": [0.50, 0.54, 0.52], "triplet_hard": [0.47, 0.52, 0.49]}
     compared = compare._runs_to_compare(

@@ -14,7 +14,7 @@ from absl import flags
 import pytest
 
 from experiments import sweep
-from experiments.engine import config, datasets
+from experiments.engine import config, datasets, many_runs
 from experiments.engine import flags as engine_flags
 from tests.helpers.benchmark_trees import make_folders
 from tests.helpers.commands import TINY, command, refused, run
@@ -179,6 +179,11 @@ def test_commands_are_those_of_the_runs(tmp_path):
         for weight in (False, True)
     ]
     assert [path.name for path in (tmp_path / "a sweep").iterdir()] == ["sweep.flags"]
+
+
+def test_a_dataset_of_tfds_with_a_version_is_one_of_folder():
+    run = config.from_flat(dataset="tfds:birds:1.2.3", workdir="w")
+    assert many_runs.command(run)[1:3] == ["-m", "experiments.folder"]
 
 
 @pytest.mark.parametrize("dataset", datasets.DATASETS)

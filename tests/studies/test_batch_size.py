@@ -87,7 +87,7 @@ def test_the_command_resumes(tmp_path):
     given = [*tiny, "--only=rll,sup_con", "--rates=1e-3", "--more_rates=0", f"--workdir={study}"]
     result = run(*given, "--images=32", "--seeds=1", "--batches=4x2", name=STUDY)
     assert result.returncode == 0, result.stderr
-    again = [*given, "--images=32", "--seeds=1", "--batches=4x2,8x2"]
+    again = [*given, "--images=32", "--seeds=1", "--batches=4x2,8x2", "--tuning_steps=9"]
     result = run(*again, name=STUDY)
     assert result.returncode == 0 and result.stdout.count("finished before") == 4, result.stderr
     found = json.loads((study / "batch_size.json").read_text())
