@@ -2,7 +2,7 @@
 
     loss      the loss in every published variant, fourteen baselines, a cross-batch memory
     metrics   Recall@K, MAP@R, R-precision, MRR, exactly; NMI, F1 and AMI of K-means
-    networks  ResNets and GoogLeNet-V2 with embedding heads, and weights under their published names
+    networks  ResNets, ViTs and others with embedding heads; weights under their published names
     data      datasets of labelled images, augmentation, samplers, and the pipeline to batches
     training  the train step, the devices it runs on, checkpoints, and the embeddings of a dataset
     typing    what a loss, a backbone, a dataset, a view and a sampler are to each other

@@ -41,10 +41,10 @@ class FolderTree:
         """Returns the names of all that is in a folder; none where it cannot be listed."""
         return self._list(folder)[1]
 
-    def near(self, folder: epath.Path, depth: int = _DEPTH) -> Iterator[epath.Path]:
+    def near(self, folder: epath.Path) -> Iterator[epath.Path]:
         """Yields a folder and those below it, the upper ones first, sorted by name."""
         level = [folder]
-        for _ in range(depth):
+        for _ in range(_DEPTH):
             yield from level
             level = [upper / name for upper in level for name in self.folders(upper)]
         yield from level

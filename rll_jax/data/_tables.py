@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from etils import epath
 import numpy as np
 
-from rll_jax.data import _text_files, paths
+from rll_jax.data import _text_files, files, paths
 from rll_jax.data.listings import GALLERY, QUERY, SPLITS, TEST, TRAIN
 
 _NEEDED = {"path", "label"}
@@ -348,7 +348,7 @@ def _read_parquet_names(file: epath.Path) -> list[str]:
         with file.open("rb") as stream:  # reads its end alone
             return _column_names(parquet.read_schema(stream).names)
     except Exception as error:  # pyarrow's decoders raise errors of many kinds
-        raise ValueError(f"{file}: not a Parquet file: {_first_line(error)}") from error
+        raise ValueError(f"{file}: not a Parquet file: {files.first_line(error)}") from error
 
 
 def _pyarrow(file: epath.Path) -> tuple[Any, Any]:
@@ -378,7 +378,7 @@ def _read_parquet(file: epath.Path) -> Iterator[tuple[str, dict[str, str]]]:
         table = content.read(columns=list(stored.values()))
         columns = {known: table.column(name).to_pylist() for known, name in stored.items()}
     except Exception as error:  # pyarrow's decoders raise errors of many kinds
-        raise ValueError(f"{file}: not a Parquet file: {_first_line(error)}") from error
+        raise ValueError(f"{file}: not a Parquet file: {files.first_line(error)}") from error
     narrow = {"halffloat": np.float16, "float": np.float32}
     floats = {
         known: narrow.get(str(schema.field(name).type), float) for known, name in stored.items()
@@ -387,10 +387,6 @@ def _read_parquet(file: epath.Path) -> Iterator[tuple[str, dict[str, str]]]:
         where = f"{file}, row {row}"
         texts = {c: _cell_text(cells[row], floats[c], where) for c, cells in columns.items()}
         yield f"row {row}", texts
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else repr(error)
 
 
 def _cell_text(cell: object, float_type: type, where: str) -> str:

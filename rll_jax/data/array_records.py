@@ -106,7 +106,7 @@ def open_dataset(
         return split_dataset(*_read_splits(builder, "image", "label", keep_index))
     except Exception as error:  # tfds raises errors of all kinds on damaged datasets
         raise ValueError(
-            f"cannot read a prepared dataset in {directory}: {_first_line(error)}"
+            f"cannot read a prepared dataset in {directory}: {files.first_line(error)}"
         ) from error
 
 
@@ -138,7 +138,7 @@ def open_tfds(
         builder = tfds.builder(name, data_dir=str(data_dir) or None, file_format="array_record")
     except Exception as error:
         raise ValueError(
-            f"tensorflow-datasets knows no dataset {name!r}: {_first_line(error)}"
+            f"tensorflow-datasets knows no dataset {name!r}: {files.first_line(error)}"
         ) from error
     if not builder.info.splits:
         hint = _WITH_TENSORFLOW.format(name=name, data_dir=builder.data_dir_root)
@@ -162,11 +162,6 @@ def open_tfds(
         )
         is_train = np.isin(dataset.labels, classes[: len(classes) // 2])
     return split_dataset(dataset, np.where(is_train, listings.TRAIN, listings.TEST))
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else repr(error)
 
 
 def _write_split(
@@ -249,7 +244,9 @@ class _ShardWriter:
         try:
             yield
         except RuntimeError as error:
-            raise OSError(f"cannot write into {self._directory}: {_first_line(error)}") from error
+            raise OSError(
+                f"cannot write into {self._directory}: {files.first_line(error)}"
+            ) from error
 
     def _begin_shard(self) -> Any:
         from array_record.python import (
@@ -322,7 +319,7 @@ def _read_index(
     label_key: str,
     keep: bool,
 ) -> dict[str, np.ndarray]:
-    """Returns labels, paths, sizes and super_labels of a split, from its index file if possible.
+    """Returns the columns of a split, such as labels and paths, from its index file if possible.
 
     Otherwise all records are read and, where `keep`, the index file is written.
     """

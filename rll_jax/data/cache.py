@@ -9,16 +9,12 @@ import hashlib
 import io
 import pathlib
 import shutil
-from typing import TYPE_CHECKING
 
 import numpy as np
 import tqdm
 
 from rll_jax.data import files, images, paths
 from rll_jax.data.image_dataset import EncodedImageDataset
-
-if TYPE_CHECKING:
-    from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 _SAMPLE = 100  # the number of images whose sizes estimate the size of all
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
@@ -104,10 +100,10 @@ def on_disk(
         try:
             _write(data, short_side, path, interpolation)
         except RuntimeError as error:  # raised by array_record
-            raise OSError(f"cannot write the cache {path}: {str(error).splitlines()[0]}") from error
+            raise OSError(f"cannot write the cache {path}: {files.first_line(error)}") from error
     records = array_record_data_source.ArrayRecordDataSource(str(path))
     return dataclasses.replace(
-        data, read=_RecordReader(records), positions=np.arange(len(data)), boxes=None
+        data, read=records.__getitem__, positions=np.arange(len(data)), boxes=None
     )
 
 
@@ -157,7 +153,8 @@ def _write(
         writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
         rows = tqdm.tqdm(range(len(data)), desc=f"writing {path.name}", unit="image", mininterval=1)
         for row in rows:
-            name, encoded = str(data.paths[row]), data.image_bytes(row)
+            name = str(data.paths[row])
+            encoded = data.image_bytes(row) if data.sizes[row] else b""  # missing files too
             writer.write(_shrunk(encoded, name, data.box(row), short_side, interpolation))
         writer.close()
 
@@ -205,13 +202,3 @@ class _MemoryReader:
                 self._interpolation,
             )
         return self._cached[position]
-
-
-class _RecordReader:
-    """Reads the image at a position from the record of that number."""
-
-    def __init__(self, records: "ArrayRecordDataSource") -> None:
-        self._records = records
-
-    def __call__(self, position: int) -> bytes:
-        return self._records[position]

@@ -132,3 +132,9 @@ def exclusive_lock(path: str | os.PathLike[str], *, wait: bool) -> Iterator[Bina
     with pathlib.Path(path).open("ab") as file:
         _lock(file.fileno(), wait=wait)
         yield file
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or its name where it has no message."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else repr(error)

@@ -293,9 +293,7 @@ def shrink(
     if scale >= 1:
         return image.rgb()
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    if interpolation == "bicubic":
-        return Image.fromarray(image.resized(size, interpolation=interpolation))
-    return image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+    return Image.fromarray(image.resized(size, interpolation=interpolation))
 
 
 def blank(size: int = 8) -> Image.Image:

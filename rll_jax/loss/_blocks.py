@@ -48,7 +48,7 @@ def loss(spec: Spec, arrays: Arrays, valid: jax.Array | None) -> jax.Array:
         where `spec.ring`.
       valid: (N, 1) bool, False for a query that is padding; None where every query is valid.
     """
-    return cast("jax.Array", _compiled_loss(spec, *arrays, valid))
+    return _compiled_loss(spec, *arrays, valid)
 
 
 def list_terms(spec: Spec, arrays: Arrays) -> Terms:
@@ -59,8 +59,8 @@ def list_terms(spec: Spec, arrays: Arrays) -> Terms:
     gallery is a constant, `log_mass` is one too unless the loss differentiates it.
     """
     if spec.gallery_gradient:
-        return cast("Terms", _compiled_terms_of_both_ends(spec, *arrays))
-    return _with_counts_as(jnp.int32, cast("Terms", _compiled_list_terms(spec, *arrays)))
+        return _compiled_terms_of_both_ends(spec, *arrays)
+    return _with_counts_as(jnp.int32, _compiled_list_terms(spec, *arrays))
 
 
 def query_weights(spec: Spec, log_mass: jax.Array, valid: jax.Array | None) -> jax.Array:
@@ -297,7 +297,7 @@ def _loss_tangent(
     spec: Spec, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the value and the tangent of `loss`."""
-    share, gradient = cast("Any", _differentiable_once)(_loss_and_gradient, spec, *primals)
+    share, gradient = _differentiable_once(_loss_and_gradient, spec, *primals)
     on_queries, _, on_gallery, *_ = tangents
     tangent = jnp.sum(gradient.queries * on_queries)
     if gradient.gallery is not None:
@@ -355,7 +355,7 @@ def _terms_tangent(
     spec: Spec, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Terms, Terms]:
     """Returns the terms and their tangents, where the gallery is a constant."""
-    terms, slopes = cast("Any", _differentiable_once)(_terms_and_slopes, spec, *primals)
+    terms, slopes = _differentiable_once(_terms_and_slopes, spec, *primals)
     along = [jnp.sum(slope * tangents[0], axis=1, keepdims=True) for slope in slopes]
     log_mass = along[2] if len(along) > 2 else jnp.zeros_like(terms.log_mass)
     terms = _with_counts_as(jnp.float32, terms)
@@ -365,7 +365,7 @@ def _terms_tangent(
 
 def _terms_forward(spec: Spec, *args: Any) -> tuple[Terms, tuple[Any, ...]]:
     """Computes the value, and keeps the arrays for the derivative."""
-    return cast("Any", _differentiable_once)(_terms_value, spec, *args), args
+    return _differentiable_once(_terms_value, spec, *args), args
 
 
 def _terms_gradient(spec: Spec, cotangents: Terms, *args: Any) -> Gradient:
@@ -378,7 +378,7 @@ def _terms_backward(
     spec: Spec, args: tuple[Any, ...], cotangents: Terms
 ) -> tuple[jax.Array, None, jax.Array | None, None, None, None]:
     """Returns the gradients of the queries and of the gallery, and None for the other arrays."""
-    gradient = cast("Any", _differentiable_once)(_terms_gradient, spec, cotangents, *args)
+    gradient = _differentiable_once(_terms_gradient, spec, cotangents, *args)
     return gradient.queries, None, gradient.gallery, None, None, None
 
 
@@ -395,18 +395,18 @@ def _refuse(*_: object) -> Any:
     )
 
 
-_differentiable_once = jax.custom_jvp(_once, nondiff_argnums=(0, 1))
+_differentiable_once: Any = jax.custom_jvp(_once, nondiff_argnums=(0, 1))
 _differentiable_once.defjvp(_refuse)
 
 _loss = jax.custom_jvp(_loss_value, nondiff_argnums=(0,))
 _loss.defjvp(_loss_tangent)
-_compiled_loss = jax.jit(_loss, static_argnums=0)
+_compiled_loss: Any = jax.jit(_loss, static_argnums=0)
 
 _list_terms = jax.custom_jvp(_terms_in_floats, nondiff_argnums=(0,))
 _list_terms.defjvp(_terms_tangent)
-_compiled_list_terms = jax.jit(_list_terms, static_argnums=0)
+_compiled_list_terms: Any = jax.jit(_list_terms, static_argnums=0)
 
 # A tangent by the gallery would keep a matrix of all pairs for its transpose.
-_terms_of_both_ends = cast("Any", jax.custom_vjp(_terms_value, nondiff_argnums=(0,)))
+_terms_of_both_ends: Any = jax.custom_vjp(_terms_value, nondiff_argnums=(0,))
 _terms_of_both_ends.defvjp(_terms_forward, _terms_backward)
-_compiled_terms_of_both_ends = jax.jit(_terms_of_both_ends, static_argnums=0)
+_compiled_terms_of_both_ends: Any = jax.jit(_terms_of_both_ends, static_argnums=0)

@@ -55,6 +55,16 @@ class Variant(NamedTuple):
     weight_gradient: bool
 
 
+class Options(NamedTuple):
+    """What is known when tracing."""
+
+    variant: Variant
+    normalize: bool
+    block_size: int | None
+    precision: Precision
+    gather: Gather
+
+
 class OverridesExceptMargin(TypedDict, total=False):
     """The keyword arguments of `ranked_list_loss`, each optional, without `margin`."""
 
@@ -88,19 +98,14 @@ def positive_boundary(alpha: Any, margin: Any) -> Any:
     return alpha - margin
 
 
-def check_options(
-    hyper: HyperParameters,
-    variant: Variant,
-    block_size: int | None,
-    precision: Precision,
-    gather: Gather,
-) -> None:
-    """Checks all options but the arrays. Traced numbers have no value yet and are not checked.
+def check_options(hyper: HyperParameters, options: Options) -> None:
+    """Checks all arguments but the arrays. Traced numbers have no value yet and are not checked.
 
     Raises:
       TypeError: a number is not real, or `block_size` is not an integer.
       ValueError: a number is not a scalar or is out of range, or a choice is unknown.
     """
+    variant, precision, gather = options.variant, options.precision, options.gather
     _check_hyper_parameters(hyper)
     if variant.pair_term not in ("distance", "squared"):
         raise ValueError(
@@ -110,7 +115,7 @@ def check_options(
         raise ValueError(
             f"query_weighting: found {variant.query_weighting!r}, expected 'uniform' or 'mass'"
         )
-    _check_block_size(block_size)
+    _check_block_size(options.block_size)
     if precision not in ("highest", "high"):
         raise ValueError(f"precision: found {precision!r}, expected 'highest' or 'high'")
     if gather not in ("all", "ring"):

@@ -20,10 +20,8 @@ import numpy as np
 from rll_jax.loss._differences import is_symbolic
 from rll_jax.loss._mesh import mesh_of, over_rows, pad_rows
 from rll_jax.loss._options import (
-    Gather,
     HyperParameters,
-    Precision,
-    Variant,
+    Options,
     as_number,
     check_options,
     positive_boundary,
@@ -39,19 +37,6 @@ from rll_jax.loss.rows import (
     gather,
     sum_over_devices,
 )
-
-__all__ = [
-    "Arguments",
-    "GalleryArguments",
-    "Options",
-    "Problem",
-    "QueryArguments",
-    "check_arguments",
-    "checked_gallery",
-    "common_label_dtype",
-    "make_problem",
-    "solve",
-]
 
 Tree = TypeVar("Tree")
 
@@ -74,16 +59,6 @@ class GalleryArguments(NamedTuple):
     embeddings: jax.Array | np.ndarray | None  # (M, D) floating
     labels: jax.Array | np.ndarray | None  # (M,) integer
     where: jax.Array | np.ndarray | None  # (M,) bool
-
-
-class Options(NamedTuple):
-    """What is known when tracing."""
-
-    variant: Variant
-    normalize: bool
-    block_size: int | None
-    precision: Precision
-    gather: Gather
 
 
 class Arguments(NamedTuple):
@@ -124,7 +99,7 @@ def check_arguments(
     """
     batch = checked_rows(queries.embeddings, queries.labels, queries.where)
     hyper = HyperParameters(*(as_number(number) for number in hyper))
-    check_options(hyper, options.variant, options.block_size, options.precision, options.gather)
+    check_options(hyper, options)
     bank = checked_gallery(gallery, batch.embeddings.shape[1])
     dtype = computing_dtype(batch.embeddings.dtype)
     return Arguments(batch, bank, _make_constants(hyper, dtype))
@@ -133,10 +108,12 @@ def check_arguments(
 def make_problem(arguments: Arguments, options: Options, axis_name: Hashable | None) -> Problem:
     """Masks, normalises, gathers and centres checked arguments."""
     batch, bank, constants = arguments
-    variant, normalize, block_size, precision = options[:4]
+    variant = options.variant
     ring = axis_name is not None and options.gather == "ring"
     dtype = computing_dtype(batch.embeddings.dtype)
-    query_side, gallery_side = _make_sides(batch, bank, normalize, dtype, variant.gallery_gradient)
+    query_side, gallery_side = _make_sides(
+        batch, bank, options.normalize, dtype, variant.gallery_gradient
+    )
     label_dtype = common_label_dtype(query_side.labels.dtype, gallery_side.labels.dtype)
     if axis_name is not None:
         check_varying(batch.embeddings, axis_name)
@@ -158,8 +135,8 @@ def make_problem(arguments: Arguments, options: Options, axis_name: Hashable | N
         mass=variant.query_weighting == "mass",
         axis_name=axis_name,
         ring=ring,
-        block_size=_block_size(block_size, num_queries, num_gallery),
-        high_precision=precision == "high",
+        block_size=_block_size(options.block_size, num_queries, num_gallery),
+        high_precision=options.precision == "high",
     )
     return Problem(spec, arrays, None if batch.where is None else batch.where[:, None])
 

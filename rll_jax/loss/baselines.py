@@ -1,8 +1,9 @@
 """The baselines of Ranked List Loss, equal to their PyTorch originals to 1e-6 in float64.
 
 The originals are pytorch-metric-learning (PML) 2.9's; for Smooth-AP and Recall@K, the authors'.
-This file has the losses on distances, and all others by name: those on cosine similarities are in
-`similarity_losses`, those that learn proxies in `proxy_losses`, those on ranks in `ranking_losses`.
+This file has the losses on distances and N-pair, and all others by name: those on cosine
+similarities are in `similarity_losses`, those that learn proxies in `proxy_losses`, those on ranks
+in `ranking_losses`.
 
 Each loss takes embeddings (N, D) and labels (N,) first, its own options by keyword, and returns a
 scalar. All of them share this behaviour:
@@ -116,13 +117,8 @@ def contrastive_loss(
       gallery_where: (M,) bool: False rows are padding.
       axis_name: see the top of this file.
     """
-    batch = make_batch(
-        embeddings,
-        labels,
-        where,
-        axis_name,
-        gallery=GalleryArguments(gallery, gallery_labels, gallery_where),
-    )
+    given = GalleryArguments(gallery, gallery_labels, gallery_where)
+    batch = make_batch(embeddings, labels, where, axis_name, gallery=given)
     distance = distances(batch)
     pulled = mean_above_zero(distance - pos_margin, batch.positive)
     return batch.one * (pulled + mean_above_zero(neg_margin - distance, batch.negative))
@@ -166,13 +162,8 @@ def triplet_loss(
     """
     if mining not in ("semihard", "hard", "all"):
         raise ValueError(f"mining: found {mining!r}, expected 'semihard', 'hard' or 'all'")
-    batch = make_batch(
-        embeddings,
-        labels,
-        where,
-        axis_name,
-        gallery=GalleryArguments(gallery, gallery_labels, gallery_where),
-    )
+    given = GalleryArguments(gallery, gallery_labels, gallery_where)
+    batch = make_batch(embeddings, labels, where, axis_name, gallery=given)
     distance = distances(batch)
     if mining == "hard":
         farthest = jnp.max(distance, axis=1, initial=0, where=batch.positive)

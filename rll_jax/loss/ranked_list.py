@@ -44,6 +44,7 @@ from rll_jax.loss._options import (
     WEIGHT_GRADIENT,
     Gather,
     HyperParameters,
+    Options,
     Overrides,
     OverridesExceptMargin,
     PairTerm,
@@ -55,7 +56,6 @@ from rll_jax.loss._options import (
 )
 from rll_jax.loss._problem import (
     GalleryArguments,
-    Options,
     Problem,
     QueryArguments,
     check_arguments,

@@ -178,7 +178,12 @@ def gather(x: jax.Array, axis_name: Hashable | None, constant: bool = False) -> 
 
 
 def gather_by_sum(x: jax.Array, axis_name: Hashable) -> jax.Array:
-    """Returns the rows of all devices as a sum of arrays that are zero outside of each one's."""
+    """Returns the rows of all devices as a sum of arrays that are zero outside of each one's.
+
+    The sum is exact, and shard_map knows it as equal on all devices, as it demands of a state that
+    is returned as replicated. It moves about twice the bytes of `gather`, whose result counts as
+    different on each device.
+    """
     count, first = x.shape[0], lax.axis_index(axis_name) * x.shape[0]
     every = jnp.zeros((lax.axis_size(axis_name) * count, *x.shape[1:]), x.dtype)
     own = lax.dynamic_update_slice_in_dim(every, x, first, axis=0)

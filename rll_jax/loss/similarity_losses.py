@@ -67,13 +67,8 @@ def multi_similarity_loss(
       ValueError: alpha or beta is not above 0.
     """
     check_positive(alpha=alpha, beta=beta)
-    batch = make_batch(
-        embeddings,
-        labels,
-        where,
-        axis_name,
-        gallery=GalleryArguments(gallery, gallery_labels, gallery_where),
-    )
+    given = GalleryArguments(gallery, gallery_labels, gallery_where)
+    batch = make_batch(embeddings, labels, where, axis_name, gallery=given)
     positive, negative = batch.positive, batch.negative
     similarity = similarities(batch)
     if epsilon is not None:
@@ -118,13 +113,8 @@ def nt_xent_loss(
       ValueError: temperature is not above 0.
     """
     check_positive(temperature=temperature)
-    batch = make_batch(
-        embeddings,
-        labels,
-        where,
-        axis_name,
-        gallery=GalleryArguments(gallery, gallery_labels, gallery_where),
-    )
+    given = GalleryArguments(gallery, gallery_labels, gallery_where)
+    batch = make_batch(embeddings, labels, where, axis_name, gallery=given)
     similarity = similarities(batch) / temperature
     usable = batch.positive & batch.negative.any(axis=1)[:, None]
     log_negatives = log_sum_exp(similarity, batch.negative)[:, None]
@@ -163,13 +153,8 @@ def sup_con_loss(
       ValueError: temperature is not above 0.
     """
     check_positive(temperature=temperature)
-    batch = make_batch(
-        embeddings,
-        labels,
-        where,
-        axis_name,
-        gallery=GalleryArguments(gallery, gallery_labels, gallery_where),
-    )
+    given = GalleryArguments(gallery, gallery_labels, gallery_where)
+    batch = make_batch(embeddings, labels, where, axis_name, gallery=given)
     positive, negative = batch.positive, batch.negative
     similarity = similarities(batch) / temperature
     log_total = log_sum_exp(similarity, positive | negative)[:, None]
@@ -217,13 +202,8 @@ def circle_loss(
       ValueError: gamma is not above 0.
     """
     check_positive(gamma=gamma)
-    batch = make_batch(
-        embeddings,
-        labels,
-        where,
-        axis_name,
-        gallery=GalleryArguments(gallery, gallery_labels, gallery_where),
-    )
+    given = GalleryArguments(gallery, gallery_labels, gallery_where)
+    batch = make_batch(embeddings, labels, where, axis_name, gallery=given)
     m, scale = cast("Any", margin), cast("Any", gamma)
     similarity = similarities(batch)
     fixed = lax.stop_gradient(similarity)

@@ -26,8 +26,8 @@ def nearest(
       queries: (Q, D) floating, finite, no zero vectors.
       gallery: (N, D) as the queries.
       k: the number of items, from 1 to N, or to N - 1 with `leave_out`.
-      leave_out: (Q,) integers: for each query the row of the gallery that is the query itself,
-        which is not returned. None leaves no row out.
+      leave_out: (Q,) integers: for each query the row of the gallery that is the query itself. It
+        comes behind all others, as those of `query_ids`. None leaves no row out.
       query_ids: (Q,) integers or text; items of the query's own id are left out too, as by
         `retrieval_metrics`. They come behind all others, with a similarity of -inf, where fewer
         than k others are there.

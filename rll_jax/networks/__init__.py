@@ -8,10 +8,21 @@ import types
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rll_jax.networks import backbones, embedding_net, googlenet, resnet, vit, weights
+    from rll_jax.networks import (
+        backbones,
+        convnext,
+        efficientnet,
+        embedding_net,
+        googlenet,
+        resnet,
+        vit,
+        weights,
+    )
 
 __all__ = [
     "backbones",
+    "convnext",
+    "efficientnet",
     "embedding_net",
     "googlenet",
     "resnet",

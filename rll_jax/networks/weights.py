@@ -101,7 +101,7 @@ def from_named_arrays(
         if f".{vit.LORA}." not in name  # adapters start anew
     }
     arrays = _without_classifier(arrays, expected)
-    arrays = _fold_convolution_biases(_flat_vectors(arrays))
+    arrays = _fold_convolution_biases(arrays)
     if not heads:
         arrays = {name: x for name, x in arrays.items() if not name.startswith(HEAD_PREFIXES)}
         expected = {name: x for name, x in expected.items() if not name.startswith(HEAD_PREFIXES)}
@@ -224,15 +224,6 @@ def _is_vector(array: np.ndarray) -> bool:
     return array.ndim > 1 and max(array.shape) == array.size
 
 
-def _flat_vectors(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the arrays with biases and running statistics as (C,)."""
-    names = (".bias", ".running_mean", ".running_var")
-    return {
-        name: array.reshape(-1) if name.endswith(names) and _is_vector(array) else array
-        for name, array in arrays.items()
-    }
-
-
 def _fold_convolution_biases(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Subtracts convolutions' biases from the running means of the batch norms behind them.
 
@@ -243,7 +234,7 @@ def _fold_convolution_biases(arrays: Mapping[str, np.ndarray]) -> dict[str, np.n
         if name.endswith(".bias"):
             mean = f"{name.removesuffix('.bias')}_bn.running_mean"
             if mean in folded:
-                folded[mean] = folded[mean] - folded.pop(name)
+                folded[mean] = folded[mean].reshape(-1) - folded.pop(name).reshape(-1)
     return folded
 
 

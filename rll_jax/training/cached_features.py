@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from rll_jax.data import files
+from rll_jax.data import files, pipeline
 from rll_jax.data.random_streams import Stream
 from rll_jax.networks import embedding_net
 from rll_jax.training.steps import TrainState
@@ -141,7 +141,7 @@ def write(
     view: Callable[[Any, np.random.Generator], np.ndarray],
     views: int,
     part: embedding_net.EmbeddingNet,
-    embed: Callable[[ImageDataset], Mapping[str, np.ndarray]],
+    embed: Callable[[pipeline.Images], Mapping[str, np.ndarray]],
 ) -> None:
     """Writes the file that `CachedFeatures` reads, unless it exists.
 
@@ -200,17 +200,13 @@ def _allocate(path: pathlib.Path, shape: tuple[int, int, int]) -> np.memmap:
 
 @dataclasses.dataclass(frozen=True)
 class _DrawnViews:
-    """View `number` of the images of rows `start` to `stop - 1`, as a dataset."""
+    """View `number` of the images of rows `start` to `stop - 1`."""
 
-    data: ImageDataset
+    data: pipeline.Images
     view: Callable[[Any, np.random.Generator], np.ndarray]
     number: int
     start: int
     stop: int
-
-    @property
-    def labels(self) -> np.ndarray:
-        return self.data.labels[self.start : self.stop]
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -222,7 +218,7 @@ class _DrawnViews:
 
 
 def _finite_features(
-    embed: Callable[[ImageDataset], Mapping[str, np.ndarray]], views: _DrawnViews
+    embed: Callable[[pipeline.Images], Mapping[str, np.ndarray]], views: _DrawnViews
 ) -> np.ndarray:
     """Returns (N, `feature_size`) features.
 

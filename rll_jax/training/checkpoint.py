@@ -12,6 +12,7 @@ from typing import Any, Self
 import jax
 import orbax.checkpoint as ocp
 
+from rll_jax.data import files
 from rll_jax.training import steps
 
 # Names that mean the same to orbax and tensorstore as to the system: nothing that is a pattern (the
@@ -155,7 +156,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else repr(error)
+            reason = files.first_line(error)
             raise OSError(
                 f"a checkpoint cannot be {what} in {self._directory}: "
                 f"{reason.replace(str(self._name), str(self._directory))}"

@@ -11,8 +11,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Wrapped
 import numpy as np
 
-from rll_jax.loss import rows
-
 AXIS = "batch"
 
 _Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm] jax assigns this name
@@ -202,28 +200,6 @@ def _check_that_jax_starts() -> None:
             "cuda or tpu where jax[cuda13] or jax[tpu] is installed; without these variables JAX "
             "takes what is there"
         ) from error
-
-
-def gather_rows(x: jax.Array, axis_name: str, *, replicated: bool = False) -> jax.Array:
-    """Gathers the rows of all devices of an axis, within pmap, shard_map or vmap.
-
-    Both ways give the same values on every device. They differ in what shard_map knows about the
-    result: the "varying manual axes" of its type.
-
-    Args:
-      x: (n, ...) this device's rows.
-      axis_name: the axis with the other devices.
-      replicated: False uses `lax.all_gather`, whose result counts as different on each device.
-        True sums arrays that are zero outside of this device's rows: the sum is exact and counts
-        as equal on all devices, as shard_map demands of a state that it returns as replicated.
-        The sum moves about twice the bytes.
-
-    Returns:
-      (n * devices, ...) the rows in the order of the devices.
-    """
-    if not replicated:
-        return rows.gather(x, axis_name)
-    return rows.gather_by_sum(x, axis_name)
 
 
 def gather_over_processes(tree: Any, counts: Sequence[int]) -> Any:

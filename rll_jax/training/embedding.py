@@ -4,21 +4,21 @@ from collections.abc import Callable, Mapping
 import dataclasses
 import itertools
 import sys
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 import tqdm
 
 from rll_jax.data import pipeline
+from rll_jax.data.image_dataset import EncodedImageDataset
 from rll_jax.networks import embedding_net
 from rll_jax.training import devices as devices_lib
-from rll_jax.typing import ImageDataset
 
 
 def embed_images(
     state: Any,
-    data: ImageDataset,
+    data: pipeline.Images,
     view: Callable[[Any], np.ndarray],
     embed: Callable[[Any, Any], Mapping[str, jax.Array]],
     runner: devices_lib.Runner,
@@ -33,7 +33,7 @@ def embed_images(
 
     Args:
       state: on the devices of this process, as `runner.to_local` returns it.
-      data: the dataset, with at least one image for each process. Its labels are not used.
+      data: the images, at least one for each process.
       view: image -> (H, W, 3) uint8.
       embed: `runner.embed(steps.embed_step)`, made once so that it compiles once.
       runner: the devices.
@@ -54,7 +54,7 @@ def embed_images(
     index, count = jax.process_index(), jax.process_count()
     devices = runner.num_devices // count
     bounds = [len(data) * i // count for i in range(count + 1)]  # of the processes' rows
-    share: Any = _RowRange(data, bounds[index], bounds[index + 1])
+    share = _RowRange(data, bounds[index], bounds[index + 1])
     is_bad = np.zeros(len(share), bool)
 
     def mark_bad(row: int) -> None:
@@ -90,15 +90,11 @@ def embed_images(
 
 @dataclasses.dataclass(frozen=True)
 class _RowRange:
-    """The images of rows `start` to `stop - 1` of a dataset, as a dataset."""
+    """The images of rows `start` to `stop - 1`."""
 
-    data: ImageDataset
+    data: pipeline.Images
     start: int
     stop: int
-
-    @property
-    def labels(self) -> np.ndarray:
-        return self.data.labels[self.start : self.stop]
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -126,45 +122,7 @@ def combinations(embeddings: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return combined
 
 
-class SearchDataset(Protocol):
-    """Labels of a dataset to search, which may have a gallery of its own."""
-
-    @property
-    def labels(self) -> np.ndarray:
-        """(N,) integer classes."""
-        ...
-
-    @property
-    def in_gallery(self) -> np.ndarray | None:
-        """(N,) bool: whether a row is in the gallery; None: each image is query and gallery."""
-        ...
-
-    @property
-    def query_rows(self) -> np.ndarray:
-        """(Q,) integers, the rows that are queries."""
-        ...
-
-    @property
-    def gallery_rows(self) -> np.ndarray:
-        """(G,) integers, the rows in the gallery. A row may be both."""
-        ...
-
-
-class GroupedDataset(SearchDataset, Protocol):
-    """A dataset to search in which some rows do not answer each other."""
-
-    @property
-    def groups(self) -> np.ndarray | None:
-        """(N,) integers: rows of a group do not answer each other; None: no groups."""
-        ...
-
-    @property
-    def image_ids(self) -> np.ndarray | None:
-        """(N,) integers: rows of an id do not answer each other; None: each has its own."""
-        ...
-
-
-def left_out(data: GroupedDataset) -> dict[str, Any]:
+def left_out(data: EncodedImageDataset) -> dict[str, Any]:
     """Returns the ids and groups of a dataset as `rll_jax.metrics.retrieval_metrics` takes them.
 
     Args:
@@ -191,7 +149,9 @@ def left_out(data: GroupedDataset) -> dict[str, Any]:
     return arguments
 
 
-def queries_and_gallery(embeddings: np.ndarray, data: SearchDataset) -> tuple[np.ndarray, ...]:
+def queries_and_gallery(
+    embeddings: np.ndarray, data: EncodedImageDataset
+) -> tuple[np.ndarray, ...]:
     """Returns the arguments of `rll_jax.metrics.retrieval_metrics` for a dataset.
 
     Args:

@@ -14,8 +14,8 @@ import numpy as np
 import optax
 
 from rll_jax.loss import memory as memory_lib
+from rll_jax.loss import rows as rows_lib
 from rll_jax.networks import drop_path
-from rll_jax.training import devices as devices_lib
 from rll_jax.typing import Loss
 
 PROXIES = "proxies"  # where the parameters hold those of a loss that learns proxies
@@ -289,8 +289,7 @@ def _store_batch(
             raise ValueError(
                 f"the rows of a memory must be a multiple of the {devices} devices: found {sizes}"
             )
-        gather = functools.partial(devices_lib.gather_rows, axis_name=axis_name, replicated=True)
-        rows = jax.tree.map(gather, rows)
+        rows = jax.tree.map(lambda x: rows_lib.gather_by_sum(x, axis_name), rows)
     return {level: memory_lib.push(memory[level], *rows[level], constant=False) for level in rows}
 
 
@@ -432,11 +431,8 @@ def watch_distances(
       "nontrivial_negatives": () share of the other pairs that are nearer than `alpha`; likewise.
       "positive_distances", "negative_distances": (bins,) counts of distances between 0 and 2.
     """
-    gallery, gallery_labels, first = embeddings, labels, 0
-    if axis_name is not None:
-        gallery = devices_lib.gather_rows(embeddings, axis_name)
-        gallery_labels = devices_lib.gather_rows(labels, axis_name)
-        first = lax.axis_index(axis_name) * len(labels)
+    gallery, gallery_labels = (rows_lib.gather(x, axis_name) for x in (embeddings, labels))
+    first = 0 if axis_name is None else lax.axis_index(axis_name) * len(labels)
     query, query_labels = embeddings[:queries], labels[:queries]
     cosine = jnp.matmul(query, gallery.T, precision=lax.Precision.HIGHEST)
     distance = jnp.sqrt(jnp.maximum(2 - 2 * cosine, 0))

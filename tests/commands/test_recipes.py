@@ -67,6 +67,12 @@ def test_a_loss_a_backbone_a_dataset_and_a_command_are_added(project):
     counted = run(project, "experiments.count", "--workdir=run")
     assert counted.returncode == 0, counted.stderr
     assert int(counted.stdout) > 3 * 3 * 3 * 8
+    assert (
+        run(project, "experiments.export", "--workdir=run", "--out=w.safetensors").returncode == 0
+    )
+    again = [*added[:-1], "--workdir=again", "--pretrained=w.safetensors", "--steps=1"]
+    ended = run(project, "experiments.folder", *tiny, *again)
+    assert ended.returncode == 0, ended.stderr
     wrong = run(project, "experiments.folder", *tiny, *added, "--loss_options=margn=1")
     assert wrong.returncode == 2 and "expected NAME=VALUE,... of margin" in wrong.stderr
 

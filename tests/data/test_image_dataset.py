@@ -253,6 +253,15 @@ def test_cached_pictures_are_shrunk_and_kept(kind, tmp_path):
     )  # read nowhere else any more
 
 
+def test_a_cache_with_a_missing_file_has_a_bad_image(tmp_path):
+    rows = [listings.Row(f"{i}.jpg", i, "train") for i in range(2)]
+    (tmp_path / "1.jpg").write_bytes(jpeg(0, size=(200, 150)))
+    cached = cache.on_disk(image_dataset.from_rows(tmp_path, rows)["train"], 50, tmp_path, "train")
+    assert min(cached.decoded_image(1).size) == 50
+    with pytest.raises(images.BadImageError, match="0.jpg"):
+        cached.decoded_image(0)
+
+
 def test_a_cache_that_does_not_fit(tmp_path, monkeypatch):
     (tmp_path / "a.jpg").write_bytes(jpeg(0))
     data = image_dataset.from_rows(tmp_path, [listings.Row("a.jpg", 0, "train")])["train"]
