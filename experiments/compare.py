@@ -17,7 +17,6 @@ into --workdir, or into --out.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import contextlib
 import functools
 import pathlib
 import signal
@@ -246,8 +245,8 @@ def _over_classes(
 ) -> dict[str, dict[str, metrics.Interval]]:
     """Returns the intervals of the differences to the first entry, by drawing test classes.
 
-    Left out are runs of earlier versions, which have not kept the scores of each query, and entries
-    whose runs scored other queries than the first entry's.
+    Left out are runs of earlier versions, which have not kept the scores of each query, and seeds
+    in which an entry and the first one scored other queries, as where they skipped images.
     """
     kept: dict[str, dict[int, query_scores.QueryScores]] = {name: {} for name in names}
     for (name, seed), run in compared.items():
@@ -256,12 +255,12 @@ def _over_classes(
             kept[name][seed] = query_scores.read(workdir)
     found: dict[str, dict[str, metrics.Interval]] = {}
     for name in names[1:]:
-        if seeds := [seed for seed in kept[name] if seed in kept[names[0]]]:
+        both = kept[name].keys() & kept[names[0]].keys()
+        if seeds := [s for s in sorted(both) if kept[name][s].is_paired_with(kept[names[0]][s])]:
             mine, first = (
                 query_scores.join([kept[of][seed] for seed in seeds]) for of in (name, names[0])
             )
-            with contextlib.suppress(ValueError):  # the runs skipped different images
-                found[name] = query_scores.intervals(mine, (1,), first)
+            found[name] = query_scores.intervals(mine, (1,), first)
     return found
 
 

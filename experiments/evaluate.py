@@ -58,7 +58,7 @@ def _given_data() -> dict[str, Any]:
     """Returns {option: value} of what chooses another dataset than the run's."""
     given = {name: flags.FLAGS[name].value for name in _DATA if flags.FLAGS[name].value}
     if "dataset" in given:  # a table and a split of classes are those of the run's own dataset
-        own = ("index", "test_classes", "validation_share")
+        own = ("index", "test_share", "split_seed", "test_classes", "validation_share")
         given = {name: OPTIONS[name].default for name in own} | given
     return given
 
@@ -197,9 +197,15 @@ def main(_: Any) -> None:
 if __name__ == "__main__":
     trained_network.define_flags()
     flags.DEFINE_string("data_dir", "", "The folder of the dataset. Empty: that of the run.")
-    flags.DEFINE_string("dataset", "", "The dataset, as in training. Empty: that of the run.")
     flags.DEFINE_string(
-        "index", "", "A table of the images, as in training. Empty: that of the run, if it has one."
+        "dataset",
+        "",
+        "The dataset, as in training, with its own split and K. Empty: that of the run.",
+    )
+    flags.DEFINE_string(
+        "index",
+        "",
+        "A table of the images, as in training. Empty: that of the run, unless --dataset is given.",
     )
     flags.DEFINE_bool(
         "all_classes",

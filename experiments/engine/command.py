@@ -26,7 +26,11 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
             sys.exit(0)
     try:
         rest = flags.FLAGS(argv)
-    except (flags.Error, UnicodeDecodeError) as error:  # a flagfile that is not UTF-8
+    except UnicodeDecodeError as error:
+        files = ", ".join(a.partition("=")[2] for a in argv if "flagfile=" in a)
+        message = f"--flagfile={files}: expected UTF-8, found {error}: give these options as flags"
+        sys.exit(_flag_error(argv[0], message))
+    except flags.Error as error:
         sys.exit(_flag_error(argv[0], " ".join(str(error).split()) + _place(argv, error)))
     if len(rest) > 1:
         message = f"unexpected argument {rest[1]!r}: options are written --name=value"
@@ -88,7 +92,7 @@ def _flag_error(program: str, message: str) -> int:
     return USER_ERROR
 
 
-def _place(argv: Sequence[str], error: Exception) -> str:
+def _place(argv: Sequence[str], error: flags.Error) -> str:
     """Returns the line of the flagfile that holds an unknown flag, for whoever mends it."""
     unknown = getattr(error, "flagname", "")
     for argument in argv[1:]:

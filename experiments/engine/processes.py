@@ -5,8 +5,8 @@ from typing import ClassVar
 
 import jax
 
-from experiments.engine import errors
 from experiments.engine.options import Section, option
+from rll_jax.data import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def join(options: ProcessOptions) -> None:
             options.process_id if options.num_processes else None,
         )
     except (RuntimeError, ValueError) as error:
-        reason = errors.first_line(error)
+        reason = files.first_line(error)
         raise ValueError(f"--multihost: cannot join the other processes: {reason}") from error
 
 

@@ -32,6 +32,12 @@ class QueryScores(NamedTuple):
     classes: np.ndarray
     images: str = ""
 
+    def is_paired_with(self, other: "QueryScores") -> bool:
+        """Returns whether both have the same queries, of the same images as far as that is kept."""
+        same = np.array_equal(self.classes, other.classes)
+        same = same and np.array_equal(self.by_query["query"], other.by_query["query"])
+        return same and len({self.images, other.images} - {""}) < 2
+
 
 def collect(by_query: ByQuery, data: EncodedImageDataset) -> QueryScores:
     """Returns the scores of a dataset's queries with what tells these queries."""

@@ -14,7 +14,8 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from experiments.engine import processes
-from experiments.engine.errors import RunError, first_line
+from experiments.engine.errors import RunError
+from rll_jax.data import files
 from rll_jax.training import checkpoint, devices, steps
 
 _WATCH = """
@@ -97,7 +98,7 @@ def _last_readable(
             state = runner.replicate(saved.restore(step, runner.to_global(fresh)))
             best_score = saved.metadata(step).get("best_score", -1.0)
         except Exception as error:  # orbax, tensorstore and json have their own kinds
-            damaged.append((step, first_line(error)))
+            damaged.append((step, files.first_line(error)))
         else:
             return Restored(state, step, best_score), damaged
     return Restored(fresh), damaged

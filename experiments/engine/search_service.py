@@ -15,9 +15,8 @@ from experiments.engine import collection as collection_lib
 from experiments.engine import embedding_index
 from experiments.engine.collection import Collection
 from experiments.engine.embedding_index import Stamps
-from experiments.engine.errors import first_line
 from experiments.engine.trained_network import TrainedNetwork
-from rll_jax.data import image_files, images
+from rll_jax.data import files, image_files, images
 from rll_jax.networks import embedding_net
 
 _SCAN_SHARE = 20  # a scan for changed files is followed by a pause of so many times its time
@@ -118,7 +117,7 @@ class SearchService:
             with self._differences_lock:
                 self._differences = None  # it holds the embeddings of before
         except Exception as error:  # whatever it is, the page goes on with what it has
-            self.problem = first_line(error)
+            self.problem = files.first_line(error)
             return False
         finally:
             self.is_updating = False
@@ -222,7 +221,7 @@ class _Differences:
         try:
             self._count_all()
         except Exception as error:  # such as a lack of memory: the page tells it
-            self.problem = first_line(error) or type(error).__name__
+            self.problem = files.first_line(error)
 
     def _count_all(self) -> None:
         collection = self.snapshot.collection

@@ -13,8 +13,8 @@ import optax
 from experiments.engine import build, network, phases
 from experiments.engine import config as config_lib
 from experiments.engine.config import Config
-from experiments.engine.errors import first_line
 from rll_jax import typing
+from rll_jax.data import files
 from rll_jax.training import checkpoint, devices, embedding, steps
 
 
@@ -142,6 +142,6 @@ def _restore(
         except Exception as error:  # orbax, tensorstore and json have their own kinds
             raise ValueError(
                 f"--workdir={workdir}: the checkpoint of step {step} cannot be read: "
-                f"{first_line(error)}"
+                f"{files.first_line(error)}"
             ) from error
     return step, {"params": restored[params], "batch_stats": restored["batch_stats"]}

@@ -94,8 +94,9 @@ def _claim(base: compare.Options, values: Any) -> None:
     """Keeps --workdir for this study, or raises ValueError where it holds something else."""
     without_effect = ("classes_per_batch", "images_per_class", "steps")
     fixed = {**base, **{key: OPTIONS[key].default for key in without_effect}}
-    unused = str(values["tuning_steps"].default)
-    fixed |= {**compare.terms(values), "tuning_steps": unused, "images": str(values.images)}
+    terms = compare.terms(values)
+    del terms["tuning_steps"]
+    fixed |= {**terms, "images": str(values.images)}
     changeable = [(key, getattr(values, key)) for key in ("seeds", "only", "batches")]
     many_runs.claim_folder("batch_size", fixed, changeable)
 

@@ -73,7 +73,7 @@ class ViTConfig:
         the place of a class token, for the head H. Without it and without a class token, H takes
         the mean of the patches.
       lora_rank: the rank of low-rank adapters (Hu et al. 2022) beside the queries, keys and values
-        of each block. The gradient does not reach the linear layers then. 0: no adapters.
+        of each block. The gradient does not reach the backbone's linear layers then. 0: none.
       lora_alpha: the factor of the adapters is this number divided by the rank.
       epsilon: what layer norms add to the variance.
       mean: the mean of the RGB values 0-255 that the weights expect.

@@ -213,6 +213,11 @@ def test_differences_over_classes_are_paired_by_query(tmp_path):
     assert f"({low:+.1f} to {high:+.1f})" in comparison_table.as_markdown(rows, "")
     with pytest.raises(ValueError, match="other classes"):
         query_scores.intervals(other, (1,), runs[0])
+    assert runs[0].is_paired_with(runs[1])
+    kept = runs[0]._replace(images="a")
+    assert kept.is_paired_with(runs[1]) and not kept.is_paired_with(runs[1]._replace(images="b"))
+    moved = {**runs[1].by_query, "query": np.arange(1, 121)}
+    assert not runs[0].is_paired_with(runs[1]._replace(by_query=moved))
     (tmp_path / "0" / query_scores.NAME).write_bytes(b"x")
     with pytest.raises(ValueError, match="damaged"):
         query_scores.read(tmp_path / "0")

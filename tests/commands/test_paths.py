@@ -70,7 +70,9 @@ def test_a_name_that_is_not_utf8(root, tmp_path):
     refused("has a line break", *given, "--init_from=a\nb", name="folder")
     searched = [f"--images={folder}", f"--query={root / 'images' / f'{ODD} 0/0.JPG'}", "--k=1"]
     ended(f"--workdir={folder / 'run'}", *searched, name="search")
-    refused("utf-8", f"--flagfile={folder / 'run/flags.txt'}", name="folder")
+    refused(
+        "run/flags.txt: expected UTF-8", f"--flagfile={folder / 'run/flags.txt'}", name="folder"
+    )
 
 
 def test_sweeps_in_a_folder_of_an_odd_name(root):
