@@ -104,7 +104,7 @@ def test_evaluate_a_dataset_without_training_classes(workdir, folder, tmp_path):
     # The table of a run goes with its own dataset.
     shutil.copytree(workdir, tmp_path / "of_a_table")
     with (tmp_path / "of_a_table/flags.txt").open("a") as file:
-        file.write("--dataset=folder\n--index=gone.csv\n--validation_share=0.5\n")
+        file.write("--dataset=folder\n--index=gone.csv\n--validation_share=0.5\n--split_seed=1\n")
     given = ["--dataset=folder", f"--data_dir={tmp_path / 'other'}", "--noclustering"]
     result = run(f"--workdir={tmp_path / 'of_a_table'}", *given, name="evaluate")
     assert result.returncode == 0 and ": 60 test images" in result.stdout, result.stderr
