@@ -116,7 +116,7 @@ def _print_left_out(reasons: Sequence[str]) -> None:
 def _gain(config: Config, scores: QueryScores) -> zero_shot.Gain | None:
     """Returns what training brought, if the run kept it and its own test images are evaluated."""
     options = flags.FLAGS
-    if options.all_classes or any(options[name].value for name in (*_DATA, "groups")):
+    if options.all_classes or options.groups or _given_data():
         return None
     return zero_shot.compare(config, pathlib.Path(options.workdir), scores)
 

@@ -44,11 +44,10 @@ class Index(NamedTuple):
 
 
 class _ImageFiles:
-    """Image files as a dataset."""
+    """Image files as `rll_jax.data.pipeline.Images`."""
 
     def __init__(self, paths: Sequence[pathlib.Path]) -> None:
         self._paths = list(paths)
-        self.labels = np.zeros(len(self._paths), np.int64)
 
     def __len__(self) -> int:
         return len(self._paths)

@@ -139,8 +139,6 @@ def scores(run: Config) -> dict[str, float] | None:
       ValueError: as `logs.read_lines`.
     """
     written = pathlib.Path(run.runtime.workdir, "metrics.jsonl")
-    if not written.exists():
-        return None
     if run.runtime.report and not written.with_name("report.html").exists():
         return None
     for entry in logs.read_lines(written):

@@ -13,8 +13,7 @@ import optax
 from experiments.engine import build, network, phases
 from experiments.engine import config as config_lib
 from experiments.engine.config import Config
-from rll_jax import typing
-from rll_jax.data import files
+from rll_jax.data import files, pipeline
 from rll_jax.training import checkpoint, devices, embedding, steps
 
 
@@ -23,7 +22,7 @@ class Embed(Protocol):
 
     def __call__(
         self,
-        data: typing.ImageDataset,
+        data: pipeline.Images,
         *,
         batch_size: int = ...,
         on_bad: Callable[[int], None] | None = None,

@@ -106,8 +106,7 @@ def from_named_arrays(
         arrays = {name: x for name, x in arrays.items() if not name.startswith(HEAD_PREFIXES)}
         expected = {name: x for name, x in expected.items() if not name.startswith(HEAD_PREFIXES)}
     arrays = {
-        name: x.reshape(-1) if len(expected.get(name, ())) == 1 and _is_vector(x) else x
-        for name, x in arrays.items()
+        name: _flat(x) if len(expected.get(name, ())) == 1 else x for name, x in arrays.items()
     }
     _check_names_and_shapes(arrays, expected)
     _check_values({name: arrays[name] for name in expected})
@@ -219,9 +218,9 @@ def _without_classifier(
     }
 
 
-def _is_vector(array: np.ndarray) -> bool:
-    """Returns whether all sides but one are 1."""
-    return array.ndim > 1 and max(array.shape) == array.size
+def _flat(array: np.ndarray) -> np.ndarray:
+    """Returns an array whose sides but one are 1 as (C,), and any other as it is."""
+    return array.reshape(-1) if array.ndim > 1 and max(array.shape) == array.size else array
 
 
 def _fold_convolution_biases(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -234,7 +233,7 @@ def _fold_convolution_biases(arrays: Mapping[str, np.ndarray]) -> dict[str, np.n
         if name.endswith(".bias"):
             mean = f"{name.removesuffix('.bias')}_bn.running_mean"
             if mean in folded:
-                folded[mean] = folded[mean].reshape(-1) - folded.pop(name).reshape(-1)
+                folded[mean] = _flat(folded[mean]) - _flat(folded.pop(name))
     return folded
 
 

@@ -21,7 +21,6 @@ from rll_jax.data import files, pipeline
 from rll_jax.data.random_streams import Stream
 from rll_jax.networks import embedding_net
 from rll_jax.training.steps import TrainState
-from rll_jax.typing import ImageDataset
 
 _BATCH_BYTES = 2**28  # of the features that are computed between two writes
 
@@ -137,7 +136,7 @@ def batch_rows(part: embedding_net.EmbeddingNet) -> int:
 
 def write(
     path: str | os.PathLike,
-    data: ImageDataset,
+    data: pipeline.Images,
     view: Callable[[Any, np.random.Generator], np.ndarray],
     views: int,
     part: embedding_net.EmbeddingNet,
@@ -151,7 +150,7 @@ def write(
     Args:
       path: the file. A lock file beside it, `.NAME.lock`, is created and stays: a process may wait
         for it, and a new file of that name would be another lock.
-      data: the dataset of images.
+      data: the images.
       view: (image, rng) -> (H, W, 3) uint8. The generator is keyed by the row and the number of
         the view, by no run's seed: runs with other seeds share the file.
       views: number of views of each image.

@@ -6,17 +6,14 @@ import numpy as np
 from experiments.engine import trained_network
 from rll_jax.networks import backbones, embedding_net, weights
 from tests.helpers.commands import FEW, run, scores
-from tests.helpers.networks import variables_of
+from tests.helpers.networks import random_variables
 
 CONVNEXT = [*FEW, "--backbone=convnext_test", "--image_size=64", "--steps=2", "--eval_every=2"]
 
 
 def test_a_run_and_its_export(pictures, tmp_path):
-    config, rng = backbones.BACKBONES["convnext_test"], np.random.default_rng(0)
-    variables = jax.tree.map(
-        lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32),
-        variables_of(embedding_net.EmbeddingNet(config, 16)),
-    )
+    config = backbones.BACKBONES["convnext_test"]
+    variables = random_variables(embedding_net.EmbeddingNet(config, 16), scale=0.1)
     arrays = weights.to_named_arrays(variables, config)
     del arrays["H_embedding.weight"]
     weights.write_safetensors(tmp_path / "start.safetensors", config.to_huggingface(arrays))

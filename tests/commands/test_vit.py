@@ -10,7 +10,7 @@ import pytest
 from experiments.engine import network, trained_network
 from rll_jax.networks import backbones, embedding_net, weights
 from tests.helpers.commands import FEW, refused, run, scores
-from tests.helpers.networks import variables_of
+from tests.helpers.networks import random_variables
 
 VIT = [*FEW, "--backbone=vit_test", "--image_size=32", "--steps=2", "--eval_every=2"]
 
@@ -20,11 +20,7 @@ def workdir(pictures, tmp_path_factory):
     """A run on weights in Hugging Face's names whose first block is frozen."""
     folder = tmp_path_factory.mktemp("vit")
     config = backbones.BACKBONES["vit_test"]
-    rng = np.random.default_rng(0)
-    variables = jax.tree.map(
-        lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32),
-        variables_of(embedding_net.EmbeddingNet(config, 16), 32),
-    )
+    variables = random_variables(embedding_net.EmbeddingNet(config, 16), 32, 0.1)
     arrays = weights.to_named_arrays(variables, config)
     del arrays["H_embedding.weight"]
     weights.write_safetensors(folder / "dino.safetensors", config.to_huggingface(arrays))

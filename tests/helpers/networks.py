@@ -19,3 +19,11 @@ def variables_of(model, side=64):
     """Variables of zeros: values that a test forgot to fill in would show."""
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
     return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), dict(shapes))
+
+
+def random_variables(model, side=64, scale=1.0):
+    """Variables of normal values."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: rng.normal(0, scale, x.shape).astype(np.float32), variables_of(model, side)
+    )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rll_jax.networks import backbones, convnext, embedding_net, weights
-from tests.helpers.networks import variables_of
+from tests.helpers.networks import random_variables, variables_of
 
 SIZES = dict(stage_sizes=(1, 2, 1, 1), widths=(8, 16, 24, 32))
 CASES = {
@@ -52,13 +52,9 @@ def arrays_of(theirs):
     return {name: x.detach().numpy() for name, x in theirs.state_dict().items()}
 
 
-def random_variables(config, levels=("H",)):
-    rng = np.random.default_rng(0)
+def model_and_variables(config, levels=("H",)):
     model = embedding_net.EmbeddingNet(config, 8, levels)
-    variables = jax.tree.map(
-        lambda x: rng.normal(size=x.shape).astype(np.float32), variables_of(model)
-    )
-    return model, variables
+    return model, random_variables(model)
 
 
 def assert_close(ours, theirs, tolerance=1e-4):
@@ -103,7 +99,7 @@ def test_exports_are_read_by_hugging_face(transformers):
     import torch
 
     for name in ("first", "second"):
-        _, variables = random_variables(CASES[name])
+        _, variables = model_and_variables(CASES[name])
         named = CASES[name].to_huggingface(weights.to_named_arrays(variables, CASES[name]))
         state = {k: torch.from_numpy(x.copy()) for k, x in named.items() if not k.startswith("H_")}
         their_network(name, transformers).load_state_dict(state)
@@ -146,7 +142,7 @@ def test_every_publishers_names_are_read(name, kind, before):
     config = CASES[name]
     if kind == "torchvision" and config.response_norm:
         pytest.skip("torchvision has the first version alone")
-    model, variables = random_variables(config)
+    model, variables = model_and_variables(config)
     theirs = dict(zip(published("timm"), published(kind), strict=True))
     arrays = {}
     for ours, array in weights.to_named_arrays(variables, config).items():
@@ -175,7 +171,7 @@ def test_every_publishers_names_are_read(name, kind, before):
 def test_dinov3s_names_of_transformers_5_are_read(before):
     """They have "model." before the stages and not before the last norm."""
     config = CASES["dinov3"]
-    model, variables = random_variables(config)
+    model, variables = model_and_variables(config)
     arrays = {}
     for name, array in config.to_huggingface(weights.to_named_arrays(variables, config)).items():
         for old, new in (
@@ -210,7 +206,7 @@ def test_a_map_of_other_sides_than_square_is_refused():
 def test_levels_frozen_stages_and_their_cached_ends():
     """Cached ends give what images give. The gradient reaches all but frozen stages."""
     config = CASES["second"]
-    model, variables = random_variables(config, ("L", "M", "H"))
+    model, variables = model_and_variables(config, ("L", "M", "H"))
     model = model.clone(frozen_stages=2)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
     ends = jax.jit(functools.partial(model.apply, features=True))(variables, pixels)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rll_jax.networks import _bicubic, backbones, embedding_net, vit, weights
-from tests.helpers.networks import variables_of
+from tests.helpers.networks import random_variables, variables_of
 
 SMALL = dict(patch=8, width=24, depth=3, heads=2, image_size=32)
 DINOV3 = dict(SMALL, layer_scale=True, rotary=True, registers=4, epsilon=1e-5)
@@ -205,10 +205,7 @@ def test_published_files(name, transformers, tmp_path):
 def test_names_of_dinov3(name, publisher):
     config = CASES[name]
     model = embedding_net.EmbeddingNet(config, 8)
-    rng = np.random.default_rng(0)
-    variables = jax.tree.map(
-        lambda x: rng.normal(size=x.shape).astype(np.float32), variables_of(model, 32)
-    )
+    variables = random_variables(model, 32)
     for block in range(3):  # keys have no bias
         bias = variables["params"][f"blocks_{block}"]["attn_qkv"]["bias"]
         bias[slice(None) if "without" in publisher else slice(24, 48)] = 0
@@ -284,10 +281,7 @@ def test_dinov3_and_the_others_are_not_taken_for_each_other():
 def test_cached_places_of_a_dinov3_are_those_of_a_square():
     config = CASES["dinov3"]
     model = embedding_net.EmbeddingNet(config, 8)
-    variables = jax.tree.map(
-        lambda x: np.random.default_rng(0).normal(0, 0.3, x.shape).astype(np.float32),
-        variables_of(model, 32),
-    )
+    variables = random_variables(model, 32, 0.3)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 24, 3), np.uint8)
     for side, tokens in ((24, 14), (32, 17)):
         ends = model.apply(variables, pixels[:, :side], features=True)
@@ -304,10 +298,7 @@ def test_cached_places_of_a_dinov3_are_those_of_a_square():
 def test_cached_tokens_of_other_images_than_square_need_no_grid():
     config = CASES["dinov2"]
     model = embedding_net.EmbeddingNet(config, 8)
-    variables = jax.tree.map(
-        lambda x: np.random.default_rng(0).normal(0, 0.3, x.shape).astype(np.float32),
-        variables_of(model, 32),
-    )
+    variables = random_variables(model, 32, 0.3)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 24, 3), np.uint8)
     tokens = np.asarray(model.apply(variables, pixels, features=True)[0])
     cached = model.clone(cached_stages=((1, tokens.shape[1:]),))
@@ -323,10 +314,7 @@ def test_names_of_the_authors(tmp_path):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     config = vit.ViTConfig(**SMALL, layer_scale=True, activation="swiglu", registers=4)
     model = embedding_net.EmbeddingNet(config, 8)
-    rng = np.random.default_rng(0)
-    variables = jax.tree.map(
-        lambda x: rng.normal(size=x.shape).astype(np.float32), variables_of(model, 32)
-    )
+    variables = random_variables(model, 32)
     ours = weights.to_named_arrays(variables, config)
     names = {"reg_token": "register_tokens", "mlp.fc1": "mlp.w12", "mlp.fc2": "mlp.w3"}
     theirs = {"mask_token": torch.zeros(1, 24)}

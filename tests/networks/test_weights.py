@@ -20,7 +20,7 @@ import pytest
 from rll_jax.data import views
 from rll_jax.networks import backbones, embedding_net, weights
 from tests.helpers import paths
-from tests.helpers.networks import variables_of
+from tests.helpers.networks import random_variables, variables_of
 
 SHARED = paths.SHARED / "data"
 CAFFE = SHARED / "resnet50_v1_imagenet_fp16.npz"
@@ -133,10 +133,7 @@ def test_parameter_counts_are_the_published_and_those_of_the_readme():
 @pytest.mark.parametrize("name", CASES)
 def test_there_and_back(name, tmp_path):
     model = embedding_net.EmbeddingNet(CASES[name][0], 8, ("L", "M", "H"))
-    rng = np.random.default_rng(0)
-    variables = jax.tree.map(
-        lambda x: rng.normal(size=x.shape).astype(np.float32), variables_of(model)
-    )
+    variables = random_variables(model)
     published = weights.to_named_arrays(variables, model.backbone)
     weights.write_safetensors(tmp_path / "w.safetensors", published)
     np.savez(tmp_path / "w.npz", **published)
@@ -284,6 +281,9 @@ def test_batch_norms_with_sides_of_one(shape, resnet):
     shaped = {k: v.reshape(shape) if v.ndim == 1 else v for k, v in flat.items()}
     mean = loaded(shaped, google)["batch_stats"]["conv2_3x3"]["bn"]["mean"]
     np.testing.assert_array_equal(mean, -np.ones_like(mean))
+    for name in ("conv2_3x3.bias", "conv2_3x3_bn.running_mean"):
+        with pytest.raises(ValueError, match="could not be broadcast"):
+            loaded(flat | {name: flat[name].reshape(2, -1)}, google)
     wrong = published | {"bn1.weight": published["bn1.weight"].reshape(2, -1)}
     with pytest.raises(ValueError, match=r"bn1.weight \(2, 4\) instead of \(8,\)"):
         loaded(wrong, model)
