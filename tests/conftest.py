@@ -1,4 +1,4 @@
-"""Eight devices on any machine, before JAX starts, and programs compiled once for all tests."""
+"""Eight devices on any machine, before JAX starts, and programs that are kept from run to run."""
 
 import os
 import tempfile
@@ -7,15 +7,19 @@ import jax
 import numpy as np
 import pytest
 
+from tests.helpers.commands import PICTURES
+from tests.helpers.paths import ROOT
+
+# Most of the tests' time is XLA's compiler. Commands that are killed leave damaged programs:
+# theirs are kept for this run alone, and the workers of a parallel run inherit the folder.
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
-if "RLL_TESTS_COMPILED" not in os.environ:  # the workers of a parallel run inherit it
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+if "PYTEST_XDIST_WORKER" not in os.environ:
     _COMPILED = tempfile.TemporaryDirectory()
-    os.environ["RLL_TESTS_COMPILED"] = _COMPILED.name
-
-from tests.helpers.commands import PICTURES  # noqa: E402 (reads the variable above)
-from tests.helpers.paths import ROOT  # noqa: E402
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
 
 # A worker takes a whole file: the longest go first, so that none is left to one worker at the end.
 LONGEST = (

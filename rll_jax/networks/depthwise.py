@@ -15,6 +15,9 @@ from rll_jax.networks.normalization import row_sums
 
 _Pads = tuple[tuple[int, int], ...]
 
+# Summed at once, the products of more kernel rows take a second to compile, and longer to run.
+_MOST_KERNEL_ROWS = 5
+
 
 def convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pads: _Pads) -> jax.Array:
     """Convolves each channel of a map with its own kernel.
@@ -29,7 +32,7 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pads: _P
       (B, H after, W after, C).
     """
     elements = kernel.reshape(-1, 1, 1, 1, kernel.shape[-1])
-    seen = _shifted(x, kernel.shape[:2], strides, pads)
+    seen = _shifted(_padded(x, pads), kernel.shape[:2], strides)
     return functools.reduce(
         jnp.add, (part * element for part, element in zip(seen, elements, strict=True))
     )
@@ -39,8 +42,19 @@ def gradients(
     x: jax.Array, kernel: jax.Array, gradient: jax.Array, strides: tuple[int, ...], pads: _Pads
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the gradients of the maps and of the kernel, from that of the result."""
-    products = (part * gradient for part in _shifted(x, kernel.shape[:2], strides, pads))
-    of_kernel = jnp.stack(row_sums(*products)).reshape(kernel.shape)
+    padded = _padded(x, pads)
+    rows, columns = kernel.shape[:2]
+    height = max(0, padded.shape[1] - rows + 1)
+
+    def of_row(row: jax.Array) -> jax.Array:
+        seen = lax.dynamic_slice_in_dim(padded, row, height, axis=1)
+        return _element_gradients(seen, gradient, (1, columns), strides)
+
+    if rows > _MOST_KERNEL_ROWS:
+        elements = lax.map(of_row, jnp.arange(rows))
+    else:
+        elements = _element_gradients(padded, gradient, (rows, columns), strides)
+    of_kernel = elements.reshape(kernel.shape)
     if strides == (1, 1):
         around = tuple(
             (size - 1 - before, size - 1 - after)
@@ -51,11 +65,19 @@ def gradients(
     return *of_x(gradient), of_kernel
 
 
-def _shifted(
-    x: jax.Array, sides: tuple[int, ...], strides: tuple[int, ...], pads: _Pads
-) -> Iterator[jax.Array]:
-    """Yields what each element of a kernel of these sides sees of the maps, row by row."""
-    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)))
+def _element_gradients(
+    x: jax.Array, gradient: jax.Array, sides: tuple[int, ...], strides: tuple[int, ...]
+) -> jax.Array:
+    """Returns the (elements, C) gradient of a kernel of these sides, from padded maps."""
+    return jnp.stack(row_sums(*(part * gradient for part in _shifted(x, sides, strides))))
+
+
+def _padded(x: jax.Array, pads: _Pads) -> jax.Array:
+    return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)))
+
+
+def _shifted(x: jax.Array, sides: tuple[int, ...], strides: tuple[int, ...]) -> Iterator[jax.Array]:
+    """Yields what each element of a kernel of these sides sees of padded maps, row by row."""
     # The last place of the kernel's first element.
     height, width = (
         max(0, side - size + 1) for side, size in zip(x.shape[1:3], sides, strict=True)

@@ -87,6 +87,7 @@ def create_train_state(
     with_ema: bool = False,
     proxies: int = 0,
     memory_size: int = 0,
+    compiler_options: dict[str, Any] | None = None,
 ) -> TrainState:
     """Returns a fresh state of a network. It is the same for the same seed.
 
@@ -100,9 +101,15 @@ def create_train_state(
       proxies: number of proxies that the loss learns for each level; 0: none. The model must have
         `levels` and `embedding_dim`, as an `EmbeddingNet` has.
       memory_size: number of rows of each level's cross-batch memory, empty at first; 0: none.
+      compiler_options: as of `jax.jit`, for the program that draws the parameters. JAX refuses them
+        where this function is traced.
     """
     images = jnp.zeros((1, image_size, image_size, 3), jnp.float32)
-    variables = jax.jit(lambda: model.init(jax.random.key(seed), images, train=False))()
+    draw = jax.jit(
+        lambda: model.init(jax.random.key(seed), images, train=False),
+        compiler_options=compiler_options,
+    )
+    variables = draw()
     params = variables["params"]
     memory = None
     if memory_size:

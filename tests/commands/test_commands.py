@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -331,9 +332,9 @@ def test_pytorch_loads_what_export_writes(workdir, tmp_path):
     with torch.no_grad():
         found = theirs.eval()(torch.from_numpy(x.transpose(0, 3, 1, 2)))
     ours = trained_network.load(workdir)
-    expected = embedding_net.concatenate_levels(
-        network.make_model(ours.config.network).clone(axis_name=None).apply(ours.variables, pixels)
-    )
+    model = network.make_model(ours.config.network).clone(axis_name=None)
+    levels = jax.jit(model.apply)(ours.variables, pixels)
+    expected = embedding_net.concatenate_levels(levels)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 

@@ -11,7 +11,7 @@ from experiments.engine import config, datasets, query_scores, zero_shot
 from rll_jax import metrics
 from rll_jax.networks import backbones, embedding_net, weights
 from tests.helpers.commands import FEW, run, scores
-from tests.helpers.networks import variables_of
+from tests.helpers.networks import random_variables
 
 RUN = [*FEW, "--schedule=step", "--decay_at=4,14"]  # its --steps may grow
 LINE = "fine-tuning brought Recall@1 "
@@ -20,16 +20,7 @@ LINE = "fine-tuning brought Recall@1 "
 def generated(backbone, side):
     """Variables of a network whose weights are drawn by chance."""
     model = embedding_net.EmbeddingNet(backbones.BACKBONES[backbone], 16)
-    rng = np.random.default_rng(0)
-    variables = jax.tree.map(
-        lambda x: (
-            np.abs(rng.normal(0, 0.2, x.shape)).astype(np.float32)
-            if x.ndim == 1
-            else rng.normal(0, 0.2, x.shape).astype(np.float32)
-        ),
-        variables_of(model, side),
-    )
-    return model, variables
+    return model, random_variables(model, side, 0.2)
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +55,12 @@ def test_it_is_the_score_of_pooled_features(finished):
     view = options.data.test_view()
     images = np.stack([view(test.image(row)) for row in range(len(test))])
     model, variables = generated("resnet_tiny", 16)
-    ends = model.apply(variables, images, features=True)
+    embed = jax.jit(model.apply, static_argnames="features")
+    ends = embed(variables, images, features=True)
     pooled = np.asarray(ends[-1]).mean(axis=(1, 2))
     expected = metrics.retrieval_metrics(pooled, test.labels, ks=options.data.entry.ks)
     assert logged(finished[0]) == pytest.approx(expected, abs=1e-6)
-    head = model.apply(variables, images)["H"]
+    head = embed(variables, images)["H"]
     assert metrics.retrieval_metrics(head, test.labels, ks=(1,))["map@r"] != expected["map@r"]
 
 

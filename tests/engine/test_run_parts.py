@@ -50,6 +50,16 @@ def test_the_step_lowers_for_machines_that_are_not_here(platform, options):
     )  # a query's gallery is the pod's
 
 
+def test_a_state_that_compiles_quickly_is_the_same():
+    settings = config.from_flat(
+        backbone="resnet_tiny", image_size=16, embedding_dim=8, ema=0.9, memory_size=64
+    )
+    one = devices.make_runner("shard_map", jax.devices()[:1])
+    quick, plain = build.make_state(settings, one, proxies=3), build.create_state(settings, 3)
+    for ours, theirs in zip(jax.tree.leaves(quick), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_chunks_take_the_memory_of_one():
     """Eight times the images take little more memory in chunks, eight times as much at once."""
 

@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -30,9 +31,8 @@ TINY = [
 ]
 
 
-PICTURES = pathlib.Path(
-    os.environ["RLL_TESTS_COMPILED"], f"pictures-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
-)
+_TEMPORARY = tempfile.TemporaryDirectory()
+PICTURES = pathlib.Path(_TEMPORARY.name, "pictures")
 
 
 FEW = [
@@ -44,15 +44,10 @@ FEW = [
 
 
 def command(*arguments, name="emoji", devices=1):
-    # All tests share compiled programs (see conftest). These runs need no fast code.
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": os.environ["RLL_TESTS_COMPILED"],
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # quick to compile
     flags["XLA_FLAGS"] = startup.xla_flags(flags, startup.jaxlib_version())
     environment = (
-        os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)} | cache | flags
+        os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)} | flags
     )
     return dict(
         args=[sys.executable, "-m", f"experiments.{name}", *map(str, arguments)],

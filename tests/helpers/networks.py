@@ -22,8 +22,11 @@ def variables_of(model, side=64):
 
 
 def random_variables(model, side=64, scale=1.0):
-    """Variables of normal values."""
+    """Variables of normal values. Vectors are positive: variances are among them."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda x: rng.normal(0, scale, x.shape).astype(np.float32), variables_of(model, side)
-    )
+
+    def drawn(like):
+        values = rng.normal(0, scale, like.shape).astype(np.float32)
+        return np.abs(values) if values.ndim == 1 else values
+
+    return jax.tree.map(drawn, variables_of(model, side))

@@ -386,9 +386,8 @@ def test_devices_together_are_one(name, runner):
 def test_triplets_do_not_take_a_cube_of_memory(loss):
     x, labels = np.zeros((512, 8), np.float32), np.arange(512) // 4
     compiled = jax.jit(jax.value_and_grad(loss)).lower(x, labels).compile()
-    assert (
-        compiled.memory_analysis().temp_size_in_bytes < 64 * 2**20
-    )  # 512^3 floats would be 512 MiB
+    # 512^3 floats would be 512 MiB
+    assert 0 < compiled.memory_analysis().temp_size_in_bytes < 64 * 2**20
 
 
 def test_bad_input():

@@ -168,7 +168,7 @@ def test_no_matrix_of_all_pairs_with_blocks():
         jax.value_and_grad(lambda x: loss.ranked_list_loss(x, np.arange(n) // 3, block_size=64))
     )
     memory = batch_loss.lower(jax.ShapeDtypeStruct((n, 8), jnp.float32)).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 4 * n * n / 2
+    assert 0 < memory.temp_size_in_bytes < 4 * n * n / 2
 
 
 @pytest.mark.parametrize(

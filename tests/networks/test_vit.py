@@ -255,7 +255,7 @@ def test_keys_of_dinov3_have_no_bias(lora_rank):
         return model.apply({"params": params}, pixels)["H"][:, 0].sum()
 
     params = found["params"] | {"H_embedding": drawn["params"]["H_embedding"]}
-    gradient = jax.grad(total)(params)["blocks_1"]["attn_qkv"]["bias"]
+    gradient = jax.jit(jax.grad(total))(params)["blocks_1"]["attn_qkv"]["bias"]
     assert not gradient[24:48].any() and gradient[48:].any() == (lora_rank == 0)
     theirs = config.to_huggingface(arrays)
     assert not any("k_proj.bias" in name for name in theirs)
@@ -282,17 +282,20 @@ def test_cached_places_of_a_dinov3_are_those_of_a_square():
     config = CASES["dinov3"]
     model = embedding_net.EmbeddingNet(config, 8)
     variables = random_variables(model, 32, 0.3)
+    embed = jax.jit(model.apply, static_argnames="features")
     pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 24, 3), np.uint8)
     for side, tokens in ((24, 14), (32, 17)):
-        ends = model.apply(variables, pixels[:, :side], features=True)
+        ends = embed(variables, pixels[:, :side], features=True)
         cached = model.clone(cached_stages=((1, (tokens, 24)),))
         values = np.asarray(ends[0]).reshape(2, -1)
         if side == 32:
             with pytest.raises(ValueError, match="12 patches of an image: expected those of a sq"):
                 cached.apply(variables, values)
             continue
-        expected = model.apply(variables, pixels[:, :side])["H"]
-        np.testing.assert_allclose(cached.apply(variables, values)["H"], expected, atol=1e-6)
+        expected = embed(variables, pixels[:, :side])["H"]
+        np.testing.assert_allclose(
+            jax.jit(cached.apply)(variables, values)["H"], expected, atol=1e-5
+        )
 
 
 def test_cached_tokens_of_other_images_than_square_need_no_grid():
@@ -300,12 +303,13 @@ def test_cached_tokens_of_other_images_than_square_need_no_grid():
     model = embedding_net.EmbeddingNet(config, 8)
     variables = random_variables(model, 32, 0.3)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 24, 3), np.uint8)
-    tokens = np.asarray(model.apply(variables, pixels, features=True)[0])
+    embed = jax.jit(model.apply, static_argnames="features")
+    tokens = np.asarray(embed(variables, pixels, features=True)[0])
     cached = model.clone(cached_stages=((1, tokens.shape[1:]),))
     np.testing.assert_allclose(
-        cached.apply(variables, tokens.reshape(2, -1))["H"],
-        model.apply(variables, pixels)["H"],
-        atol=1e-6,
+        jax.jit(cached.apply)(variables, tokens.reshape(2, -1))["H"],
+        embed(variables, pixels)["H"],
+        atol=1e-5,
     )
 
 
@@ -356,7 +360,7 @@ def test_what_an_embedding_net_does_with_blocks():
     config = vit.ViTConfig(**SMALL | dict(depth=2), registers=1)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 40, 3), np.uint8)
     make = functools.partial(embedding_net.EmbeddingNet, config, 8)
-    variables = jax.jit(make().init)(jax.random.key(0), pixels)
+    variables = random_variables(make(), 32, 0.2)
 
     @functools.partial(jax.jit, static_argnums=0)
     def gradients(model, variables):
@@ -368,11 +372,9 @@ def test_what_an_embedding_net_does_with_blocks():
 
         return jax.grad(loss)(variables["params"])
 
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3),
-        gradients(make(remat=(1,)), variables),
-        gradients(make(), variables),
-    )
+    plain, recomputed = (gradients(make(remat=stages), variables) for stages in ((), (1,)))
+    for ours, theirs in zip(jax.tree.leaves(recomputed), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-3 * np.abs(theirs).max())
     for name, tree in gradients(make(frozen_stages=1), variables).items():
         moves = any(np.asarray(leaf).any() for leaf in jax.tree.leaves(tree))
         head = name.startswith(weights.HEAD_PREFIXES)
@@ -392,7 +394,7 @@ def test_lora_starts_at_nothing_and_is_merged():
     plain = embedding_net.EmbeddingNet(CASES["vit"], 8)
     config = vit.ViTConfig(**SMALL, lora_rank=2, lora_alpha=8.0)
     model = embedding_net.EmbeddingNet(config, 8)
-    variables = jax.jit(plain.init)(jax.random.key(0), pixels)
+    variables = random_variables(plain, 32, 0.2)
     arrays = weights.to_named_arrays(variables, CASES["vit"])
     fresh = jax.jit(model.init)(jax.random.key(1), pixels)
     adapted = weights.from_named_arrays(arrays, fresh, config, heads=True)

@@ -3,6 +3,7 @@
 import argparse
 from collections import OrderedDict
 import datetime
+import functools
 import io
 import json
 import math
@@ -522,7 +523,8 @@ def test_imagenet_weights_classify_photographs(imagenet):
             for name in photographs
         ]
     )
-    features = model.apply(variables, pixels, features=True)[-1].mean(axis=(1, 2))
+    ends = jax.jit(functools.partial(model.apply, features=True))(variables, pixels)
+    features = ends[-1].mean(axis=(1, 2))
     scores = features @ file["fc.weight"].astype(np.float32).T + file["fc.bias"].astype(np.float32)
     for row, expected in zip(np.asarray(scores), photographs.values(), strict=True):
         best = " ".join(str(names[i]).lower() for i in np.argsort(-row)[:5])

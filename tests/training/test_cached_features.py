@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -78,12 +79,8 @@ def test_a_step_on_cached_features_is_a_step_on_the_images():
     part = cached_features.trainable_part(model, SIDE)
     labels = jnp.arange(12) // 3
     state = steps.create_train_state(model, optax.sgd(0.1), SIDE, 0)
-    ends = model.apply(
-        {"params": state.params, "batch_stats": state.batch_stats},
-        make_images(),
-        train=False,
-        features=True,
-    )
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    ends = jax.jit(functools.partial(model.apply, features=True))(variables, make_images())
     cached = jnp.concatenate(
         [ends[stage - 1].reshape(12, -1) for stage, _ in part.cached_stages], axis=1
     )  # not rounded

@@ -183,12 +183,10 @@ def test_batch_norm_policy_and_dtype(batches):
     def run(**kwargs):
         model = embedding_net.EmbeddingNet(backbones.BACKBONES["resnet_tiny"], 8, **kwargs)
         shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-        rng = np.random.default_rng(0)
-        variables = jax.tree.map(
-            lambda s: np.abs(rng.normal(size=s.shape)).astype(np.float32) + 0.1, shapes
-        )
         assert all(s.dtype == jnp.float32 for s in jax.tree.leaves(shapes))
-        out, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        variables = variables_like(shapes)
+        apply = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+        out, updates = jax.jit(apply)(variables, images)
         moved = jax.tree.map(
             lambda a, b: not np.allclose(a, b), updates["batch_stats"], variables["batch_stats"]
         )
@@ -217,9 +215,8 @@ def test_learns_the_classes_it_is_shown():
     assert float(metrics["loss"]) < 0.2 * first
 
 
-def variables_like(model, images):
+def variables_like(shapes):
     """Random, all of them: what a test should see change is nowhere zero."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda s: np.abs(rng.normal(size=s.shape)).astype(np.float32) + 0.1, dict(shapes)
@@ -228,7 +225,7 @@ def variables_like(model, images):
 
 def gradients(images, backbone=backbones.BACKBONES["resnet_tiny"], **options):
     model = embedding_net.EmbeddingNet(backbone, 8, ("M", "H"), **options)
-    variables = variables_like(model, images)
+    variables = variables_like(jax.eval_shape(model.init, jax.random.key(0), images))
 
     def objective(params):
         out, _ = model.apply(
@@ -329,7 +326,7 @@ def test_frozen_stages_get_no_gradient(backbone):
     model = embedding_net.EmbeddingNet(
         backbone, 8, ("M", "H"), batch_norm="frozen", frozen_stages=1
     )
-    variables = variables_like(model, images)
+    variables = variables_like(jax.eval_shape(model.init, jax.random.key(0), images))
 
     def ends(params):
         maps = model.apply(variables | {"params": params}, images, train=True, features=True)
