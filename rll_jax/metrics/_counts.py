@@ -21,6 +21,7 @@ from rll_jax.metrics import _tiles, _vectors
 from rll_jax.metrics._problem import Problem
 from rll_jax.metrics._progress import Watch
 
+METHOD = 2  # another number where the same tiles have other counts: kept counts are then refused
 _SECONDS = 0.5  # that the devices count before Python has a say again
 
 
@@ -47,19 +48,22 @@ def count_before(
 
     Returns:
       Two (C, Q, M) int64 counts: the items that may be before a positive (at least as similar, as
-      far as float32 can tell), and those that surely are. Counts where `similarity` is -inf mean
-      nothing.
+      far as float32 can tell), and those that surely are. Both may be too small for a positive
+      that is not the first, where both put it behind rank R. Counts where `similarity` is -inf
+      mean nothing.
     """
     items = np.arange(len(problem.gallery_labels))
     if problem.symmetric:
         # The queries first, in their order: the gallery then has the blocks of the queries.
         items = np.concatenate([rows, np.setdiff1d(items, rows)])
-    padding = -len(items) % block_size
     low, high = _thresholds(similarity, combinations, _bands(problem), block_size)
     operands = _make_operands(problem, rows, items, low, high)
     devices = _devices()
     plan = _tiles.Plan(
-        Mesh(np.array(devices), ("device",)), problem.symmetric, tuple(map(tuple, combinations))
+        Mesh(np.array(devices), ("device",)),
+        problem.symmetric,
+        tuple(map(tuple, combinations)),
+        by_groups=_by_groups(devices),
     )
     tiles, num_tiles = _share_tiles(
         operands.most_positives.max(axis=1),
@@ -68,17 +72,18 @@ def count_before(
         symmetric=problem.symmetric,
     )
     may_be, surely = _count_in_parts(operands, tiles, num_tiles, plan, watch)
-    # The similarity of the padding is exactly 0.
-    padding_may_be = padding * (operands.low <= 0)
-    padding_surely = padding * (operands.high < 0)
     return (
-        _sum_over_devices(may_be, len(devices), padding_may_be)[:, : len(rows)],
-        _sum_over_devices(surely, len(devices), padding_surely)[:, : len(rows)],
+        _sum_over_devices(may_be, len(devices))[:, : len(rows)],
+        _sum_over_devices(surely, len(devices))[:, : len(rows)],
     )
 
 
 def _devices() -> list[Any]:
     return cast(list[Any], jax.local_devices())  # pyright: ignore[reportUnknownMemberType] (jax)
+
+
+def _by_groups(devices: Sequence[Any]) -> bool:
+    return devices[0].platform == "cpu"
 
 
 def num_devices() -> int:
@@ -132,7 +137,22 @@ def _make_operands(
         low=low,
         high=high,
         most_positives=(low < _tiles.ABOVE_ALL).any(axis=3).sum(axis=2).astype(np.int32),
+        enough=_enough(problem.num_positives[rows], *low.shape[2:]),
     )
+
+
+def _enough(num_positives: np.ndarray, most: int, block_size: int) -> np.ndarray:
+    """Returns (I, M, B) counts of items that put a positive behind rank R.
+
+    Args:
+      num_positives: (Q,) of the queries: their R.
+      most: M.
+      block_size: B.
+    """
+    of_queries = np.pad(num_positives, (0, -len(num_positives) % block_size))
+    enough = of_queries.reshape(-1, 1, block_size) - np.arange(most)[:, None]
+    enough[:, 0] = np.iinfo(np.int32).max  # Recall@K and MRR need the first rank
+    return enough.astype(np.int32)
 
 
 def _padded(values: np.ndarray, padding: int) -> np.ndarray:
@@ -263,18 +283,8 @@ def _put_operands(
     )
 
 
-def _sum_over_devices(counts: np.ndarray, devices: int, padding_counts: np.ndarray) -> np.ndarray:
-    """Adds the counts of all devices and takes those of the padding off.
-
-    Args:
-      counts: (devices * I, C, M, B) int32.
-      devices: the number of devices.
-      padding_counts: (I, C, M, B) integers.
-
-    Returns:
-      (C, I * B, M) int64.
-    """
-    by_device = counts.reshape(devices, *padding_counts.shape)
-    total = by_device.sum(axis=0, dtype=np.int64) - padding_counts
+def _sum_over_devices(counts: np.ndarray, devices: int) -> np.ndarray:
+    """Adds the (devices * I, C, M, B) int32 counts of all devices to (C, I * B, M) int64."""
+    total = counts.reshape(devices, -1, *counts.shape[1:]).sum(axis=0, dtype=np.int64)
     _, num_combinations, most, _ = total.shape
     return total.transpose(1, 0, 3, 2).reshape(num_combinations, -1, most)

@@ -26,7 +26,7 @@ from rll_jax.metrics._tiles import Combination
 
 MOST_POSITIVES = 64  # a query with more is ranked in float64 at once
 _MRR_EXACT_TO = 1e-6
-_FLOAT64_COMPONENTS = 1 << 22  # components of positives that are held in float64 at once
+_SIMILARITIES = 1 << 20  # similarities with items of the class that are held at once
 
 
 def score(
@@ -119,12 +119,11 @@ def _similarity_of_positives(
     most = int(problem.num_positives[rows].max())
     similarity = np.full((len(combinations), len(rows), most), -np.inf)
     # Largest class first: the queries of a part then have classes of about one size.
-    order = np.argsort(-problem.class_size[rows], kind="stable")
-    dim = max(level.gallery.shape[1] for level in problem.levels)
+    order = np.lexsort((problem.class_start[rows], -problem.class_size[rows]))
     first = 0
     while first < len(rows):
         largest_class = int(problem.class_size[rows[order[first]]])
-        step = max(1, _FLOAT64_COMPONENTS // (largest_class * dim))
+        step = max(1, _SIMILARITIES // largest_class)
         part = order[first : first + step]
         levels, is_positive = _scores.similarity_of_class(problem, rows[part], largest_class)
         columns = min(most, largest_class)

@@ -15,7 +15,7 @@ from rll_jax.metrics._problem import Side
 from rll_jax.metrics._progress import Progress, Watch
 from rll_jax.metrics._tiles import Combination
 
-_BLOCK_SIZE = 512  # similarities of a block stay in a core's cache
+_BLOCK_SIZE = 1024  # products of smaller blocks take longer
 _MAX_BLOCK_SIZE = 1 << 15
 
 
@@ -159,7 +159,7 @@ def score(
     warn_of_wrong_sums()
     problem = _problem.make_problem(request.queries, request.gallery)
     _refuse_copies(request.queries, request.gallery)
-    settings = (request.combinations, request.block_size, _counts.num_devices())
+    settings = (_counts.METHOD, request.combinations, request.block_size, _counts.num_devices())
     watch = Watch(problem, settings, progress, state_file)
     rows, scores = _ranks.score(
         problem, request.combinations, request.ks, request.block_size, watch

@@ -75,10 +75,16 @@ def similarity_of_class(
     in_order = np.where(is_positive, problem.class_start[rows][:, None] + place, 0)
     members = problem.rows_by_class[in_order]
     is_positive &= ~problem.left_out(rows[:, None], members)
-    levels: dict[int, np.ndarray] = {}
-    for number, level in enumerate(problem.levels):
-        items = level.unit_items(members.ravel()).reshape(*members.shape, -1)
-        levels[number] = (items @ level.unit_queries(rows)[:, :, None])[:, :, 0]
+    levels = {number: np.zeros(members.shape) for number in range(len(problem.levels))}
+    by_class = np.argsort(problem.class_start[rows], kind="stable")
+    starts = problem.class_start[rows[by_class]]
+    # One product for each class: a class's items are converted to float64 once.
+    for queries in np.split(by_class, np.flatnonzero(np.diff(starts)) + 1):
+        size = problem.class_size[rows[queries[0]]]
+        items = members[queries[0], :size]
+        for number, level in enumerate(problem.levels):
+            product = level.unit_queries(rows[queries]) @ level.unit_items(items).T
+            levels[number][queries, :size] = product
     return levels, is_positive
 
 

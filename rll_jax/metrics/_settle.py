@@ -114,9 +114,13 @@ class _Nearly:
         """
         problem = self._problem
         band = band_of_sum(self._bands, combination) / len(combination)
-        items = np.flatnonzero(similarity >= positives[0] - band)
-        items = items[problem.gallery_labels[items] != problem.query_labels[row]]
-        items = items[~problem.left_out(np.asarray(row), items)]
+        # With R negatives before the first positive, no score needs the ranks of the others.
+        for lowest in (positives[-1], positives[0]):
+            items = np.flatnonzero(similarity >= lowest - band)
+            items = items[problem.gallery_labels[items] != problem.query_labels[row]]
+            items = items[~problem.left_out(np.asarray(row), items)]
+            if (similarity[items] > lowest + band).sum() >= len(positives):
+                break
         values = similarity[items].astype(np.float64)
         # Near is an item with a positive within a band of it, on either side.
         below = np.searchsorted(positives, values - band)

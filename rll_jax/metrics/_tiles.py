@@ -1,4 +1,9 @@
-"""Counts tiles on devices: a block of queries against a block of the gallery, in every level."""
+"""Counts tiles on devices: a block of queries against a block of the gallery, in every level.
+
+Nearly all of a tile's items are farther than all positives. On CPUs the largest similarity of each
+group of 16 queries finds the groups for which a tile counts, and often there is none. A positive
+whose rank is above R is not counted on, unless it is the first: no score depends on its rank.
+"""
 
 from collections.abc import Callable, Sequence
 import functools
@@ -14,6 +19,7 @@ Combination = tuple[int, ...]  # the numbers of the levels whose mean similarity
 
 ABOVE_ALL = 1e4  # a threshold above every sum of similarities
 BLOCK_MULTIPLE = 64  # of the rows and columns of a tile
+_GROUP = 16  # queries that are counted together where a tile counts for few: 64 bytes of float32
 _SUM_ERROR = 2.0**-22  # what a float32 sum of a few similarities adds to their errors
 _BELOW_ALL = -1e4  # a similarity that is below every threshold, also in a sum with others
 
@@ -21,6 +27,7 @@ Counts = tuple[jax.Array, jax.Array]  # (I, C, M, B) int32: similarity >= low, s
 
 
 _Array = TypeVar("_Array", np.ndarray, jax.Array)  # on the host, on a device
+_State = TypeVar("_State")
 
 
 def band_of_sum(bands: Sequence[float], combination: Combination) -> float:
@@ -46,6 +53,7 @@ class Operands(NamedTuple, Generic[_Array]):
     low: _Array  # (I, C, M, B) float32: from here on an item may be before a positive
     high: _Array  # (I, C, M, B) float32: above, an item is surely before a positive
     most_positives: _Array  # (I, C) int32: the most positives of a block's queries
+    enough: _Array  # (I, M, B) int32: with so many items before it, no score needs the rank
 
 
 class Plan(NamedTuple):
@@ -54,6 +62,7 @@ class Plan(NamedTuple):
     mesh: Mesh  # the devices, along an axis "device"
     symmetric: bool  # the blocks of queries are the first of the gallery
     combinations: tuple[Combination, ...]
+    by_groups: bool  # count for few groups alone; accelerators would wait for each of them
 
 
 @jax.jit(static_argnames=("plan",))  # pyright: ignore[reportUnknownMemberType]
@@ -110,11 +119,11 @@ def _count_tiles(
 def _repeat(
     first: jax.Array | int,
     stop: jax.Array,
-    add: Callable[[jax.Array, Counts], Counts],
-    counts: Counts,
-) -> Counts:
-    """Returns the counts after `add(number, counts)` for the numbers from `first` to `stop` - 1."""
-    return lax.fori_loop(first, stop, add, counts)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    step: Callable[[jax.Array, _State], _State],
+    state: _State,
+) -> _State:
+    """Returns the state after `step(number, state)` for the numbers from `first` to `stop` - 1."""
+    return lax.fori_loop(first, stop, step, state)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 def _count_tile(
@@ -137,13 +146,14 @@ def _count_tile(
         similarity = functools.reduce(jnp.add, [levels[level] for level in combination])
         # Behind the barrier XLA computes the similarities once, not once for each positive.
         similarity, counts = _barrier((similarity, counts))
-        of_rows = functools.partial(_count_positive, operands, similarity, place, query_block, 1)
-        counts = _repeat(0, most_of_rows[place], of_rows, counts)
+        largest = _largest(similarity) if plan.by_groups else None
+        rows = _Side(query_block, place, 1)
+        counts = _count_side(operands, similarity, largest, rows, most_of_rows[place], counts)
         if plan.symmetric:
-            of_columns = functools.partial(
-                _count_positive, operands, similarity, place, gallery_block, 0
+            columns = _Side(gallery_block, place, 0)
+            counts = _count_side(
+                operands, similarity, largest, columns, most_of_columns[place], counts
             )
-            counts = _repeat(0, most_of_columns[place], of_columns, counts)
     return counts
 
 
@@ -156,17 +166,17 @@ def _similarities(
 ) -> list[jax.Array]:
     """Returns the (B, B) similarities of a tile in each level.
 
-    They are below every threshold for items of the query's class, and for those left out.
+    They are below every threshold for items of the query's class, for those left out, and for the
+    padding.
     """
     block_size = operands.low.shape[3]
 
     def block(values: jax.Array, number: jax.Array, axis: int = 0) -> jax.Array:
         return lax.dynamic_slice_in_dim(values, number * block_size, block_size, axis)
 
-    not_counted = (
-        block(operands.query_labels, query_block)[:, None]
-        == block(operands.gallery_labels, gallery_block)[None, :]
-    )
+    gallery_labels = block(operands.gallery_labels, gallery_block)[None, :]
+    not_counted = block(operands.query_labels, query_block)[:, None] == gallery_labels
+    not_counted |= gallery_labels < 0
     query_codes = block(operands.query_codes, query_block, 1)
     gallery_codes = block(operands.gallery_codes, gallery_block, 1)
     for of_queries, of_items in zip(query_codes, gallery_codes, strict=True):
@@ -182,48 +192,114 @@ def _similarities(
     return [jnp.where(not_counted, _BELOW_ALL, product) for product in products]
 
 
-def _count_positive(
+class _Side(NamedTuple):
+    """The rows of a tile, or its columns, as queries."""
+
+    block: jax.Array  # the number of the block of queries
+    combination: int  # the number of the combination
+    axis: int  # over which items are counted: 1 where the queries are the rows, 0 for the columns
+
+
+def _count_side(
     operands: Operands[jax.Array],
     similarity: jax.Array,
-    combination: int,
-    block: jax.Array,
-    axis: int,
-    positive: jax.Array,
+    largest: tuple[jax.Array, jax.Array] | None,
+    side: _Side,
+    most: jax.Array,
     counts: Counts,
 ) -> Counts:
-    """Adds the items of a tile before one positive of each query of a block.
+    """Adds the items of a tile before the positives of one side's queries.
 
     Args:
       operands: has the thresholds.
       similarity: (B, B) of the tile, summed over the levels of the combination.
-      combination: the number of the combination.
-      block: the number of the block of queries.
-      axis: the axis of `similarity` over which items are counted: 1 where the queries are its
-        rows, 0 where they are its columns.
-      positive: the number of the positive, from 0 to M - 1.
+      largest: of `_largest`, or None: all positives are counted, for all queries.
+      side: the queries.
+      most: the most positives of one of them.
       counts: the counts so far.
     """
-    low = jnp.expand_dims(operands.low[block, combination, positive], axis)
-    high = jnp.expand_dims(operands.high[block, combination, positive], axis)
+    place = (side.block, side.combination)
+    low, high = operands.low[place], operands.high[place]
+    num_positives, block_size = low.shape
+
+    def add_positive(positive: jax.Array, counts: Counts) -> Counts:
+        found = _count(similarity, low[positive], high[positive], side.axis)
+        return _add(counts, (*place, positive, 0), found)
+
+    def add_group(number: jax.Array, counts: Counts) -> Counts:
+        positive, first = number // num_groups, number % num_groups * _GROUP
+        part = lax.dynamic_slice_in_dim(similarity, first, _GROUP, 1 - side.axis)
+        thresholds = [
+            lax.dynamic_slice_in_dim(values[positive], first, _GROUP) for values in (low, high)
+        ]
+        return _add(counts, (*place, positive, first), _count(part, *thresholds, side.axis))
+
+    if largest is None:
+        return _repeat(0, most, add_positive, counts)
+    is_wanted = jnp.arange(num_positives)[:, None] < most
+    is_wanted &= counts[1][place] < operands.enough[side.block]
+    low = jnp.where(is_wanted, low, ABOVE_ALL)
+    num_groups = block_size // _GROUP
+    hit = _hit_groups(largest, low, side.axis)
+    in_many = hit.sum(axis=1) > num_groups // 4
+    counts = _for_each(in_many, add_positive, counts)
+    return _for_each((hit & ~in_many[:, None]).ravel(), add_group, counts)
+
+
+def _largest(similarity: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the largest similarity of each column, (B,), and of each group of rows, (B / G,)."""
+    of_groups = _barrier(similarity.reshape(-1, _GROUP, similarity.shape[1]).max(axis=1))
+    return of_groups.max(axis=0), of_groups.max(axis=1)
+
+
+def _hit_groups(largest: tuple[jax.Array, jax.Array], low: jax.Array, axis: int) -> jax.Array:
+    """Returns (M, B / G): whether an item may be before a positive of a query of the group."""
+    of_columns, of_row_groups = largest
+    if axis == 0:
+        return (of_columns >= low).reshape(len(low), -1, _GROUP).any(axis=2)
+    return of_row_groups >= low.reshape(len(low), -1, _GROUP).min(axis=2)
+
+
+def _for_each(
+    flags: jax.Array, add: Callable[[jax.Array, Counts], Counts], counts: Counts
+) -> Counts:
+    """Returns the counts after `add(place, counts)` for each place where a flag is set."""
+
+    def add_next(_: jax.Array, state: tuple[jax.Array, Counts]) -> tuple[jax.Array, Counts]:
+        flags, counts = state
+        place = jnp.argmax(flags)
+        return flags.at[place].set(False), add(place, counts)
+
+    return _repeat(0, flags.sum(), add_next, (flags, counts))[1]
+
+
+def _count(similarity: jax.Array, low: jax.Array, high: jax.Array, axis: int) -> Counts:
+    """Counts over an axis the similarities that are at least `low`, and those above `high`."""
+    low, high = jnp.expand_dims(low, axis), jnp.expand_dims(high, axis)
     may_be = (similarity >= low).astype(jnp.uint32)
     surely = (similarity > high).astype(jnp.uint32)
     # One sum gives both counts: a block has fewer than 2^16 rows.
     both = _sum(may_be + (surely << 16), axis)
-    all_may_be, all_surely = counts
-    place = (block, combination, positive)
-    return (
-        all_may_be.at[place].add((both & 0xFFFF).astype(jnp.int32)),
-        all_surely.at[place].add((both >> 16).astype(jnp.int32)),
-    )
+    return (both & 0xFFFF).astype(jnp.int32), (both >> 16).astype(jnp.int32)
+
+
+def _add(counts: Counts, place: tuple[Any, ...], found: Counts) -> Counts:
+    """Adds to the counts, from a place on, (G,) counts of some queries for one positive."""
+
+    def added(values: jax.Array, part: jax.Array) -> jax.Array:
+        shape = (1, 1, 1, len(part))
+        part = lax.dynamic_slice(values, place, shape) + part
+        return lax.dynamic_update_slice(values, part, place)
+
+    return added(counts[0], found[0]), added(counts[1], found[1])
 
 
 def _sum(values: jax.Array, axis: int) -> jax.Array:
-    """Sums (B, B) values over an axis, in the two steps that XLA vectorises best on CPUs.
+    """Sums values over an axis, in the two steps that XLA vectorises best on CPUs.
 
     They take 0.4 of the time of one step: 64 columns, or 8 rows, are summed side by side.
     """
-    block_size = len(values)
     if axis == 1:
-        parts = values.reshape(block_size, -1, BLOCK_MULTIPLE).sum(axis=1)
+        parts = values.reshape(len(values), -1, BLOCK_MULTIPLE).sum(axis=1)
         return _barrier(parts).sum(axis=1)
-    return _barrier(values.reshape(-1, 8, block_size).sum(axis=1)).sum(axis=0)
+    return _barrier(values.reshape(-1, 8, values.shape[1]).sum(axis=1)).sum(axis=0)

@@ -1,5 +1,7 @@
 """Vectors scaled to length 1, and how far a float32 product of two of them may be off."""
 
+import functools
+
 import numpy as np
 
 FLOAT64_ROWS = 8192  # rows that are converted to float64 at once
@@ -47,6 +49,7 @@ def unit_rows(
     return units
 
 
+@functools.cache  # a second for D = 2,048
 def rotation_and_band(dim: int) -> tuple[np.ndarray, float]:
     """Returns a random rotation, and the error that a float32 product of rotated vectors may have.
 

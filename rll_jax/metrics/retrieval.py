@@ -77,7 +77,7 @@ def retrieval_metrics(
       gallery_groups: (N,) as `query_groups`.
       ks: the K of Recall@K, at least one. A K larger than the gallery asks for all of it.
       block_size: the rows and columns of a block of similarities, from 1 to 32768, rounded up to
-        a multiple of 64. None means 512. Each device needs memory for one block and two copies of
+        a multiple of 64. None means 1024. Each device needs memory for one block and two copies of
         the embeddings. The process needs about 80 bytes for each query and each item of the
         largest class, of which at most 64 count.
       progress: called about twice a second with what is done (a stage's name), how much of it,

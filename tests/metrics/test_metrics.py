@@ -1,12 +1,14 @@
 """The metrics against a float64 reference that sorts, and against other libraries."""
 
+import tracemalloc
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import sklearn.metrics
 
 from rll_jax import metrics
-from rll_jax.metrics import _vectors
+from rll_jax.metrics import _counts, _vectors
 
 KS = (1, 2, 10, 100, 5000)
 
@@ -86,6 +88,24 @@ def test_equals_sorting(kind, leave_one_out):
     by_query = metrics.scores_by_query(*arguments)
     assert np.mean(1 / by_query["first_rank"]) == pytest.approx(expected["mrr"], abs=1e-12)
     assert len(by_query["query"]) == len(arguments[0]) - expected["queries_without_match"]
+
+
+@pytest.mark.parametrize("kind", ["random", "clustered", "tied", "ragged"])
+def test_accelerators_count_every_positive_of_every_query(kind, monkeypatch):
+    x, labels = make(kind)
+    expected = metrics.retrieval_metrics(x, labels, ks=KS)
+    monkeypatch.setattr(_counts, "_by_groups", lambda devices: False)
+    assert metrics.retrieval_metrics(x, labels, ks=KS) == expected
+
+
+def test_few_large_classes_take_no_more_memory_than_their_similarities():
+    rng = np.random.default_rng(0)
+    labels, x = np.arange(1500) % 3, rng.normal(size=(1500, 64))
+    tracemalloc.start()
+    metrics.retrieval_metrics(x, labels)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100e6  # the components of each query's positives: 384 MB
 
 
 def test_float32_products_are_settled_in_float64():
