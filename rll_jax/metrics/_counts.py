@@ -21,7 +21,7 @@ from rll_jax.metrics import _tiles, _vectors
 from rll_jax.metrics._problem import Problem
 from rll_jax.metrics._progress import Watch
 
-METHOD = 2  # another number where the same tiles have other counts: kept counts are then refused
+METHOD = 2  # change it when the same tiles get other counts: kept counts are then refused
 _SECONDS = 0.5  # that the devices count before Python has a say again
 
 
@@ -143,6 +143,8 @@ def _make_operands(
 
 def _enough(num_positives: np.ndarray, most: int, block_size: int) -> np.ndarray:
     """Returns (I, M, B) counts of items that put a positive behind rank R.
+
+    Positive j, from 0, has the rank j + 1 + (the items before it): above R from R - j items on.
 
     Args:
       num_positives: (Q,) of the queries: their R.

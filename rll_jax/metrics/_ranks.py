@@ -118,8 +118,9 @@ def _similarity_of_positives(
     """
     most = int(problem.num_positives[rows].max())
     similarity = np.full((len(combinations), len(rows), most), -np.inf)
-    # Largest class first: the queries of a part then have classes of about one size.
-    order = np.lexsort((problem.class_start[rows], -problem.class_size[rows]))
+    # Largest class first: the queries of a part then have classes of about one size. And class by
+    # class: each is one product.
+    order = np.lexsort((problem.query_labels[rows], -problem.class_size[rows]))
     first = 0
     while first < len(rows):
         largest_class = int(problem.class_size[rows[order[first]]])

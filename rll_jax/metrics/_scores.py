@@ -76,10 +76,10 @@ def similarity_of_class(
     members = problem.rows_by_class[in_order]
     is_positive &= ~problem.left_out(rows[:, None], members)
     levels = {number: np.zeros(members.shape) for number in range(len(problem.levels))}
-    by_class = np.argsort(problem.class_start[rows], kind="stable")
-    starts = problem.class_start[rows[by_class]]
-    # One product for each class: a class's items are converted to float64 once.
-    for queries in np.split(by_class, np.flatnonzero(np.diff(starts)) + 1):
+    by_class = np.argsort(problem.query_labels[rows], kind="stable")
+    labels = problem.query_labels[rows[by_class]]
+    # One product for each class: its items are converted to float64 once for these queries.
+    for queries in np.split(by_class, np.flatnonzero(np.diff(labels)) + 1):
         size = problem.class_size[rows[queries[0]]]
         items = members[queries[0], :size]
         for number, level in enumerate(problem.levels):

@@ -15,7 +15,7 @@ from rll_jax.metrics._progress import Watch
 from rll_jax.metrics._scores import Scores
 from rll_jax.metrics._tiles import Combination, band_of_sum
 
-TIE = 1e-14  # similarities this close, in float64, are equal
+TIE = 1e-13  # similarities this close, in float64, are equal; products of 5,000 err by 2e-14
 _SIMILARITIES = 1 << 24  # similarities that are held at once
 _MOST_NEAR = 16  # more than a 16th of the gallery near to positives: all in float64
 
@@ -110,17 +110,14 @@ class _Nearly:
           combination: the levels whose mean the similarities are.
 
         Returns:
-          (R,) ranks, or None where too many items are too near to positives.
+          (R,) ranks, or None where too many items are too near to positives. A rank above R may be
+          too small, but stays above R, unless it is the first.
         """
-        problem = self._problem
         band = band_of_sum(self._bands, combination) / len(combination)
-        # With R negatives before the first positive, no score needs the ranks of the others.
-        for lowest in (positives[-1], positives[0]):
-            items = np.flatnonzero(similarity >= lowest - band)
-            items = items[problem.gallery_labels[items] != problem.query_labels[row]]
-            items = items[~problem.left_out(np.asarray(row), items)]
-            if (similarity[items] > lowest + band).sum() >= len(positives):
-                break
+        items = self._negatives(row, similarity >= positives[-1] - band)
+        if (similarity[items] > positives[-1] + band).sum() < len(positives):
+            items = self._negatives(row, similarity >= positives[0] - band)
+        # Else R negatives are before the first positive: no score needs the ranks of the others.
         values = similarity[items].astype(np.float64)
         # Near is an item with a positive within a band of it, on either side.
         below = np.searchsorted(positives, values - band)
@@ -131,6 +128,12 @@ class _Nearly:
             exact = {level: self._exact(row, items[near], level) for level in combination}
             values[near] = _scores.mean(exact, combination)
         return _ranks_among(positives[::-1], values)
+
+    def _negatives(self, row: int, are_near: np.ndarray) -> np.ndarray:
+        """Returns the items of other classes, not left out, among those that are near."""
+        items = np.flatnonzero(are_near)
+        items = items[self._problem.gallery_labels[items] != self._problem.query_labels[row]]
+        return items[~self._problem.left_out(np.asarray(row), items)]
 
     def _exact(self, row: int, items: np.ndarray, number: int) -> np.ndarray:
         level = self._problem.levels[number]

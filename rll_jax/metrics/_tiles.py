@@ -1,8 +1,8 @@
 """Counts tiles on devices: a block of queries against a block of the gallery, in every level.
 
-Nearly all of a tile's items are farther than all positives. On CPUs the largest similarity of each
-group of 16 queries finds the groups for which a tile counts, and often there is none. A positive
-whose rank is above R is not counted on, unless it is the first: no score depends on its rank.
+Nearly all of a tile's items are farther than all positives. On CPUs the largest similarities of a
+tile say for which positives and groups of 16 queries it counts, and often there are none. There, a
+positive behind rank R is not counted on, unless it is the first: no score depends on its rank.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,6 +20,7 @@ Combination = tuple[int, ...]  # the numbers of the levels whose mean similarity
 ABOVE_ALL = 1e4  # a threshold above every sum of similarities
 BLOCK_MULTIPLE = 64  # of the rows and columns of a tile
 _GROUP = 16  # queries that are counted together where a tile counts for few: 64 bytes of float32
+_FEW = 4  # of so many groups one alone may be counted by itself; for more, all are at once
 _SUM_ERROR = 2.0**-22  # what a float32 sum of a few similarities adds to their errors
 _BELOW_ALL = -1e4  # a similarity that is below every threshold, also in a sum with others
 
@@ -147,11 +148,11 @@ def _count_tile(
         # Behind the barrier XLA computes the similarities once, not once for each positive.
         similarity, counts = _barrier((similarity, counts))
         largest = _largest(similarity) if plan.by_groups else None
-        rows = _Side(query_block, place, 1)
-        counts = _count_side(operands, similarity, largest, rows, most_of_rows[place], counts)
+        rows = _Half(query_block, place, 1)
+        counts = _count_half(operands, similarity, largest, rows, most_of_rows[place], counts)
         if plan.symmetric:
-            columns = _Side(gallery_block, place, 0)
-            counts = _count_side(
+            columns = _Half(gallery_block, place, 0)
+            counts = _count_half(
                 operands, similarity, largest, columns, most_of_columns[place], counts
             )
     return counts
@@ -192,7 +193,7 @@ def _similarities(
     return [jnp.where(not_counted, _BELOW_ALL, product) for product in products]
 
 
-class _Side(NamedTuple):
+class _Half(NamedTuple):
     """The rows of a tile, or its columns, as queries."""
 
     block: jax.Array  # the number of the block of queries
@@ -200,48 +201,47 @@ class _Side(NamedTuple):
     axis: int  # over which items are counted: 1 where the queries are the rows, 0 for the columns
 
 
-def _count_side(
+def _count_half(
     operands: Operands[jax.Array],
     similarity: jax.Array,
     largest: tuple[jax.Array, jax.Array] | None,
-    side: _Side,
+    half: _Half,
     most: jax.Array,
     counts: Counts,
 ) -> Counts:
-    """Adds the items of a tile before the positives of one side's queries.
+    """Adds the items of a tile before the positives of one half's queries.
 
     Args:
       operands: has the thresholds.
       similarity: (B, B) of the tile, summed over the levels of the combination.
       largest: of `_largest`, or None: all positives are counted, for all queries.
-      side: the queries.
-      most: the most positives of one of them.
+      half: the queries.
+      most: the most positives of one of them; 0 where this half is not counted.
       counts: the counts so far.
     """
-    place = (side.block, side.combination)
+    place = (half.block, half.combination)
     low, high = operands.low[place], operands.high[place]
-    num_positives, block_size = low.shape
 
     def add_positive(positive: jax.Array, counts: Counts) -> Counts:
-        found = _count(similarity, low[positive], high[positive], side.axis)
+        found = _count(similarity, low[positive], high[positive], half.axis)
         return _add(counts, (*place, positive, 0), found)
 
     def add_group(number: jax.Array, counts: Counts) -> Counts:
         positive, first = number // num_groups, number % num_groups * _GROUP
-        part = lax.dynamic_slice_in_dim(similarity, first, _GROUP, 1 - side.axis)
-        thresholds = [
-            lax.dynamic_slice_in_dim(values[positive], first, _GROUP) for values in (low, high)
-        ]
-        return _add(counts, (*place, positive, first), _count(part, *thresholds, side.axis))
+        part = lax.dynamic_slice_in_dim(similarity, first, _GROUP, 1 - half.axis)
+        low_of_group = lax.dynamic_slice_in_dim(low[positive], first, _GROUP)
+        high_of_group = lax.dynamic_slice_in_dim(high[positive], first, _GROUP)
+        found = _count(part, low_of_group, high_of_group, half.axis)
+        return _add(counts, (*place, positive, first), found)
 
     if largest is None:
         return _repeat(0, most, add_positive, counts)
-    is_wanted = jnp.arange(num_positives)[:, None] < most
-    is_wanted &= counts[1][place] < operands.enough[side.block]
+    is_wanted = np.arange(low.shape[0])[:, None] < most
+    is_wanted &= counts[1][place] < operands.enough[half.block]
     low = jnp.where(is_wanted, low, ABOVE_ALL)
-    num_groups = block_size // _GROUP
-    hit = _hit_groups(largest, low, side.axis)
-    in_many = hit.sum(axis=1) > num_groups // 4
+    num_groups = low.shape[1] // _GROUP
+    hit = _hit_groups(largest, low, half.axis)
+    in_many = hit.sum(axis=1) > num_groups // _FEW
     counts = _for_each(in_many, add_positive, counts)
     return _for_each((hit & ~in_many[:, None]).ravel(), add_group, counts)
 
@@ -284,12 +284,13 @@ def _count(similarity: jax.Array, low: jax.Array, high: jax.Array, axis: int) ->
 
 
 def _add(counts: Counts, place: tuple[Any, ...], found: Counts) -> Counts:
-    """Adds to the counts, from a place on, (G,) counts of some queries for one positive."""
+    """Adds to the counts, from a place on, (W,) counts of some queries for one positive."""
+    start = [lax.convert_element_type(number, jnp.int32) for number in place]
 
     def added(values: jax.Array, part: jax.Array) -> jax.Array:
         shape = (1, 1, 1, len(part))
-        part = lax.dynamic_slice(values, place, shape) + part
-        return lax.dynamic_update_slice(values, part, place)
+        part = lax.dynamic_slice(values, start, shape) + part
+        return lax.dynamic_update_slice(values, part, start)
 
     return added(counts[0], found[0]), added(counts[1], found[1])
 

@@ -49,7 +49,7 @@ def unit_rows(
     return units
 
 
-@functools.cache  # a second for D = 2,048
+@functools.lru_cache(maxsize=4)  # a second for D = 2,048
 def rotation_and_band(dim: int) -> tuple[np.ndarray, float]:
     """Returns a random rotation, and the error that a float32 product of rotated vectors may have.
 
@@ -66,4 +66,5 @@ def rotation_and_band(dim: int) -> tuple[np.ndarray, float]:
       deviations of the error.
     """
     rotation, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(dim, dim)))
+    rotation.setflags(write=False)
     return rotation, 2.0**-22 * np.sqrt(dim)

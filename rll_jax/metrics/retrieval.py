@@ -37,7 +37,7 @@ def retrieval_metrics(
 
     Ties count against the query: an item of another class that is exactly as similar as an item of
     the query's class is ranked before it. Similarities are compared in float64 and are equal where
-    they agree to 1e-14. "mrr" is exact to 1e-6, all other scores are exact. The scores depend
+    they agree to 1e-13. "mrr" is exact to 1e-6, all other scores are exact. The scores depend
     neither on the block size nor on the devices, which share the work.
 
     A query with more than 64 positives costs a float32 product with the gallery on the CPU. A query

@@ -2,10 +2,8 @@
 
 On a CPU, a float32 1x1 convolution and its gradients are matrix products, and maps smaller than the
 kernel are padded first: XLA has no fast convolution for them (3 instead of 400 GFLOP/s on 2x2
-maps). A depthwise convolution is a sum of shifted maps. The gradient of a larger kernel is XLA's:
-with what it reads kept in memory (see `rll_jax.networks.normalization`), it is faster than products
-of slices, by blocks or at once (262 to 416 instead of 143 to 327 GFLOP/s on a ResNet-18 at 96
-pixels). Other platforms have XLA's convolutions.
+maps). A 3x3 convolution of stride 1 with 128 channels or more is `rll_jax.networks.winograd`'s. A
+depthwise convolution is a sum of shifted maps. The others, and other platforms, have XLA's.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +14,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from rll_jax.networks import depthwise
+from rll_jax.networks import depthwise, winograd
 from rll_jax.networks._stages import as_varying
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -209,6 +207,8 @@ def _padded_where_small(
     x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pads: _Pads
 ) -> jax.Array:
     """Convolves; a map with a side below the kernel's is padded before, not by the convolution."""
+    if strides == (1, 1) and winograd.suits(x, kernel, pads):
+        return winograd.convolve(x, kernel, pads)
     small = any(side < size for side, size in zip(x.shape[1:3], kernel.shape[:2], strict=True))
     if small and min(min(pair) for pair in pads) >= 0:
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
@@ -226,5 +226,8 @@ def _padded_gradients(
         for (before, after), size in zip(pads, kernel.shape[:2], strict=True)
     )
     turned = kernel[::-1, ::-1].swapaxes(2, 3)
+    of_x = _padded_where_small(gradient, turned, strides, around)
+    if winograd.suits(x, kernel, pads):
+        return of_x, winograd.kernel_gradient(x, gradient, pads)
     of_kernel = jax.linear_transpose(lambda kernel: _by_xla(x, kernel, strides, pads), kernel)
-    return _padded_where_small(gradient, turned, strides, around), *of_kernel(gradient)
+    return of_x, *of_kernel(gradient)

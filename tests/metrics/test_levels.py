@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from rll_jax import metrics
+from rll_jax.metrics import _counts
 
 N, CLASSES = 420, 90
 KS = (1, 4, 100)
@@ -108,6 +109,9 @@ def test_an_interrupted_count_goes_on(tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match="counts of other embeddings"):
             metrics.level_scores_by_query(levels, labels, **wrong, state_file=file)
+    with monkeypatch.context() as other, pytest.raises(ValueError, match="of other embeddings"):
+        other.setattr(_counts, "METHOD", 1)
+        metrics.level_scores_by_query(levels, labels, **options, state_file=file)
     told.clear()
     found = metrics.level_scores_by_query(
         levels, labels, **options, progress=lambda *a: told.append(a), state_file=file

@@ -2,13 +2,14 @@
 
 import tracemalloc
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import sklearn.metrics
 
 from rll_jax import metrics
-from rll_jax.metrics import _counts, _vectors
+from rll_jax.metrics import _counts, _ranks, _settle, _vectors
 
 KS = (1, 2, 10, 100, 5000)
 
@@ -91,11 +92,40 @@ def test_equals_sorting(kind, leave_one_out):
 
 
 @pytest.mark.parametrize("kind", ["random", "clustered", "tied", "ragged"])
-def test_accelerators_count_every_positive_of_every_query(kind, monkeypatch):
+def test_programs_parts_and_x64_change_no_score(kind, monkeypatch):
+    """Accelerators count every positive of every query; what is large is taken in parts."""
     x, labels = make(kind)
     expected = metrics.retrieval_metrics(x, labels, ks=KS)
+    with jax.enable_x64(True):
+        assert metrics.retrieval_metrics(x, labels, ks=KS) == expected
+    monkeypatch.setattr(_ranks, "_SIMILARITIES", 60)
+    monkeypatch.setattr(_settle, "_SIMILARITIES", 3000)
+    assert metrics.retrieval_metrics(x, labels, ks=KS) == expected
     monkeypatch.setattr(_counts, "_by_groups", lambda devices: False)
     assert metrics.retrieval_metrics(x, labels, ks=KS) == expected
+    with jax.enable_x64(True):
+        assert metrics.retrieval_metrics(x, labels, ks=KS) == expected
+
+
+def test_near_ties_with_fewer_than_r_negatives_before_the_first_match():
+    angles = np.array([0, 0.1, 0.2, 0.4, 0.4 - 1e-9, 0.5] + [2.0] * 150)
+    labels = np.array([0, 1, 0, 0, 2, 0, *range(4, 154)])
+    x = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    by_query = metrics.scores_by_query(x[:1], labels[:1], x[1:], labels[1:])
+    found = [by_query[name].item() for name in ("first_rank", "r_precision", "average_precision")]
+    assert found == pytest.approx([2, 1 / 3, 1 / 6])
+
+
+@pytest.mark.parametrize("dim", [800, 1500, 1536, 5000])
+def test_copies_of_any_dimension_tie(dim):
+    """Float64 products of equal rows differ by their place in a block."""
+    rng = np.random.default_rng(dim)
+    for copy in (np.ones(dim), np.arange(dim) % 2, rng.integers(0, 256, dim)):
+        x = rng.normal(size=(200, dim))
+        x[:6] = copy
+        labels = np.r_[0, 0, 1, 2, 3, 4, np.arange(5, 199)]
+        by_query = metrics.scores_by_query(x, labels)
+        assert by_query["first_rank"].tolist() == [5, 5]
 
 
 def test_few_large_classes_take_no_more_memory_than_their_similarities():

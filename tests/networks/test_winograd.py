@@ -1,0 +1,98 @@
+"""Winograd's convolution against XLA's, in float64."""
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+import numpy as np
+import pytest
+
+from rll_jax.networks import convolution, winograd
+
+ONE = ((1, 1), (1, 1))
+
+
+def direct(x, kernel, pads):
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def arrays(*shapes):
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(shape) for shape in shapes]
+
+
+@pytest.mark.parametrize(
+    ("shape", "pads"),
+    [
+        ((8, 8, 8, 128), ONE),
+        ((5, 7, 10, 130), ONE),
+        ((6, 9, 8, 128), ((0, 0), (0, 0))),
+        ((6, 9, 8, 128), ((2, 0), (0, 1))),
+        ((6, 32, 32, 128), ONE),  # two chunks of three images
+        ((20, 3, 3, 140), ONE),
+    ],
+)
+def test_value_and_gradients(shape, pads):
+    x, kernel = arrays(shape, (3, 3, shape[3], 136))
+    assert winograd.suits(x, kernel, pads)
+    with jax.enable_x64(True):
+        expected, pull = jax.vjp(lambda *a: direct(*a, pads), jnp.asarray(x), jnp.asarray(kernel))
+        (gradient,) = arrays(expected.shape)
+        expected = [np.asarray(a) for a in (expected, *pull(jnp.asarray(gradient)))]
+    found, pull = jax.vjp(
+        lambda *a: convolution.conv_general_dilated(*a, (1, 1), pads),
+        jnp.asarray(x, jnp.float32),
+        jnp.asarray(kernel, jnp.float32),
+    )
+    found = [found, *pull(jnp.asarray(gradient, jnp.float32))]
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape and one.dtype == jnp.float32
+        assert np.abs(one - other).max() < 4e-6 * np.abs(other).max()
+
+
+def test_it_is_what_a_cpu_runs():
+    x, kernel = (jnp.asarray(a, jnp.float32) for a in arrays((8, 8, 8, 128), (3, 3, 128, 128)))
+    run = jax.jit(lambda *a: convolution.conv_general_dilated(*a, (1, 1), ONE))
+    assert " convolution(" not in run.lower(x, kernel).compile().as_text()
+    few = x[..., :64], kernel[:, :, :64]
+    assert " convolution(" in run.lower(*few).compile().as_text()
+
+
+@pytest.mark.parametrize(
+    ("shape", "sides", "pads"),
+    [
+        ((8, 8, 8, 128), (1, 3), ONE),
+        ((8, 8, 8, 128), (3, 3), ((-1, 1), (1, 1))),
+        ((8, 2, 8, 128), (3, 3), ONE),
+        ((1, 8, 8, 128), (3, 3), ONE),  # 16 tiles
+        ((37, 64, 8, 128), (3, 3), ONE),  # nothing but 1 divides the batch
+        ((8, 8, 8, 64), (3, 3), ONE),
+    ],
+)
+def test_others_are_xlas(shape, sides, pads):
+    x, kernel = arrays(shape, (*sides, shape[3], 128))
+    assert not winograd.suits(x, kernel, pads)
+
+
+def test_devices_and_vmap():
+    x, kernel = (jnp.asarray(a, jnp.float32) for a in arrays((32, 8, 8, 128), (3, 3, 128, 128)))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def gradients(x, kernel):
+        def loss(*a):
+            return (convolution.conv_general_dilated(*a, (1, 1), ONE) ** 2).sum()
+
+        return jax.grad(loss, argnums=(0, 1))(x, kernel)
+
+    batch, everywhere = PartitionSpec("data"), PartitionSpec()
+    divided = jax.shard_map(
+        gradients, mesh=mesh, in_specs=(batch, everywhere), out_specs=(batch, everywhere)
+    )
+    expected = gradients(x, kernel)
+    by_vmap = jax.vmap(gradients, in_axes=(0, None))(x.reshape(8, 4, 8, 8, 128), kernel)
+    by_vmap = (by_vmap[0].reshape(x.shape), by_vmap[1].sum(axis=0))
+    for found in (jax.jit(divided)(x, kernel), by_vmap):
+        for one, other in zip(found, expected, strict=True):
+            assert np.abs(one - other).max() < 1e-5 * np.abs(other).max()
