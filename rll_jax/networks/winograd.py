@@ -29,7 +29,7 @@ def suits(x: jax.Array, kernel: jax.Array, pads: Sequence[tuple[int, int]]) -> b
     """Whether a convolution of stride 1 takes less time than XLA's on a CPU.
 
     Args:
-      x: (B, H, W, C) maps.
+      x: (B, H, W, C) maps. Where B is symbolic (`jax.export`) the convolution is XLA's.
       kernel: (kernel height, kernel width, C, features).
       pads: the pads before and after each side.
     """
@@ -37,10 +37,11 @@ def suits(x: jax.Array, kernel: jax.Array, pads: Sequence[tuple[int, int]]) -> b
         return False
     if min(x.shape[1:3]) < 3 or min(map(min, pads)) < 0:
         return False
-    tiles = _num_tiles(x, pads)
+    batch, tiles = x.shape[0], _num_tiles(x, pads)
+    if not isinstance(batch, int) or batch * tiles < _LEAST_TILES:
+        return False
     chunk = _chunk(x, tiles)
-    is_large = chunk == len(x) or 4 * chunk * tiles >= _wanted_tiles(x)
-    return is_large and len(x) * tiles >= _LEAST_TILES
+    return chunk == batch or 4 * chunk * tiles >= _wanted_tiles(x)
 
 
 def convolve(x: jax.Array, kernel: jax.Array, pads: Sequence[tuple[int, int]]) -> jax.Array:

@@ -76,6 +76,20 @@ def test_others_are_xlas(shape, sides, pads):
     assert not winograd.suits(x, kernel, pads)
 
 
+def test_batches_without_a_number_and_without_images():
+    def run(x, kernel):
+        return convolution.conv_general_dilated(x, kernel, (1, 1), ONE)
+
+    (batch,) = jax.export.symbolic_shape("N")
+    shapes = [
+        jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((batch, 8, 8, 128), (3, 3, 128, 128))
+    ]
+    exported = jax.export.export(jax.jit(run))(*shapes)
+    x, kernel = (jnp.asarray(a, jnp.float32) for a in arrays((8, 8, 8, 128), (3, 3, 128, 128)))
+    assert np.abs(exported.call(x, kernel) - run(x, kernel)).max() < 1e-3
+    assert run(x[:0], kernel).shape == (0, 8, 8, 128)
+
+
 def test_devices_and_vmap():
     x, kernel = (jnp.asarray(a, jnp.float32) for a in arrays((32, 8, 8, 128), (3, 3, 128, 128)))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
