@@ -206,7 +206,7 @@ def _product_gradients(
 def _padded_where_small(
     x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pads: _Pads
 ) -> jax.Array:
-    """Convolves; a map with a side below the kernel's is padded before, not by the convolution."""
+    """Convolves, in the form that suits; a map smaller than the kernel is padded before."""
     if strides == (1, 1) and winograd.suits(x, kernel, pads):
         return winograd.convolve(x, kernel, pads)
     small = any(side < size for side, size in zip(x.shape[1:3], kernel.shape[:2], strict=True))

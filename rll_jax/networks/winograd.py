@@ -6,7 +6,9 @@ of the 16. These have 2.25 times fewer multiplications than the convolution (Lav
 Algorithms for Convolutional Neural Networks", CVPR 2016, section 4.1). The kernel's gradient has
 the same form. Results differ from a direct convolution's by rounding, about 1e-6 of the largest.
 
-A batch is taken in chunks, so that the coefficients of a chunk stay in a core's cache.
+Sums of pixels near float32's largest number overflow earlier, and infinities become NaN.
+
+A batch is taken in chunks, since coefficients that leave the cache take longer than they save.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,13 +31,17 @@ def suits(x: jax.Array, kernel: jax.Array, pads: Sequence[tuple[int, int]]) -> b
     """Whether a convolution of stride 1 takes less time than XLA's on a CPU.
 
     Args:
-      x: (B, H, W, C) maps. Where B is symbolic (`jax.export`) the convolution is XLA's.
+      x: (B, H, W, C) maps. Where B is symbolic (`jax.export`), has no divisor for its chunks, or
+        lies on an explicit axis of a mesh, the convolution is XLA's.
       kernel: (kernel height, kernel width, C, features).
       pads: the pads before and after each side.
     """
     if kernel.shape[:2] != (3, 3) or min(kernel.shape[2:]) < _LEAST_CHANNELS:
         return False
     if min(x.shape[1:3]) < 3 or min(map(min, pads)) < 0:
+        return False
+    axes = [axis for array in (x, kernel) for axis in jax.typeof(array).sharding.spec]
+    if any(axis is not None for axis in axes):
         return False
     batch, tiles = x.shape[0], _num_tiles(x, pads)
     if not isinstance(batch, int) or batch * tiles < _LEAST_TILES:
@@ -57,9 +63,8 @@ def convolve(x: jax.Array, kernel: jax.Array, pads: Sequence[tuple[int, int]]) -
         y = jnp.stack(rows, axis=2).reshape(len(x), 2 * shape[1], 2 * shape[2], shape[3])
         return y[:, :height, :width]
 
-    return _in_chunks(of_chunk, _chunk(x, _num_tiles(x, pads)), x).reshape(
-        len(x), height, width, kernel.shape[3]
-    )
+    y = _in_chunks(of_chunk, _chunk(x, _num_tiles(x, pads)), x)
+    return y.swapaxes(0, 1).reshape(len(x), height, width, kernel.shape[3])
 
 
 def kernel_gradient(
@@ -79,27 +84,26 @@ def kernel_gradient(
     return _in_chunks(of_chunk, _chunk(x, _num_tiles(x, pads)), x, gradient).sum(axis=0)
 
 
-# The matrices B, G and A of the paper, transposed, and G and A themselves, each times four, three
-# or two arrays.
-def _of_map(d: Sequence[jax.Array]) -> _Values:
+# Each multiplies arrays by a matrix of the paper, or by its transpose.
+def _of_map(d: Sequence[jax.Array]) -> _Values:  # B transposed
     return [d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]]
 
 
-def _of_kernel(g: Sequence[jax.Array]) -> _Values:
+def _of_kernel(g: Sequence[jax.Array]) -> _Values:  # G
     ends = g[0] + g[2]
     return [g[0], 0.5 * (ends + g[1]), 0.5 * (ends - g[1]), g[2]]
 
 
-def _of_kernel_back(u: Sequence[jax.Array]) -> _Values:
+def _of_kernel_back(u: Sequence[jax.Array]) -> _Values:  # G transposed
     half = 0.5 * (u[1] + u[2])
     return [u[0] + half, 0.5 * (u[1] - u[2]), half + u[3]]
 
 
-def _of_product(m: Sequence[jax.Array]) -> _Values:
+def _of_product(m: Sequence[jax.Array]) -> _Values:  # A transposed
     return [m[0] + m[1] + m[2], m[1] - m[2] - m[3]]
 
 
-def _of_product_back(y: Sequence[jax.Array]) -> _Values:
+def _of_product_back(y: Sequence[jax.Array]) -> _Values:  # A
     return [y[0], y[0] + y[1], y[0] - y[1], -y[1]]
 
 
@@ -119,15 +123,13 @@ def _grid(values: _Values, width: int) -> _Grid:
 
 def _coefficients(x: jax.Array, pads: Sequence[tuple[int, int]]) -> _Values:
     """Returns 16 (B * tiles, C) coefficients of the maps."""
-    after = [side + side % 2 for side in _sides_after(x, pads)]
-    widths = [
-        (before, side + 2 - before - size)
-        for (before, _), side, size in zip(pads, after, x.shape[1:3], strict=True)
-    ]
-    # A pad of the last row that no tile reads may be negative.
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*pair, 0) for pair in widths), (0, 0, 0)])
+    sides = _sides_after(x, pads)
+    odd = [side % 2 for side in sides]
+    widths = [(before, after + more) for (before, after), more in zip(pads, odd, strict=True)]
+    x = jnp.pad(x, ((0, 0), *widths, (0, 0)))
+    even = [side + more for side, more in zip(sides, odd, strict=True)]
     # Behind the barrier XLA computes the coefficients once, not in each product.
-    return lax.optimization_barrier(_flat(_both(_of_map, _slices(x, 4, after))))
+    return lax.optimization_barrier(_flat(_both(_of_map, _slices(x, 4, even))))
 
 
 def _slices(x: jax.Array, size: int, sides: Sequence[int]) -> _Grid:
@@ -167,8 +169,11 @@ def _chunk(x: jax.Array, tiles: int) -> int:
 
 
 def _in_chunks(of_chunk: Callable[..., jax.Array], chunk: int, *batches: jax.Array) -> jax.Array:
-    """Returns (B / chunk, ...): a function of each chunk."""
-    parts = [batch.reshape(-1, chunk, *batch.shape[1:]) for batch in batches]
-    if len(parts[0]) == 1:
+    """Returns a function of each chunk, (B / chunk, ...).
+
+    A chunk has every (B / chunk)-th image, so that a batch which is divided over devices stays so.
+    """
+    if chunk == len(batches[0]):
         return of_chunk(*batches)[None]
+    parts = [batch.reshape(chunk, -1, *batch.shape[1:]).swapaxes(0, 1) for batch in batches]
     return lax.map(lambda chunks: of_chunk(*chunks), parts)

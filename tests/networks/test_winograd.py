@@ -37,6 +37,7 @@ def arrays(*shapes):
 def test_value_and_gradients(shape, pads):
     x, kernel = arrays(shape, (3, 3, shape[3], 136))
     assert winograd.suits(x, kernel, pads)
+    assert winograd._chunk(x, winograd._num_tiles(x, pads)) == (3 if shape[1] == 32 else shape[0])
     with jax.enable_x64(True):
         expected, pull = jax.vjp(lambda *a: direct(*a, pads), jnp.asarray(x), jnp.asarray(kernel))
         (gradient,) = arrays(expected.shape)
@@ -58,6 +59,14 @@ def test_it_is_what_a_cpu_runs():
     assert " convolution(" not in run.lower(x, kernel).compile().as_text()
     few = x[..., :64], kernel[:, :, :64]
     assert " convolution(" in run.lower(*few).compile().as_text()
+    gradients = jax.jit(jax.grad(lambda *a: run(*a).sum(), argnums=(0, 1)))
+    assert " convolution(" not in gradients.lower(x, kernel).compile().as_text()
+
+
+def test_strides_are_xlas():
+    x, kernel = (jnp.asarray(a, jnp.float32) for a in arrays((8, 8, 8, 128), (3, 3, 128, 128)))
+    found = convolution.conv_general_dilated(x, kernel, (2, 2), ONE)
+    assert np.abs(found - direct(x, kernel, ONE)[:, ::2, ::2]).max() < 1e-3
 
 
 @pytest.mark.parametrize(
@@ -90,8 +99,10 @@ def test_batches_without_a_number_and_without_images():
     assert run(x[:0], kernel).shape == (0, 8, 8, 128)
 
 
-def test_devices_and_vmap():
+def test_devices_and_vmap(monkeypatch):
     x, kernel = (jnp.asarray(a, jnp.float32) for a in arrays((32, 8, 8, 128), (3, 3, 128, 128)))
+    monkeypatch.setattr(winograd, "_CHUNK_COMPONENTS", 1 << 14)  # 64 x 4 tiles: 16 images, or 2
+    monkeypatch.setattr(winograd, "_LEAST_TILES", 1)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def gradients(x, kernel):
@@ -110,3 +121,20 @@ def test_devices_and_vmap():
     for found in (jax.jit(divided)(x, kernel), by_vmap):
         for one, other in zip(found, expected, strict=True):
             assert np.abs(one - other).max() < 1e-5 * np.abs(other).max()
+
+
+def test_a_batch_on_a_mesh_stays_divided():
+    x, kernel = (jnp.asarray(a, jnp.float32) for a in arrays((32, 16, 16, 128), (3, 3, 128, 128)))
+    assert winograd._chunk(x, 64) == 16
+
+    def run(x, kernel):
+        return convolution.conv_general_dilated(x, kernel, (1, 1), ONE)
+
+    expected = run(x, kernel)
+    for kind in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+        divided = jax.device_put(x, jax.NamedSharding(mesh, PartitionSpec("data")))
+        everywhere = jax.device_put(kernel, jax.NamedSharding(mesh, PartitionSpec()))
+        compiled = jax.jit(run).lower(divided, everywhere).compile()
+        assert "all-gather" not in compiled.as_text()
+        assert np.abs(compiled(divided, everywhere) - expected).max() < 1e-3
