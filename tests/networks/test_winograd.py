@@ -131,7 +131,10 @@ def test_a_batch_on_a_mesh_stays_divided():
         return convolution.conv_general_dilated(x, kernel, (1, 1), ONE)
 
     expected = run(x, kernel)
-    for kind in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
+    kinds = [jax.sharding.AxisType.Auto]
+    if jax.__version_info__ >= (0, 12):  # before, explicit axes are refused by any convolution here
+        kinds.append(jax.sharding.AxisType.Explicit)
+    for kind in kinds:
         mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
         divided = jax.device_put(x, jax.NamedSharding(mesh, PartitionSpec("data")))
         everywhere = jax.device_put(kernel, jax.NamedSharding(mesh, PartitionSpec()))
