@@ -171,7 +171,7 @@ def _on_cpu(
         return depthwise.convolve, depthwise.gradients
     if kernel.shape[:2] == (1, 1) and pads == ((0, 0), (0, 0)):
         return _product, _product_gradients
-    return _padded_where_small, _padded_gradients
+    return _spatial, _spatial_gradients
 
 
 def _gradients_by_xla(
@@ -203,9 +203,7 @@ def _product_gradients(
     return of_x, of_kernel[None, None]
 
 
-def _padded_where_small(
-    x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pads: _Pads
-) -> jax.Array:
+def _spatial(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pads: _Pads) -> jax.Array:
     """Convolves, in the form that suits; a map smaller than the kernel is padded before."""
     if strides == (1, 1) and winograd.suits(x, kernel, pads):
         return winograd.convolve(x, kernel, pads)
@@ -216,7 +214,7 @@ def _padded_where_small(
     return _by_xla(x, kernel, strides, pads)
 
 
-def _padded_gradients(
+def _spatial_gradients(
     x: jax.Array, kernel: jax.Array, gradient: jax.Array, strides: tuple[int, ...], pads: _Pads
 ) -> tuple[jax.Array, jax.Array]:
     if strides != (1, 1):
@@ -226,7 +224,7 @@ def _padded_gradients(
         for (before, after), size in zip(pads, kernel.shape[:2], strict=True)
     )
     turned = kernel[::-1, ::-1].swapaxes(2, 3)
-    of_x = _padded_where_small(gradient, turned, strides, around)
+    of_x = _spatial(gradient, turned, strides, around)
     if winograd.suits(x, kernel, pads):
         return of_x, winograd.kernel_gradient(x, gradient, pads)
     of_kernel = jax.linear_transpose(lambda kernel: _by_xla(x, kernel, strides, pads), kernel)

@@ -32,7 +32,7 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pads: _P
       (B, H after, W after, C).
     """
     elements = kernel.reshape(-1, 1, 1, 1, kernel.shape[-1])
-    seen = _shifted(_padded(x, pads), kernel.shape[:2], strides)
+    seen = shifted(_padded(x, pads), kernel.shape[:2], strides)
     return functools.reduce(
         jnp.add, (part * element for part, element in zip(seen, elements, strict=True))
     )
@@ -69,14 +69,14 @@ def _element_gradients(
     x: jax.Array, gradient: jax.Array, sides: tuple[int, ...], strides: tuple[int, ...]
 ) -> jax.Array:
     """Returns the (elements, C) gradient of a kernel of these sides, from padded maps."""
-    return jnp.stack(row_sums(*(part * gradient for part in _shifted(x, sides, strides))))
+    return jnp.stack(row_sums(*(part * gradient for part in shifted(x, sides, strides))))
 
 
 def _padded(x: jax.Array, pads: _Pads) -> jax.Array:
     return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)))
 
 
-def _shifted(x: jax.Array, sides: tuple[int, ...], strides: tuple[int, ...]) -> Iterator[jax.Array]:
+def shifted(x: jax.Array, sides: tuple[int, ...], strides: tuple[int, ...]) -> Iterator[jax.Array]:
     """Yields what each element of a kernel of these sides sees of padded maps, row by row."""
     # The last place of the kernel's first element.
     height, width = (

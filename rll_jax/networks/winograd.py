@@ -18,6 +18,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from rll_jax.networks.depthwise import shifted
+
 _Values = list[jax.Array]
 _Grid = list[_Values]  # arrays in rows and columns
 _Transform = Callable[[Sequence[jax.Array]], _Values]
@@ -75,7 +77,7 @@ def kernel_gradient(
     def of_chunk(x: jax.Array, gradient: jax.Array) -> jax.Array:
         height, width = gradient.shape[1:3]
         gradient = jnp.pad(gradient, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
-        of_gradient = _both(_of_product_back, _slices(gradient, 2, gradient.shape[1:3]))
+        of_gradient = _both(_of_product_back, _places(gradient, 2))
         of_gradient = lax.optimization_barrier(_flat(of_gradient))
         products = [a.T @ b for a, b in zip(_coefficients(x, pads), of_gradient, strict=True)]
         by_place = _both(_of_kernel_back, _grid(lax.optimization_barrier(products), 4))
@@ -123,25 +125,17 @@ def _grid(values: _Values, width: int) -> _Grid:
 
 def _coefficients(x: jax.Array, pads: Sequence[tuple[int, int]]) -> _Values:
     """Returns 16 (B * tiles, C) coefficients of the maps."""
-    sides = _sides_after(x, pads)
-    odd = [side % 2 for side in sides]
+    odd = [side % 2 for side in _sides_after(x, pads)]
     widths = [(before, after + more) for (before, after), more in zip(pads, odd, strict=True)]
     x = jnp.pad(x, ((0, 0), *widths, (0, 0)))
-    even = [side + more for side, more in zip(sides, odd, strict=True)]
     # Behind the barrier XLA computes the coefficients once, not in each product.
-    return lax.optimization_barrier(_flat(_both(_of_map, _slices(x, 4, even))))
+    return lax.optimization_barrier(_flat(_both(_of_map, _places(x, 4))))
 
 
-def _slices(x: jax.Array, size: int, sides: Sequence[int]) -> _Grid:
+def _places(x: jax.Array, size: int) -> _Grid:
     """Returns the pixels at each place of the tiles, (B * tiles, C) for each of size x size."""
-    batch, _, _, channels = x.shape
-    height, width = sides
-
-    def at(row: int, column: int) -> jax.Array:
-        stop = (batch, row + height - 1, column + width - 1, channels)
-        return lax.slice(x, (0, row, column, 0), stop, (1, 2, 2, 1)).reshape(-1, channels)
-
-    return [[at(row, column) for column in range(size)] for row in range(size)]
+    parts = shifted(x, (size, size), (2, 2))
+    return _grid([part.reshape(-1, x.shape[3]) for part in parts], size)
 
 
 def _sides_after(x: jax.Array, pads: Sequence[tuple[int, int]]) -> list[int]:

@@ -23,6 +23,14 @@ def arrays(*shapes):
     return [rng.standard_normal(shape) for shape in shapes]
 
 
+def floats(*shapes):
+    return [jnp.asarray(array, jnp.float32) for array in arrays(*shapes)]
+
+
+def convolve(x, kernel, strides=(1, 1), pads=ONE):
+    return convolution.conv_general_dilated(x, kernel, strides, pads)
+
+
 @pytest.mark.parametrize(
     ("shape", "pads"),
     [
@@ -43,7 +51,7 @@ def test_value_and_gradients(shape, pads):
         (gradient,) = arrays(expected.shape)
         expected = [np.asarray(a) for a in (expected, *pull(jnp.asarray(gradient)))]
     found, pull = jax.vjp(
-        lambda *a: convolution.conv_general_dilated(*a, (1, 1), pads),
+        lambda *a: convolve(*a, pads=pads),
         jnp.asarray(x, jnp.float32),
         jnp.asarray(kernel, jnp.float32),
     )
@@ -54,8 +62,8 @@ def test_value_and_gradients(shape, pads):
 
 
 def test_it_is_what_a_cpu_runs():
-    x, kernel = (jnp.asarray(a, jnp.float32) for a in arrays((8, 8, 8, 128), (3, 3, 128, 128)))
-    run = jax.jit(lambda *a: convolution.conv_general_dilated(*a, (1, 1), ONE))
+    x, kernel = floats((8, 8, 8, 128), (3, 3, 128, 128))
+    run = jax.jit(convolve)
     assert " convolution(" not in run.lower(x, kernel).compile().as_text()
     few = x[..., :64], kernel[:, :, :64]
     assert " convolution(" in run.lower(*few).compile().as_text()
@@ -64,8 +72,8 @@ def test_it_is_what_a_cpu_runs():
 
 
 def test_strides_are_xlas():
-    x, kernel = (jnp.asarray(a, jnp.float32) for a in arrays((8, 8, 8, 128), (3, 3, 128, 128)))
-    found = convolution.conv_general_dilated(x, kernel, (2, 2), ONE)
+    x, kernel = floats((8, 8, 8, 128), (3, 3, 128, 128))
+    found = convolve(x, kernel, (2, 2))
     assert np.abs(found - direct(x, kernel, ONE)[:, ::2, ::2]).max() < 1e-3
 
 
@@ -86,28 +94,25 @@ def test_others_are_xlas(shape, sides, pads):
 
 
 def test_batches_without_a_number_and_without_images():
-    def run(x, kernel):
-        return convolution.conv_general_dilated(x, kernel, (1, 1), ONE)
-
     (batch,) = jax.export.symbolic_shape("N")
     shapes = [
         jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((batch, 8, 8, 128), (3, 3, 128, 128))
     ]
-    exported = jax.export.export(jax.jit(run))(*shapes)
-    x, kernel = (jnp.asarray(a, jnp.float32) for a in arrays((8, 8, 8, 128), (3, 3, 128, 128)))
-    assert np.abs(exported.call(x, kernel) - run(x, kernel)).max() < 1e-3
-    assert run(x[:0], kernel).shape == (0, 8, 8, 128)
+    exported = jax.export.export(jax.jit(convolve))(*shapes)
+    x, kernel = floats((8, 8, 8, 128), (3, 3, 128, 128))
+    assert np.abs(exported.call(x, kernel) - convolve(x, kernel)).max() < 1e-3
+    assert convolve(x[:0], kernel).shape == (0, 8, 8, 128)
 
 
 def test_devices_and_vmap(monkeypatch):
-    x, kernel = (jnp.asarray(a, jnp.float32) for a in arrays((32, 8, 8, 128), (3, 3, 128, 128)))
+    x, kernel = floats((32, 8, 8, 128), (3, 3, 128, 128))
     monkeypatch.setattr(winograd, "_CHUNK_COMPONENTS", 1 << 14)  # 64 x 4 tiles: 16 images, or 2
     monkeypatch.setattr(winograd, "_LEAST_TILES", 1)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def gradients(x, kernel):
         def loss(*a):
-            return (convolution.conv_general_dilated(*a, (1, 1), ONE) ** 2).sum()
+            return (convolve(*a) ** 2).sum()
 
         return jax.grad(loss, argnums=(0, 1))(x, kernel)
 
@@ -124,13 +129,10 @@ def test_devices_and_vmap(monkeypatch):
 
 
 def test_a_batch_on_a_mesh_stays_divided():
-    x, kernel = (jnp.asarray(a, jnp.float32) for a in arrays((32, 16, 16, 128), (3, 3, 128, 128)))
+    x, kernel = floats((32, 16, 16, 128), (3, 3, 128, 128))
     assert winograd._chunk(x, 64) == 16
 
-    def run(x, kernel):
-        return convolution.conv_general_dilated(x, kernel, (1, 1), ONE)
-
-    expected = run(x, kernel)
+    expected = convolve(x, kernel)
     kinds = [jax.sharding.AxisType.Auto]
     if jax.__version_info__ >= (0, 12):  # before, explicit axes are refused by any convolution here
         kinds.append(jax.sharding.AxisType.Explicit)
@@ -138,6 +140,6 @@ def test_a_batch_on_a_mesh_stays_divided():
         mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
         divided = jax.device_put(x, jax.NamedSharding(mesh, PartitionSpec("data")))
         everywhere = jax.device_put(kernel, jax.NamedSharding(mesh, PartitionSpec()))
-        compiled = jax.jit(run).lower(divided, everywhere).compile()
+        compiled = jax.jit(convolve).lower(divided, everywhere).compile()
         assert "all-gather" not in compiled.as_text()
         assert np.abs(compiled(divided, everywhere) - expected).max() < 1e-3
