@@ -8,7 +8,6 @@ import pathlib
 import re
 import shutil
 import sys
-import tempfile
 from typing import BinaryIO
 import uuid
 
@@ -75,13 +74,17 @@ def temporary_folder(directory: pathlib.Path, prefix: str) -> Iterator[pathlib.P
     for leftover in _leftovers(directory, prefix):
         print(f"removing {leftover}, which an interrupted process left", file=sys.stderr)
         shutil.rmtree(leftover, ignore_errors=True)
-    folder = pathlib.Path(tempfile.mkdtemp(dir=directory, prefix=prefix))
-    descriptor = os.open(folder, os.O_RDONLY)
+    # The name is known before: a signal that comes while the folder is made leaves nothing.
+    folder = directory / f"{prefix}{uuid.uuid4().hex[:8]}"
     try:
-        _lock(descriptor, wait=False)
-        yield folder
+        folder.mkdir(mode=0o700)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            _lock(descriptor, wait=False)
+            yield folder
+        finally:
+            os.close(descriptor)
     finally:
-        os.close(descriptor)
         shutil.rmtree(folder, ignore_errors=True)
 
 

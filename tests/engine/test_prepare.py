@@ -1,5 +1,6 @@
 """prepare, told to stop, killed, and among archives that it cannot or need not unpack."""
 
+import os
 import signal
 import subprocess
 import time
@@ -34,6 +35,20 @@ def test_told_to_stop_it_leaves_nothing(number, code, tmp_path):
     _, told = process.communicate(timeout=100)
     assert process.returncode == code and "Traceback" not in told, told
     assert {path.name for path in tmp_path.iterdir()} == {root.name}
+
+
+def test_a_signal_while_the_folder_is_made_leaves_nothing(tmp_path, monkeypatch):
+    made, mkdir = [], os.mkdir
+
+    def interrupted(path, *others, **options):
+        mkdir(path, *others, **options)
+        made.append(path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "mkdir", interrupted)
+    with pytest.raises(KeyboardInterrupt), files.temporary_folder(tmp_path, ".set."):
+        pass
+    assert made and not list(tmp_path.iterdir())
 
 
 def test_what_a_killed_process_left_is_removed_and_told(tmp_path, capsys):
