@@ -16,7 +16,9 @@ import jax.numpy as jnp
 
 from rll_jax.networks import depthwise, winograd
 from rll_jax.networks._stages import as_varying
+from rll_jax.networks.products import in_rows, product, product_of_transposed
 
+_DTYPES = (jnp.float32, jnp.bfloat16)
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 _Pads = tuple[tuple[int, int], ...]
 
@@ -60,7 +62,7 @@ def conv_general_dilated(
     if any(max(pair) > 0 for pair in beyond):
         x = jnp.pad(x, ((0, 0), *beyond, (0, 0)))
     rest = {key: options.get(key) for key in ("precision", "preferred_element_type")}
-    if x.dtype != jnp.float32 or kernel.dtype != jnp.float32 or any(rest.values()):
+    if x.dtype != kernel.dtype or x.dtype not in _DTYPES or any(rest.values()):
         return _by_xla(x, kernel, strides, pads, **rest)
     return _convolve(*as_varying(x, kernel), strides, pads)
 
@@ -184,7 +186,7 @@ def _gradients_by_xla(
 
 def _product(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pads: _Pads) -> jax.Array:
     del pads  # none
-    return x[:, :: strides[0], :: strides[1]] @ kernel[0, 0]
+    return product(x[:, :: strides[0], :: strides[1]], kernel[0, 0]).astype(x.dtype)
 
 
 def _product_gradients(
@@ -193,14 +195,14 @@ def _product_gradients(
     del pads  # none
     seen = x[:, :: strides[0], :: strides[1]]
     inputs, features = kernel.shape[2:]
-    of_kernel = seen.reshape(-1, inputs).T @ gradient.reshape(-1, features)
-    of_seen = gradient @ kernel[0, 0].T
+    of_kernel = product_of_transposed(seen.reshape(-1, inputs).T, gradient.reshape(-1, features))
+    of_seen = product_of_transposed(gradient, kernel[0, 0].T).astype(x.dtype)
     between = [
         (0, before - 1 - (after - 1) * stride, stride - 1)
         for before, after, stride in zip(x.shape[1:3], seen.shape[1:3], strides, strict=True)
     ]
     of_x = lax.pad(of_seen, jnp.zeros((), x.dtype), ((0, 0, 0), *between, (0, 0, 0)))
-    return of_x, of_kernel[None, None]
+    return of_x, of_kernel[None, None].astype(kernel.dtype)
 
 
 def _spatial(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pads: _Pads) -> jax.Array:
@@ -224,6 +226,8 @@ def _spatial_gradients(
         for (before, after), size in zip(pads, kernel.shape[:2], strict=True)
     )
     turned = kernel[::-1, ::-1].swapaxes(2, 3)
+    if kernel.dtype == jnp.bfloat16:
+        turned = in_rows(turned)
     of_x = _spatial(gradient, turned, strides, around)
     if winograd.suits(x, kernel, pads):
         return of_x, winograd.kernel_gradient(x, gradient, pads)

@@ -19,6 +19,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from rll_jax.networks.depthwise import shifted
+from rll_jax.networks.products import product, product_of_transposed
 
 _Values = list[jax.Array]
 _Grid = list[_Values]  # arrays in rows and columns
@@ -58,12 +59,13 @@ def convolve(x: jax.Array, kernel: jax.Array, pads: Sequence[tuple[int, int]]) -
     of_kernel = _flat(_both(_of_kernel, [[kernel[i, j] for j in range(3)] for i in range(3)]))
 
     def of_chunk(x: jax.Array) -> jax.Array:
-        products = [a @ b for a, b in zip(_coefficients(x, pads), of_kernel, strict=True)]
+        pairs = zip(_coefficients(x, pads), of_kernel, strict=True)
+        products = [product(a, b) for a, b in pairs]
         pixels = _both(_of_product, _grid(lax.optimization_barrier(products), 4))
         shape = (len(x), -(-height // 2), -(-width // 2), kernel.shape[3])
         rows = [jnp.stack([y.reshape(shape) for y in row], axis=3) for row in pixels]
         y = jnp.stack(rows, axis=2).reshape(len(x), 2 * shape[1], 2 * shape[2], shape[3])
-        return y[:, :height, :width]
+        return y[:, :height, :width].astype(x.dtype)
 
     y = _in_chunks(of_chunk, _chunk(x, _num_tiles(x, pads)), x)
     return y.swapaxes(0, 1).reshape(len(x), height, width, kernel.shape[3])
@@ -79,11 +81,16 @@ def kernel_gradient(
         gradient = jnp.pad(gradient, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
         of_gradient = _both(_of_product_back, _places(gradient, 2))
         of_gradient = lax.optimization_barrier(_flat(of_gradient))
-        products = [a.T @ b for a, b in zip(_coefficients(x, pads), of_gradient, strict=True)]
+        pairs = zip(_coefficients(x, pads), of_gradient, strict=True)
+        products = [product_of_transposed(a.T, b) for a, b in pairs]
         by_place = _both(_of_kernel_back, _grid(lax.optimization_barrier(products), 4))
         return jnp.stack([jnp.stack(row) for row in by_place])
 
-    return _in_chunks(of_chunk, _chunk(x, _num_tiles(x, pads)), x, gradient).sum(axis=0)
+    return (
+        _in_chunks(of_chunk, _chunk(x, _num_tiles(x, pads)), x, gradient)
+        .sum(axis=0)
+        .astype(x.dtype)
+    )
 
 
 # Each multiplies arrays by a matrix of the paper, or by its transpose.
