@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from rll_jax import loss, metrics
-from rll_jax._jaxlib_fault import FLAG, fusions_are_on, has_fault, warn_of_wrong_sums
+from rll_jax._jaxlib_fault import FLAG, PRODUCTS, fusions_are_on, has_fault, warn_of_wrong_sums
 from tests.helpers.paths import ROOT
 
 JAXLIB = importlib.metadata.version("jaxlib")
@@ -73,8 +73,9 @@ def test_the_fault_is_there_and_one_line_warns_of_it():
     assert wrong == [True, JAXLIB == "0.10.2"]
 
 
-def test_without_the_fusions_all_is_right_and_nothing_warns():
-    xla_flags = FLAG if has_fault(JAXLIB) else ""
+@pytest.mark.parametrize("value", ["", PRODUCTS])
+def test_without_the_fusions_all_is_right_and_nothing_warns(value):
+    xla_flags = FLAG + value if has_fault(JAXLIB) else ""
     assert in_a_process(xla_flags) == [[], [False, False]]
 
 
@@ -140,6 +141,8 @@ def test_versions_with_the_fault(version, expected):
         (f"--xla_backend_optimization_level=0 {FLAG} --xla_dump_to=x", False),
         (f'{FLAG}""', False),
         (f"{FLAG}dot", True),
+        (f"{FLAG}{PRODUCTS}", False),
+        (f"{FLAG}{PRODUCTS},dot", True),
         (f"{FLAG}dot {FLAG}", False),  # the last one counts
         (f"{FLAG} {FLAG}dot", True),
     ],

@@ -18,6 +18,7 @@ from experiments.engine import (
     options,
     pretrained,
     processes,
+    startup,
 )
 from experiments.engine import config as config_lib
 from experiments.engine.config import Config
@@ -59,6 +60,7 @@ def check_run(config: Config) -> CheckedRun:
     """
     workdir = pathlib.Path(config.runtime.workdir)
     config = _check_workdir(workdir, config)
+    startup.take_bfloat16_products(config.network.dtype)
     runner = devices.make_runner(config.devices.parallel)
     config.batches.check_devices(runner.num_devices, config.devices.embed_chunk)
     _check_memory(config, runner.num_devices)

@@ -14,6 +14,8 @@ from experiments.engine import jax_settings, signals
 from rll_jax import _jaxlib_fault
 
 _HUGE_PAGES = "glibc.malloc.hugetlb"
+_PRODUCTS_FROM = (0, 12)  # of jaxlib; `rll_jax.networks.products` lays bfloat16 out for them
+_CPU = pathlib.Path("/proc/cpuinfo")
 _KERNELS_CHOICE = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -57,6 +59,32 @@ def xla_flags(environment: Mapping[str, str], jaxlib: tuple[int, ...]) -> str:
     if _jaxlib_fault.FLAG in given or jaxlib >= _jaxlib_fault.FLAG_UNKNOWN_FROM:
         return given
     return f"{given} {_jaxlib_fault.FLAG}".strip()
+
+
+def take_bfloat16_products(dtype: str) -> None:
+    """Has XLA multiply bfloat16 by the CPU's own instructions, where a network computes in it.
+
+    A product takes half of float32's time then. XLA reads the flags when JAX's first device starts:
+    a later call changes nothing in this process. Fusions that the user has turned on stay so.
+
+    Args:
+      dtype: the network's.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if dtype != "bfloat16" or _jaxlib_fault.fusions_are_on(flags):
+        return
+    if jaxlib_version() >= _PRODUCTS_FROM and _multiplies_bfloat16():
+        # Of a flag that is there twice, XLA takes the last.
+        os.environ["XLA_FLAGS"] = f"{flags} {_jaxlib_fault.FLAG}{_jaxlib_fault.PRODUCTS}"
+
+
+def _multiplies_bfloat16() -> bool:
+    """Returns whether Linux names bfloat16 among the instructions of an x86 CPU."""
+    try:
+        text = _CPU.read_text(encoding="ascii", errors="replace")
+    except OSError:  # another system
+        return False
+    return re.search(r"^flags\b.*\b(avx512_bf16|amx_bf16)\b", text, re.MULTILINE) is not None
 
 
 def jaxlib_version() -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import optax
 
-from experiments.engine import build, network, phases
+from experiments.engine import build, network, phases, startup
 from experiments.engine import config as config_lib
 from experiments.engine.config import Config
 from rll_jax.data import files, pipeline
@@ -89,6 +89,7 @@ def load(workdir: str, step: int | None = None, best: bool = False) -> TrainedNe
             "flags.txt"
         )
     config = config_lib.from_flagfile(folder / "flags.txt")
+    startup.take_bfloat16_products(config.network.dtype)
     runner = devices.make_runner(config.devices.parallel)
     checkpoints = folder / ("best" if best else "checkpoints")
     step, variables = _restore(folder, checkpoints, step, config, runner)

@@ -1,9 +1,10 @@
 """The convolution of the networks: XLA's, but for what XLA's CPU compiler does slowly.
 
-On a CPU, a float32 1x1 convolution and its gradients are matrix products, and maps smaller than the
-kernel are padded first: XLA has no fast convolution for them (3 instead of 400 GFLOP/s on 2x2
-maps). A 3x3 convolution of stride 1 with 128 channels or more is `rll_jax.networks.winograd`'s. A
-depthwise convolution is a sum of shifted maps. The others, and other platforms, have XLA's.
+On a CPU, a 1x1 convolution of float32 or bfloat16 and its gradients are matrix products, and maps
+smaller than the kernel are padded first: XLA has no fast convolution for them (3 instead of 400
+GFLOP/s on 2x2 maps). A 3x3 convolution of stride 1 with 128 channels or more is
+`rll_jax.networks.winograd`'s. A depthwise convolution of float32 is a sum of shifted maps. The
+others, and other platforms, have XLA's.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +19,6 @@ from rll_jax.networks import depthwise, winograd
 from rll_jax.networks._stages import as_varying
 from rll_jax.networks.products import in_rows, product, product_of_transposed
 
-_DTYPES = (jnp.float32, jnp.bfloat16)
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 _Pads = tuple[tuple[int, int], ...]
 
@@ -62,7 +62,8 @@ def conv_general_dilated(
     if any(max(pair) > 0 for pair in beyond):
         x = jnp.pad(x, ((0, 0), *beyond, (0, 0)))
     rest = {key: options.get(key) for key in ("precision", "preferred_element_type")}
-    if x.dtype != kernel.dtype or x.dtype not in _DTYPES or any(rest.values()):
+    dtypes = (jnp.float32,) if _groups(x, kernel) > 1 else (jnp.float32, jnp.bfloat16)
+    if x.dtype != kernel.dtype or x.dtype not in dtypes or any(rest.values()):
         return _by_xla(x, kernel, strides, pads, **rest)
     return _convolve(*as_varying(x, kernel), strides, pads)
 

@@ -23,6 +23,6 @@ def product_of_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def in_rows(x: jax.Array) -> jax.Array:
     """Returns the array with its last axis contiguous: XLA may leave it transposed otherwise."""
-    if jax.device_count() > 1:  # jax 0.10 gathers what is divided over devices
+    if jax.__version_info__ < (0, 12):  # they gather what is divided over devices
         return x
     return layout.with_layout_constraint(x, layout.Layout(tuple(range(x.ndim))))

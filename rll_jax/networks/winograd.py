@@ -4,7 +4,8 @@ Every 2x2 pixels of the result come from 4x4 pixels of the map. In a transformed
 pixels and the kernel have 16 coefficients each, and their product is one matrix product for each
 of the 16. These have 2.25 times fewer multiplications than the convolution (Lavin and Gray, "Fast
 Algorithms for Convolutional Neural Networks", CVPR 2016, section 4.1). The kernel's gradient has
-the same form. Results differ from a direct convolution's by rounding, about 1e-6 of the largest.
+the same form. Results differ from a direct convolution's by rounding: in float32 by about 1e-6 of
+the largest, in bfloat16 by 0.5 % in the root mean square (rounding the result alone: 0.17 %).
 
 Sums of pixels near float32's largest number overflow earlier, and infinities become NaN.
 

@@ -11,6 +11,7 @@ from experiments.engine import startup
 from tests.helpers.paths import ROOT
 
 OFF = "--xla_cpu_experimental_ynn_fusion_type="
+PRODUCTS = f"{OFF}LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 PROBE = """
 import os
 def measure():
@@ -42,6 +43,29 @@ def test_flags_of_the_user_stay(given, expected):
 )
 def test_tunables_of_the_user_stay(given, expected):
     assert startup.with_huge_pages({"GLIBC_TUNABLES": given}) == expected
+
+
+@pytest.mark.parametrize(
+    "dtype, given, jaxlib, instructions, expected",
+    [
+        ("bfloat16", OFF, (0, 12), "avx512f avx512_bf16 amx", f"{OFF} {PRODUCTS}"),
+        ("bfloat16", f"--xla_a=1 {OFF}", (0, 12, 1), "amx_bf16", f"--xla_a=1 {OFF} {PRODUCTS}"),
+        ("bfloat16", f"{OFF}DOT", (0, 12), "avx512_bf16", f"{OFF}DOT"),  # the user's
+        ("bfloat16", "/a/file", (0, 12), "avx512_bf16", "/a/file"),
+        ("bfloat16", OFF, (0, 11, 2), "avx512_bf16", OFF),
+        ("bfloat16", OFF, (0, 12), "avx512f", OFF),
+        ("float32", OFF, (0, 12), "avx512_bf16", OFF),
+    ],
+)
+def test_bfloat16_has_the_products_of_the_cpu(
+    dtype, given, jaxlib, instructions, expected, monkeypatch, tmp_path
+):
+    (tmp_path / "cpuinfo").write_text(f"processor: 0\nflags\t\t: fpu {instructions}\nbugs: bf16\n")
+    monkeypatch.setattr(startup, "_CPU", tmp_path / "cpuinfo")
+    monkeypatch.setattr(startup, "jaxlib_version", lambda: jaxlib)
+    monkeypatch.setenv("XLA_FLAGS", given)
+    startup.take_bfloat16_products(dtype)
+    assert os.environ["XLA_FLAGS"] == expected
 
 
 def environment_of(tmp_path, *command, **variables):

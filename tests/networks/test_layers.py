@@ -26,6 +26,7 @@ from rll_jax.networks import (
 from tests.helpers.networks import random_variables
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+convolve = convolution.conv_general_dilated
 PAIRS = st.tuples(st.integers(0, 2), st.integers(0, 2))
 
 
@@ -97,6 +98,36 @@ def test_a_depthwise_convolution_is_that_of_xla(height, width, channels, kernel,
         feature_group_count=channels,
     )
     assert_equal(with_gradients(ours, x, w), with_gradients(theirs, x, w))
+
+
+@pytest.mark.parametrize(
+    "size, stride, channels, error",
+    [(1, 1, 48, 3e-3), (1, 2, 48, 3e-3), (3, 1, 16, 3e-3), (3, 2, 16, 3e-3), (3, 1, 128, 7e-3)],
+)
+def test_a_convolution_of_bfloat16_sums_in_float32(size, stride, channels, error):
+    x, w = maps(0, 6, 9, 8, channels), maps(1, size, size, channels, 136)
+    x, w = (array.astype(jnp.bfloat16) for array in (jax.nn.relu(x), w))
+    pads = [(size // 2, size // 2)] * 2
+    ours = with_gradients(lambda x, w: convolve(x, w, (stride, stride), pads), x, w)
+    wide = [array.astype(jnp.float32) for array in (x, w)]
+    theirs = with_gradients(
+        lambda x, w: lax.conv_general_dilated(
+            x, w, (stride, stride), pads, dimension_numbers=DIMENSIONS
+        ),
+        *wide,
+    )
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert mine.dtype == jnp.bfloat16
+        gap = mine.astype(jnp.float32) - reference
+        assert np.sqrt(np.mean(gap**2) / np.mean(reference**2)) < error
+
+
+def test_an_exported_network_of_bfloat16_has_xlas_operations_alone():
+    x, w = jnp.zeros((2, 8, 8, 128), jnp.bfloat16), jnp.zeros((1, 1, 128, 8), jnp.bfloat16)
+    (batch,) = jax.export.symbolic_shape("batch")
+    shape = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
+    exported = jax.export.export(jax.jit(lambda x: convolve(x, w, (1, 1), "SAME")))(shape)
+    assert exported.call(x).shape == (2, 8, 8, 8)
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -329,11 +360,15 @@ def test_two_devices_give_the_gradient_of_one():
 
 
 @pytest.mark.parametrize(
-    "platform, name",
-    [("cuda", "googlenet_v2"), ("tpu", "resnet_small"), ("cuda", "efficientnet_lite0")],
+    "platform, name, dtype",
+    [
+        ("cuda", "googlenet_v2", jnp.float32),
+        ("tpu", "resnet_small", jnp.bfloat16),
+        ("cuda", "efficientnet_lite0", jnp.float32),
+    ],
 )
-def test_programs_for_other_platforms_are_those_of_flax(platform, name, monkeypatch):
-    model = embedding_net.EmbeddingNet(backbones.BACKBONES[name], 8)
+def test_programs_for_other_platforms_are_those_of_flax(platform, name, dtype, monkeypatch):
+    model = embedding_net.EmbeddingNet(backbones.BACKBONES[name], 8, dtype=dtype)
     images = jnp.zeros((2, 64, 64, 3), jnp.uint8)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
 
