@@ -145,11 +145,12 @@ class _TrainStep:
 def _ours(task: _Task, images: "np.ndarray", labels: "np.ndarray") -> _Measurable:
     import jax
 
-    from experiments.engine import build
+    from experiments.engine import build, startup
     from experiments.engine import config as config_lib
     from rll_jax import loss
     from rll_jax.training import devices, steps
 
+    startup.take_bfloat16_products(task.dtype)
     jax.config.update("jax_compilation_cache_dir", task.cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # small networks too
     config = config_lib.from_flat(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.engine import measuring
 from rll_jax import metrics
 
 SCORES = {"recall@1": "Recall@1", "map@r": "MAP@R"}  # the titles of the scores
@@ -82,23 +83,22 @@ def as_markdown(
         "reaches over 0 is noise, as far as so many seeds tell. The intervals are each for itself, "
         "and leave out the noise of tuning. In brackets: the 95 % interval of the same difference, "
         "paired by query, with other test classes drawn instead of other seeds.\n",
-        "| loss | rate | Recall@1 | difference | MAP@R | difference | seeds |",
-        "|---|---|---|---|---|---|---|",
-        *(_line(row, row is rows[0]) for row in rows),
     ]
+    head = ["loss", "rate", "Recall@1", "difference", "MAP@R", "difference", "seeds"]
+    table = [_cells(row, row is rows[0]) for row in rows]
     if untrained:
         recall, map_at_r = (f"{100 * untrained[score]:.1f}" for score in SCORES)
-        lines.append(f"| the network before its first step | | {recall} | | {map_at_r} | | 1 |")
-    return "\n".join(lines) + "\n"
+        table.append(["the network before its first step", "", recall, "", map_at_r, "", "1"])
+    return "\n".join([*lines, measuring.markdown_table(head, table)]) + "\n"
 
 
-def _line(row: Row, is_first: bool) -> str:
+def _cells(row: Row, is_first: bool) -> list[str]:
     rate = row["learning_rate"]
     cells = [row["title"], "failed" if rate is None else f"{rate:g}"]
     for score in SCORES:
         difference = "" if is_first else cell(row[score]["difference"], "half", "+")
         cells += [cell(row[score], "std"), difference]
-    return f"| {' | '.join([*cells, str(len(row['seeds']))])} |"
+    return [*cells, str(len(row["seeds"]))]
 
 
 def cell(summary: Mapping[str, Any], spread: str, sign: str = "") -> str:

@@ -161,7 +161,10 @@ class NetworkOptions(Section):
         "backbone's own.",
     )
     dtype: str = option(
-        "float32", "The dtype of the convolutions.", choices=("float32", "bfloat16")
+        "float32",
+        "The dtype of the convolutions. bfloat16 is for GPUs, TPUs, and CPUs with instructions for "
+        "it (AVX512-BF16, AMX).",
+        choices=("float32", "bfloat16"),
     )
     frozen_stages: int = option(
         0,

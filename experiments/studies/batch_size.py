@@ -26,7 +26,7 @@ from absl import app
 from absl import flags as absl_flags
 
 from experiments import compare
-from experiments.engine import command, comparison_table, many_runs, record
+from experiments.engine import command, comparison_table, many_runs, measuring, record
 from experiments.engine.config import OPTIONS
 
 Batch = tuple[int, int]  # classes, images per class
@@ -111,13 +111,12 @@ def as_markdown(found: Mapping[Batch, Rows], about: str) -> str:
     seeds = max(len(row["seeds"]) for rows in found.values() for row in rows)
     parts = [f"# Batch size\n\n{about}\n\nPercent, mean ± standard deviation over {seeds} seeds.\n"]
     for score, title in comparison_table.SCORES.items():
-        parts.append(
-            f"\n| {title} | {' | '.join(map(name, found))} |\n|---|{'---|' * len(found)}\n"
-        )
-        for of_loss in zip(*found.values(), strict=True):
-            cells = [comparison_table.cell(row[score], "std") for row in of_loss]
-            parts.append(f"| {' | '.join([of_loss[0]['title'], *cells])} |\n")
-    return "".join(parts)
+        lines = [
+            [of_loss[0]["title"], *(comparison_table.cell(row[score], "std") for row in of_loss)]
+            for of_loss in zip(*found.values(), strict=True)
+        ]
+        parts.append(measuring.markdown_table([title, *map(name, found)], lines) + "\n")
+    return "\n".join(parts)
 
 
 def plot(found: Mapping[Batch, Rows], path: pathlib.Path) -> None:

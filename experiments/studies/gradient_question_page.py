@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 import os
 from typing import Any, TypedDict
 
+from experiments.engine import measuring
+
 NAMES = ("gradient_question.md", "gradient_question.json", "gradient_question.png")
 _RUN_MARKERS = "*PXD"
 _EXPLANATION = """\
@@ -86,8 +88,7 @@ def as_markdown(rows: Sequence[Row], temperatures: Sequence[float], about: str) 
     head = ["embeddings", "effective dimension", "length of the mean", "active"]
     head += [f"T = {name}" for name in names]
     head += [f"both lists, T = {usual}", "published, all T"]
-    lines = ["# Which way the gradient moves negative pairs\n", about, _EXPLANATION]
-    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    table: list[list[str]] = []
     for row in rows:
         moved = row["differentiated"]
         published = max(shares["pairs"] for shares in row["published"].values())
@@ -95,8 +96,9 @@ def as_markdown(rows: Sequence[Row], temperatures: Sequence[float], about: str) 
         cells.append(f"{moved[usual]['active']:.0f}")
         cells += [f"{moved[name]['pairs']:.1f} ({moved[name]['norm']:.1f})" for name in names]
         cells += [f"{moved[usual]['both_lists']:.1f}", f"{published:.1f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        table.append(cells)
+    parts = ["# Which way the gradient moves negative pairs\n", about, _EXPLANATION]
+    return "\n".join([*parts, measuring.markdown_table(head, table)]) + "\n"
 
 
 def plot(

@@ -8,12 +8,12 @@ second and per chip, and a multiply-add counts as two FLOPs. The times of a step
 up: nothing overlaps.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypedDict, Unpack
 
 from absl import app, flags
 
-from experiments.engine import command
+from experiments.engine import command, measuring
 
 
 class Chip(NamedTuple):
@@ -202,11 +202,6 @@ def first_batch(
     return next((n for n in sizes if share(part, chip, n, chips, **options) >= limit), None)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = (head, ["---"] * len(head), *rows)
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
 def _marked(n: int, chip: Chip, chips: int) -> str:
     """Returns the batch, with a star where a chip's images do not fit in its memory."""
     return f"{n}*" if n / chips * ACTIVATION_BYTES > chip.hbm else str(n)
@@ -218,7 +213,7 @@ def _gather_table(options: Options) -> str:
         return f"{received / 2**20:,.1f}" if n >= chips else ""
 
     rows = [[n, *(mebibytes(n, chips) for chips in COUNTS)] for n in BATCHES]
-    return _table(["N", *(f"{chips} chips" for chips in COUNTS)], rows)
+    return measuring.markdown_table(["N", *(f"{chips} chips" for chips in COUNTS)], rows)
 
 
 def _step_table(chip: Chip, options: Options) -> str:
@@ -239,7 +234,7 @@ def _step_table(chip: Chip, options: Options) -> str:
             rows.append([*row, f"{both / total:.2f}"])
     head = ["chips", "N", "images per chip", "network ms", "loss", "gather", "all-reduce"]
     head += ["step ms", "loss %", "gather %", "step with `gallery_gradient` / step"]
-    return _table(head, rows)
+    return measuring.markdown_table(head, rows)
 
 
 def _threshold_table(options: Options) -> str:
@@ -255,7 +250,7 @@ def _threshold_table(options: Options) -> str:
                     row.append("-" if n is None else _marked(n, chip, chips))
             rows.append(row)
     head = ["", "chips", "loss 1 %", "10 %", "50 %", "gather 1 %", "10 %", "50 %"]
-    return _table(head, rows)
+    return measuring.markdown_table(head, rows)
 
 
 def _memory_table(dim: int, chips: int) -> str:
@@ -265,7 +260,7 @@ def _memory_table(dim: int, chips: int) -> str:
         row += [f"{loss_bytes(n, chips, dim, both) / 2**20:,.0f}" for both in (False, True)]
         rows.append([*row, f"{n * n / chips * FLOAT / 2**20:,.1f}"])
     head = ["N", "block", "loss, MiB", "with `gallery_gradient`", f"one N/{chips} x N matrix, MiB"]
-    return _table(head, rows)
+    return measuring.markdown_table(head, rows)
 
 
 def _ring_table(dim: int) -> str:
@@ -279,7 +274,7 @@ def _ring_table(dim: int) -> str:
                 row += [f"{size / 2**20:,.0f}" for size in (memory, received)]
             rows.append(row)
     head = ["chips", "N", "whole: memory", "received", "ring: memory", "received"]
-    return _table(head, rows)
+    return measuring.markdown_table(head, rows)
 
 
 def first_batch_of_memory(
@@ -300,7 +295,7 @@ def _ring_threshold_table(dim: int) -> str:
         for chips in COUNTS:
             found = [first_batch_of_memory(0.1, chip, chips, dim, gather) for gather in GATHERS]
             rows.append([chip.name, chips, *("-" if n is None else f"{n:,}" for n in found)])
-    return _table(["", "chips", "whole", "ring"], rows)
+    return measuring.markdown_table(["", "chips", "whole", "ring"], rows)
 
 
 def _measured_table(dim: int) -> str:
@@ -309,7 +304,7 @@ def _measured_table(dim: int) -> str:
         rate = 4 * n * n * dim / products / 1e6
         rows.append([n, products, ours, f"{rate:.0f}", f"{ours / products:.2f}"])
     head = ["N", "two products, ms", "rll_jax, ms", "GFLOP/s of the products", "loss / products"]
-    return _table(head, rows)
+    return measuring.markdown_table(head, rows)
 
 
 def tables(

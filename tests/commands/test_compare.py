@@ -116,7 +116,7 @@ def test_the_table_is_of_the_runs_scores(tmp_path):
         == "| Triplet, batch-hard | 0.001 | 49.3 ± 2.5 | -2.7 ± 1.4 | 24.7 ± 1.3 | -1.3 ± 0.7 | 3 |"
     )
     assert text[-2] == "| Lifted structure | failed | - | - | - | - | 0 |"
-    assert text[-1] == "| the network before its first step | | 1.0 | | 1.0 | | 1 |"
+    assert text[-1] == "| the network before its first step |  | 1.0 |  | 1.0 |  | 1 |"
 
 
 @pytest.mark.parametrize(
