@@ -14,7 +14,8 @@ import re
 import warnings
 
 FLAG = "--xla_cpu_experimental_ynn_fusion_type="
-# With this value YNNPACK has products alone, without what follows them: none of those is wrong.
+# With this value YNNPACK has products alone, without what follows them. The known wrong sums are
+# right with it.
 PRODUCTS = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 
 # Each version from here on to 0.12.0.1 returns wrong sums; 0.10.1 does not. A test fails once an

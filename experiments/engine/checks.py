@@ -58,9 +58,9 @@ def check_run(config: Config) -> CheckedRun:
     Raises:
       ValueError: the options, the data or the workdir are at fault.
     """
+    startup.take_bfloat16_products(config.network.dtype)  # before anything starts a device
     workdir = pathlib.Path(config.runtime.workdir)
     config = _check_workdir(workdir, config)
-    startup.take_bfloat16_products(config.network.dtype)
     runner = devices.make_runner(config.devices.parallel)
     config.batches.check_devices(runner.num_devices, config.devices.embed_chunk)
     _check_memory(config, runner.num_devices)

@@ -1,6 +1,7 @@
 """What must be settled before JAX starts: XLA's flags, and the memory's pages.
 
 `experiments/__init__.py` calls `settle`, so that it holds for every command, benchmark and test.
+What makes a network of bfloat16 calls `take_bfloat16_products` before it asks JAX for a device.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,8 @@ from experiments.engine import jax_settings, signals
 from rll_jax import _jaxlib_fault
 
 _HUGE_PAGES = "glibc.malloc.hugetlb"
-_PRODUCTS_FROM = (0, 12)  # of jaxlib; `rll_jax.networks.products` lays bfloat16 out for them
-_CPU = pathlib.Path("/proc/cpuinfo")
+_PRODUCTS_FROM = (0, 12)  # of jaxlib; before it `rll_jax.networks.products` cannot serve them
+_CPU_INFO = pathlib.Path("/proc/cpuinfo")
 _KERNELS_CHOICE = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -25,7 +26,7 @@ def settle() -> None:
     What the user has set in XLA_FLAGS or GLIBC_TUNABLES stays. A process is started again only as
     `python -m experiments.NAME`, before anything is done, and keeps its number.
     """
-    given = os.environ.get("XLA_FLAGS", "").replace(_jaxlib_fault.FLAG, "").strip()
+    given = re.sub(rf"{_jaxlib_fault.FLAG}\S*", "", os.environ.get("XLA_FLAGS", "")).strip()
     os.environ["XLA_FLAGS"] = xla_flags(os.environ, jaxlib_version())
     if not signals.is_command():
         return
@@ -71,7 +72,8 @@ def take_bfloat16_products(dtype: str) -> None:
       dtype: the network's.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if dtype != "bfloat16" or _jaxlib_fault.fusions_are_on(flags):
+    taken = flags.endswith(_jaxlib_fault.PRODUCTS)
+    if dtype != "bfloat16" or taken or _jaxlib_fault.fusions_are_on(flags):
         return
     if jaxlib_version() >= _PRODUCTS_FROM and _multiplies_bfloat16():
         # Of a flag that is there twice, XLA takes the last.
@@ -81,7 +83,7 @@ def take_bfloat16_products(dtype: str) -> None:
 def _multiplies_bfloat16() -> bool:
     """Returns whether Linux names bfloat16 among the instructions of an x86 CPU."""
     try:
-        text = _CPU.read_text(encoding="ascii", errors="replace")
+        text = _CPU_INFO.read_text(encoding="ascii", errors="replace")
     except OSError:  # another system
         return False
     return re.search(r"^flags\b.*\b(avx512_bf16|amx_bf16)\b", text, re.MULTILINE) is not None

@@ -42,7 +42,9 @@ def conv_general_dilated(
         convolution is depthwise: the kernel is (kernel height, kernel width, 1, C).
 
     Returns:
-      (B, H after, W after, features). Gradients of first order in reverse mode exist.
+      (B, H after, W after, features). Gradients of first order in reverse mode exist. On CPUs
+      `jax.export` takes those of bfloat16 only where
+      `DisabledSafetyCheck.custom_call("LayoutConstraint")` is among its disabled checks.
 
     Raises:
       ValueError: the kernel has not two sides, there are dilations, other groups, or features
@@ -63,7 +65,8 @@ def conv_general_dilated(
         x = jnp.pad(x, ((0, 0), *beyond, (0, 0)))
     rest = {key: options.get(key) for key in ("precision", "preferred_element_type")}
     dtypes = (jnp.float32,) if _groups(x, kernel) > 1 else (jnp.float32, jnp.bfloat16)
-    if x.dtype != kernel.dtype or x.dtype not in dtypes or any(rest.values()):
+    is_xlas = x.dtype != kernel.dtype or x.dtype not in dtypes or any(rest.values())
+    if is_xlas or (len(dtypes) > 1 and _on_explicit_axes(x, kernel)):
         return _by_xla(x, kernel, strides, pads, **rest)
     return _convolve(*as_varying(x, kernel), strides, pads)
 
@@ -111,6 +114,12 @@ def _check(
     expected = lax.conv_dimension_numbers(*shapes, _DIMENSIONS)
     if dimension_numbers and lax.conv_dimension_numbers(*shapes, dimension_numbers) != expected:
         raise ValueError(f"dimension_numbers={dimension_numbers}: expected {_DIMENSIONS}")
+
+
+def _on_explicit_axes(*arrays: jax.Array) -> bool:
+    """Whether an array lies on explicit axes of a mesh."""
+    specs = [jax.typeof(array).sharding.spec for array in arrays]
+    return any(axis is not None for spec in specs for axis in spec)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -15,7 +15,7 @@ def product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def product_of_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns the same where a or b is another array transposed. `jax.export` refuses it."""
+    """Returns the same where a or b is another array transposed, which bfloat16 has copied."""
     if a.dtype != jnp.bfloat16:
         return product(a, b)
     return in_rows(product(in_rows(a), in_rows(b)))
@@ -23,6 +23,6 @@ def product_of_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def in_rows(x: jax.Array) -> jax.Array:
     """Returns the array with its last axis contiguous: XLA may leave it transposed otherwise."""
-    if jax.__version_info__ < (0, 12):  # they gather what is divided over devices
+    if jax.__version_info__ < (0, 12):  # it would gather what is divided over devices
         return x
     return layout.with_layout_constraint(x, layout.Layout(tuple(range(x.ndim))))

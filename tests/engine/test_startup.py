@@ -61,9 +61,10 @@ def test_bfloat16_has_the_products_of_the_cpu(
     dtype, given, jaxlib, instructions, expected, monkeypatch, tmp_path
 ):
     (tmp_path / "cpuinfo").write_text(f"processor: 0\nflags\t\t: fpu {instructions}\nbugs: bf16\n")
-    monkeypatch.setattr(startup, "_CPU", tmp_path / "cpuinfo")
+    monkeypatch.setattr(startup, "_CPU_INFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(startup, "jaxlib_version", lambda: jaxlib)
     monkeypatch.setenv("XLA_FLAGS", given)
+    startup.take_bfloat16_products(dtype)
     startup.take_bfloat16_products(dtype)
     assert os.environ["XLA_FLAGS"] == expected
 

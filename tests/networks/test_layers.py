@@ -110,6 +110,8 @@ def test_a_convolution_of_bfloat16_sums_in_float32(size, stride, channels, error
     pads = [(size // 2, size // 2)] * 2
     ours = with_gradients(lambda x, w: convolve(x, w, (stride, stride), pads), x, w)
     wide = [array.astype(jnp.float32) for array in (x, w)]
+    program = jax.jit(lambda x, w: convolve(x, w, (stride, stride), pads)).lower(x, w).compile()
+    assert (" convolution(" in program.as_text()) == (channels == 16)
     theirs = with_gradients(
         lambda x, w: lax.conv_general_dilated(
             x, w, (stride, stride), pads, dimension_numbers=DIMENSIONS
@@ -122,12 +124,14 @@ def test_a_convolution_of_bfloat16_sums_in_float32(size, stride, channels, error
         assert np.sqrt(np.mean(gap**2) / np.mean(reference**2)) < error
 
 
-def test_an_exported_network_of_bfloat16_has_xlas_operations_alone():
-    x, w = jnp.zeros((2, 8, 8, 128), jnp.bfloat16), jnp.zeros((1, 1, 128, 8), jnp.bfloat16)
-    (batch,) = jax.export.symbolic_shape("batch")
-    shape = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
-    exported = jax.export.export(jax.jit(lambda x: convolve(x, w, (1, 1), "SAME")))(shape)
-    assert exported.call(x).shape == (2, 8, 8, 8)
+@pytest.mark.parametrize("size, batch", [(1, "batch"), (1, "8"), (3, "batch"), (3, "8")])
+def test_a_convolution_of_bfloat16_is_exported(size, batch):
+    w = jnp.ones((size, size, 128, 128), jnp.bfloat16)
+    (images,) = jax.export.symbolic_shape(batch)
+    shape = jax.ShapeDtypeStruct((images, 8, 8, 128), w.dtype)
+    exported = jax.export.export(jax.jit(lambda x: convolve(x, w, (1, 1), "VALID")))(shape)
+    found = exported.call(jnp.ones((8, 8, 8, 128), w.dtype))
+    assert (found == 128 * size**2).all()
 
 
 @pytest.mark.parametrize("groups", [1, 4])

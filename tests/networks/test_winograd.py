@@ -143,3 +143,16 @@ def test_a_batch_on_a_mesh_stays_divided():
         compiled = jax.jit(convolve).lower(divided, everywhere).compile()
         assert "all-gather" not in compiled.as_text()
         assert np.abs(compiled(divided, everywhere) - expected).max() < 1e-3
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="networks have no explicit axes there")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("size", [1, 3])
+def test_gradients_on_explicit_axes(size, dtype):
+    x, kernel = (array.astype(dtype) for array in floats((8, 6, 6, 128), (size, size, 128, 128)))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    divided = jax.device_put(x, jax.NamedSharding(mesh, PartitionSpec("data")))
+    everywhere = jax.device_put(kernel, jax.NamedSharding(mesh, PartitionSpec()))
+    gradient = jax.jit(jax.grad(lambda *a: (convolve(*a) ** 2).astype(jnp.float32).sum(), (0, 1)))
+    for one, other in zip(gradient(divided, everywhere), gradient(x, kernel), strict=True):
+        assert np.abs(one - other).max() < 0.02 * np.abs(other).max()
