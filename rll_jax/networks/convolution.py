@@ -16,8 +16,8 @@ from jax import lax
 import jax.numpy as jnp
 
 from rll_jax.networks import depthwise, winograd
+from rll_jax.networks._layout import in_rows
 from rll_jax.networks._stages import as_varying
-from rll_jax.networks.products import in_rows, product, product_of_transposed
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 _Pads = tuple[tuple[int, int], ...]
@@ -64,9 +64,10 @@ def conv_general_dilated(
     if any(max(pair) > 0 for pair in beyond):
         x = jnp.pad(x, ((0, 0), *beyond, (0, 0)))
     rest = {key: options.get(key) for key in ("precision", "preferred_element_type")}
-    dtypes = (jnp.float32,) if _groups(x, kernel) > 1 else (jnp.float32, jnp.bfloat16)
+    is_depthwise = _groups(x, kernel) > 1
+    dtypes = (jnp.float32,) if is_depthwise else (jnp.float32, jnp.bfloat16)
     is_xlas = x.dtype != kernel.dtype or x.dtype not in dtypes or any(rest.values())
-    if is_xlas or (len(dtypes) > 1 and _on_explicit_axes(x, kernel)):
+    if is_xlas or (not is_depthwise and _on_explicit_axes(x, kernel)):
         return _by_xla(x, kernel, strides, pads, **rest)
     return _convolve(*as_varying(x, kernel), strides, pads)
 
@@ -196,7 +197,7 @@ def _gradients_by_xla(
 
 def _product(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pads: _Pads) -> jax.Array:
     del pads  # none
-    return product(x[:, :: strides[0], :: strides[1]], kernel[0, 0]).astype(x.dtype)
+    return x[:, :: strides[0], :: strides[1]] @ kernel[0, 0]
 
 
 def _product_gradients(
@@ -205,14 +206,14 @@ def _product_gradients(
     del pads  # none
     seen = x[:, :: strides[0], :: strides[1]]
     inputs, features = kernel.shape[2:]
-    of_kernel = product_of_transposed(seen.reshape(-1, inputs).T, gradient.reshape(-1, features))
-    of_seen = product_of_transposed(gradient, kernel[0, 0].T).astype(x.dtype)
+    of_kernel = in_rows(seen.reshape(-1, inputs).T) @ gradient.reshape(-1, features)
+    of_seen = gradient @ in_rows(kernel[0, 0].T)
     between = [
         (0, before - 1 - (after - 1) * stride, stride - 1)
         for before, after, stride in zip(x.shape[1:3], seen.shape[1:3], strides, strict=True)
     ]
     of_x = lax.pad(of_seen, jnp.zeros((), x.dtype), ((0, 0, 0), *between, (0, 0, 0)))
-    return of_x, of_kernel[None, None].astype(kernel.dtype)
+    return of_x, of_kernel[None, None]
 
 
 def _spatial(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pads: _Pads) -> jax.Array:
@@ -235,9 +236,7 @@ def _spatial_gradients(
         (size - 1 - before, size - 1 - after)
         for (before, after), size in zip(pads, kernel.shape[:2], strict=True)
     )
-    turned = kernel[::-1, ::-1].swapaxes(2, 3)
-    if kernel.dtype == jnp.bfloat16:
-        turned = in_rows(turned)
+    turned = in_rows(kernel[::-1, ::-1].swapaxes(2, 3))
     of_x = _spatial(gradient, turned, strides, around)
     if winograd.suits(x, kernel, pads):
         return of_x, winograd.kernel_gradient(x, gradient, pads)

@@ -19,8 +19,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from rll_jax.networks._layout import in_rows
 from rll_jax.networks.depthwise import shifted
-from rll_jax.networks.products import product, product_of_transposed
 
 _Values = list[jax.Array]
 _Grid = list[_Values]  # arrays in rows and columns
@@ -57,9 +57,7 @@ def convolve(x: jax.Array, kernel: jax.Array, pads: Sequence[tuple[int, int]]) -
     of_kernel = _flat(_both(_of_kernel, [[kernel[i, j] for j in range(3)] for i in range(3)]))
 
     def of_chunk(x: jax.Array) -> jax.Array:
-        pairs = zip(_coefficients(x, pads), of_kernel, strict=True)
-        products = [product(a, b) for a, b in pairs]
-        pixels = _both(_of_product, _grid(lax.optimization_barrier(products), 4))
+        pixels = _both(_of_product, _products(_coefficients(x, pads), of_kernel))
         shape = (len(x), -(-height // 2), -(-width // 2), kernel.shape[3])
         rows = [jnp.stack([y.reshape(shape) for y in row], axis=3) for row in pixels]
         y = jnp.stack(rows, axis=2).reshape(len(x), 2 * shape[1], 2 * shape[2], shape[3])
@@ -79,16 +77,12 @@ def kernel_gradient(
         gradient = jnp.pad(gradient, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
         of_gradient = _both(_of_product_back, _places(gradient, 2))
         of_gradient = lax.optimization_barrier(_flat(of_gradient))
-        pairs = zip(_coefficients(x, pads), of_gradient, strict=True)
-        products = [product_of_transposed(a.T, b) for a, b in pairs]
-        by_place = _both(_of_kernel_back, _grid(lax.optimization_barrier(products), 4))
+        transposed = [in_rows(a.T) for a in _coefficients(x, pads)]
+        by_place = _both(_of_kernel_back, _products(transposed, of_gradient))
         return jnp.stack([jnp.stack(row) for row in by_place])
 
-    return (
-        _in_chunks(of_chunk, _chunk(x, _num_tiles(x, pads)), x, gradient)
-        .sum(axis=0)
-        .astype(x.dtype)
-    )
+    parts = _in_chunks(of_chunk, _chunk(x, _num_tiles(x, pads)), x, gradient)
+    return parts.sum(axis=0).astype(x.dtype)
 
 
 # Each multiplies arrays by a matrix of the paper, or by its transpose.
@@ -135,6 +129,14 @@ def _coefficients(x: jax.Array, pads: Sequence[tuple[int, int]]) -> _Values:
     x = jnp.pad(x, ((0, 0), *widths, (0, 0)))
     # Behind the barrier XLA computes the coefficients once, not in each product.
     return lax.optimization_barrier(_flat(_both(_of_map, _places(x, 4))))
+
+
+def _products(a: _Values, b: _Values) -> _Grid:
+    """Returns the products of the 16 coefficients, float32."""
+    pairs = zip(a, b, strict=True)
+    values = [jnp.matmul(*pair, preferred_element_type=jnp.float32) for pair in pairs]
+    # Without the barrier XLA may transpose a product of bfloat16 in place, which it cannot compute.
+    return _grid(lax.optimization_barrier(values), 4)
 
 
 def _places(x: jax.Array, size: int) -> _Grid:

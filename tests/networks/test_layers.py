@@ -26,7 +26,6 @@ from rll_jax.networks import (
 from tests.helpers.networks import random_variables
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
-convolve = convolution.conv_general_dilated
 PAIRS = st.tuples(st.integers(0, 2), st.integers(0, 2))
 
 
@@ -108,9 +107,12 @@ def test_a_convolution_of_bfloat16_sums_in_float32(size, stride, channels, error
     x, w = maps(0, 6, 9, 8, channels), maps(1, size, size, channels, 136)
     x, w = (array.astype(jnp.bfloat16) for array in (jax.nn.relu(x), w))
     pads = [(size // 2, size // 2)] * 2
-    ours = with_gradients(lambda x, w: convolve(x, w, (stride, stride), pads), x, w)
+    convolve = functools.partial(
+        convolution.conv_general_dilated, window_strides=(stride, stride), padding=pads
+    )
+    ours = with_gradients(convolve, x, w)
     wide = [array.astype(jnp.float32) for array in (x, w)]
-    program = jax.jit(lambda x, w: convolve(x, w, (stride, stride), pads)).lower(x, w).compile()
+    program = jax.jit(convolve).lower(x, w).compile()
     assert (" convolution(" in program.as_text()) == (channels == 16)
     theirs = with_gradients(
         lambda x, w: lax.conv_general_dilated(
@@ -129,7 +131,10 @@ def test_a_convolution_of_bfloat16_is_exported(size, batch):
     w = jnp.ones((size, size, 128, 128), jnp.bfloat16)
     (images,) = jax.export.symbolic_shape(batch)
     shape = jax.ShapeDtypeStruct((images, 8, 8, 128), w.dtype)
-    exported = jax.export.export(jax.jit(lambda x: convolve(x, w, (1, 1), "VALID")))(shape)
+    convolve = functools.partial(
+        convolution.conv_general_dilated, window_strides=(1, 1), padding="VALID"
+    )
+    exported = jax.export.export(jax.jit(lambda x: convolve(x, w)))(shape)
     found = exported.call(jnp.ones((8, 8, 8, 128), w.dtype))
     assert (found == 128 * size**2).all()
 
