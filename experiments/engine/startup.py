@@ -15,7 +15,7 @@ from experiments.engine import jax_settings, signals
 from rll_jax import _jaxlib_fault
 
 _HUGE_PAGES = "glibc.malloc.hugetlb"
-_PRODUCTS_FROM = (0, 12)  # of jaxlib; before it `rll_jax.networks.products` cannot serve them
+_PRODUCTS_FROM = (0, 12)  # of jaxlib; before it nothing lays bfloat16 out for them
 _CPU_INFO = pathlib.Path("/proc/cpuinfo")
 _KERNELS_CHOICE = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
